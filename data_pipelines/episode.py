@@ -1,0 +1,49 @@
+"""The one in-memory form of a trajectory, whatever it was read from."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+
+class Frames(Protocol):
+    """Camera frames of one episode; decoded only when asked for."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, indices: Sequence[int]) -> np.ndarray:
+        """uint8 RGB (len(indices), height, width, 3)."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """One trajectory of n time-aligned steps.
+
+    Attributes:
+        name: where it came from, for error messages: dataset, split and index.
+        timestamps: float64 (n,), seconds, strictly increasing.
+        frames: n RGB frames of the primary camera.
+        instruction: the task in natural language.
+        proprio: float32 (n, p) proprioception in raw units, or None when it was not recorded.
+        actions: float32 (n, m), the action commanded at each step in raw units, or None for action-free video.
+    """
+
+    name: str
+    timestamps: np.ndarray
+    frames: Frames
+    instruction: str
+    proprio: np.ndarray | None = None
+    actions: np.ndarray | None = None
+
+    def __post_init__(self):
+        n = len(self.timestamps)
+        if n == 0 or np.any(np.diff(self.timestamps) <= 0):
+            raise ValueError(f"{self.name}: timestamps must be non-empty and strictly increasing")
+        for field, values in (("frames", self.frames), ("proprio", self.proprio), ("actions", self.actions)):
+            if values is not None and len(values) != n:
+                raise ValueError(f"{self.name}: {field} has {len(values)} steps, timestamps have {n}")
+
+    def __len__(self) -> int:
+        return len(self.timestamps)

@@ -1,0 +1,321 @@
+"""Frozen, validated configuration for every part of the system.
+
+Experiments are written as `ml_collections` files in `configs/`; `experiment_from` turns one into an `ExperimentConfig`
+exactly once, at the edge. Everything below the launch scripts takes these dataclasses, so nothing in `mimic_video`
+depends on ml_collections and an invalid experiment cannot travel further than this file.
+"""
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """A configuration value that cannot be used. The message names the field, the value and what was expected."""
+
+
+def _require(condition: bool, field: str, value: Any, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"config field '{field}' is {value!r}; expected {expected}")
+
+
+def _require_positive(config: Any, *fields: str) -> None:
+    for field in fields:
+        value = getattr(config, field)
+        _require(value > 0, f"{type(config).__name__}.{field}", value, "a positive number")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where episodes come from and how one is cut into a training window.
+
+    A window is anchored at one video frame: `past_frames` frames end there, `future_frames` follow, both at `video_hz`;
+    `action_horizon` actions start `action_delay` seconds after the anchor, at `control_hz` (SPEC 8.3, 8.4).
+    """
+
+    video_dataset: str = ""  # prepared RLDS directory for stage 1; actions are not needed there
+    action_dataset: str = ""  # prepared RLDS directory for stage 2
+    train_split: str = "train"
+    validation_split: str = "val"
+    image_size: tuple[int, int] = (480, 640)  # height, width in pixels, as the tokenizer sees them
+    past_frames: int = 5
+    future_frames: int = 56
+    video_hz: float = 5.0
+    action_horizon: int = 15
+    control_hz: float = 5.0
+    action_delay: float = 0.2  # seconds
+    frame_cache_mb: int = 512  # decoded frames kept in host memory
+
+    def __post_init__(self):
+        _require_positive(self, "past_frames", "future_frames", "video_hz", "action_horizon", "control_hz")
+        _require(self.past_frames % 4 == 1, "data.past_frames", self.past_frames, "1 + a multiple of 4 (tokenizer groups)")
+        _require(self.future_frames % 4 == 0, "data.future_frames", self.future_frames, "a multiple of 4 (tokenizer groups)")
+        _require(self.action_delay >= 0, "data.action_delay", self.action_delay, "zero or more seconds")
+        for size in self.image_size:
+            _require(size > 0 and size % 16 == 0, "data.image_size", self.image_size, "multiples of 16 (8x8 latents, 2x2 patches)")
+
+    @property
+    def num_frames(self) -> int:
+        return self.past_frames + self.future_frames
+
+    @property
+    def past_latents(self) -> int:
+        """Latent frames that encode the observed frames: the first frame alone, then groups of four."""
+        return 1 + (self.past_frames - 1) // 4
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(t, h, w) of a whole window's latents."""
+        return 1 + (self.num_frames - 1) // 4, self.image_size[0] // 8, self.image_size[1] // 8
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Video ↔ latents. `pca` is fitted to data; it keeps the Wan VAE's shape contract (SPEC 1.1) at no training cost."""
+
+    kind: Literal["pca"] = "pca"
+    fit_windows: int = 512  # windows that the PCA basis is fitted on
+
+    def __post_init__(self):
+        _require_positive(self, "fit_windows")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """Instruction → rows of text features. `hash` is an offline stand-in: one fixed random row per word."""
+
+    kind: Literal["hash"] = "hash"
+    rows: int = 512
+    width: int = 1024
+
+    def __post_init__(self):
+        _require_positive(self, "rows", "width")
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoDiTConfig:
+    """The video backbone (SPEC 3.1). Defaults are the 2B model."""
+
+    width: int = 2048
+    num_blocks: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    text_width: int = 1024
+    adaln_lora_dim: int = 256
+    latent_channels: int = 16
+    patch: tuple[int, int, int] = (1, 2, 2)  # t, h, w
+    rope_ratio: tuple[float, float, float] = (1.0, 3.0, 3.0)  # t, h, w extrapolation
+    hidden_block: int = 20  # blocks run before the decoder reads the residual stream (SPEC 3.8)
+
+    def __post_init__(self):
+        _require_positive(self, "width", "num_blocks", "num_heads", "mlp_ratio", "text_width", "adaln_lora_dim", "latent_channels")
+        _require(self.width % self.num_heads == 0, "backbone.width", self.width, f"a multiple of num_heads={self.num_heads}")
+        head_dim = self.width // self.num_heads
+        _require(head_dim % 2 == 0 and head_dim >= 6, "backbone.num_heads", self.num_heads, f"even heads of 6 or more dimensions, not {head_dim}")
+        _require(self.patch[0] == 1, "backbone.patch", self.patch, "a temporal patch of 1 (timesteps are per latent frame)")
+        _require(0 <= self.hidden_block <= self.num_blocks, "backbone.hidden_block", self.hidden_block, f"0 to num_blocks={self.num_blocks}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ActionDecoderConfig:
+    """The action decoder (SPEC 6.1). Defaults are the published Bridge decoder."""
+
+    width: int = 1024
+    num_blocks: int = 24
+    num_heads: int = 8
+    mlp_ratio: float = 4.0
+    adaln_lora_dim: int = 128
+    time_rank: int = 1024
+    obs_horizon: int = 1
+    action_horizon: int = 15
+    proprio_dim: int = 10
+    action_dim: int = 10
+    proprio_dropout: float = 0.2  # training only; the tokens are replaced by a learned mask token
+
+    def __post_init__(self):
+        _require_positive(self, "width", "num_blocks", "num_heads", "mlp_ratio", "adaln_lora_dim", "time_rank",
+                          "obs_horizon", "action_horizon", "proprio_dim", "action_dim")
+        _require(self.width % self.num_heads == 0, "decoder.width", self.width, f"a multiple of num_heads={self.num_heads}")
+        _require(0 <= self.proprio_dropout < 1, "decoder.proprio_dropout", self.proprio_dropout, "a probability below 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseConfig:
+    """Distribution of the video noise level σ = τ/(1−τ) in training (SPEC 4.2)."""
+
+    log_mean: float = 0.0
+    log_std: float = 1.0
+    scale: float = 4.0  # σ is multiplied by this: √(latent frames) in the published system
+    tail_probability: float = 0.05  # share of samples with σ from the log-uniform tail instead
+    tail_range: tuple[float, float] = (200.0, 100_000.0)
+
+    def __post_init__(self):
+        _require_positive(self, "log_std", "scale")
+        _require(0 <= self.tail_probability <= 1, "noise.tail_probability", self.tail_probability, "a probability")
+        _require(0 < self.tail_range[0] < self.tail_range[1], "noise.tail_range", self.tail_range, "0 < low < high")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One optimisation run (SPEC 4.4)."""
+
+    steps: int = 100_000
+    batch_size: int = 32  # global
+    learning_rate: float = 1.778e-4
+    warmup_steps: int = 1000
+    schedule: Literal["constant", "cosine", "linear"] = "constant"  # after the warm-up
+    final_fraction: float = 0.2  # of the peak rate, reached at `steps` by cosine and linear
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.1
+    clip_norm: float = 10.0
+    ema_decay: float = 0.0  # 0 switches the moving average off
+    average_generated_only: bool = True  # False: conditioned latent frames stay in the video loss's denominator (SPEC 4.2)
+    action_draws: int = 1  # action noise draws that share one backbone forward
+    log_every: int = 50
+    validate_every: int = 0  # 0 switches validation off
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 3
+
+    def __post_init__(self):
+        _require_positive(self, "steps", "batch_size", "learning_rate", "clip_norm", "action_draws", "log_every",
+                          "checkpoint_every", "keep_checkpoints")
+        _require(0 <= self.warmup_steps < self.steps, "train.warmup_steps", self.warmup_steps, f"0 to steps-1={self.steps - 1}")
+        _require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "0 (off) or a decay below 1")
+        _require(0 <= self.final_fraction <= 1, "train.final_fraction", self.final_fraction, "a fraction")
+        _require(self.validate_every >= 0, "train.validate_every", self.validate_every, "0 (off) or a number of steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Device mesh axes. One axis may be -1: it takes the devices that the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    sequence: int = 1
+
+    def __post_init__(self):
+        sizes = (self.data, self.fsdp, self.sequence)
+        _require(all(s == -1 or s > 0 for s in sizes) and sizes.count(-1) <= 1, "mesh", sizes, "positive sizes, at most one of them -1")
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyConfig:
+    """How an action chunk is sampled and used (SPEC 5.1, 7, 9.1)."""
+
+    video_steps: int = 35  # length of the video noise grid
+    stop_step: int = 0  # video denoising steps before the hidden state is read; 0 is one partial forward on pure noise
+    action_steps: int = 10  # Euler steps of the action flow
+    execute_steps: int = 5  # actions executed before planning again
+
+    def __post_init__(self):
+        _require_positive(self, "video_steps", "action_steps", "execute_steps")
+        _require(0 <= self.stop_step <= self.video_steps, "policy.stop_step", self.stop_step, f"0 to video_steps={self.video_steps}")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Closed-loop evaluation in a simulator."""
+
+    simulator: Literal["metaworld"] = "metaworld"
+    tasks: tuple[str, ...] = ()
+    episodes_per_task: int = 20
+    first_seed: int = 1_000_000  # far from the seeds of any demonstration
+    max_steps: int = 50  # control steps
+    workers: int = 2  # simulator processes
+
+    def __post_init__(self):
+        _require_positive(self, "episodes_per_task", "max_steps", "workers")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    """One training run of one stage, and how its policy is evaluated.
+
+    Stage `video` trains the backbone; stage `action` trains the decoder on the frozen backbone of the run directory
+    `backbone_run` (an empty string keeps the backbone's random initialisation: the ablation).
+    """
+
+    stage: Literal["video", "action"] = "action"
+    seed: int = 0
+    backbone_run: str = ""
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    text: TextConfig = TextConfig()
+    backbone: VideoDiTConfig = VideoDiTConfig()
+    decoder: ActionDecoderConfig = ActionDecoderConfig()
+    noise: NoiseConfig = NoiseConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+    policy: PolicyConfig = PolicyConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def __post_init__(self):
+        _require(self.text.width == self.backbone.text_width, "text.width", self.text.width,
+                 f"backbone.text_width={self.backbone.text_width}")
+        _require(self.decoder.action_horizon == self.data.action_horizon, "decoder.action_horizon", self.decoder.action_horizon,
+                 f"data.action_horizon={self.data.action_horizon}")
+        _require(self.policy.execute_steps <= self.decoder.action_horizon, "policy.execute_steps", self.policy.execute_steps,
+                 f"at most decoder.action_horizon={self.decoder.action_horizon}")
+
+
+def experiment_from(values: Mapping[str, Any]) -> ExperimentConfig:
+    """Builds the validated configuration from a nested mapping (an `ml_collections.ConfigDict` or loaded JSON).
+
+    Raises:
+        ConfigError: for an unknown field (naming the nearest known one), a value of the wrong type, or a value that
+            a dataclass above rejects.
+    """
+    return _build(ExperimentConfig, values, path="")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dict of a configuration, ready for JSON or `ml_collections.ConfigDict`; `experiment_from` inverts it."""
+    return dataclasses.asdict(config)
+
+
+def unknown_field_message(path: str, known: list[str]) -> str:
+    """The error text for a misspelt dotted field."""
+    nearest = difflib.get_close_matches(path, known, n=1, cutoff=0.0)
+    return f"unknown config field '{path}'; did you mean '{nearest[0]}'?"
+
+
+def field_paths(config_class: type, prefix: str = "") -> list[str]:
+    """Every dotted field name under a configuration class."""
+    paths = []
+    for name, hint in typing.get_type_hints(config_class).items():
+        paths += field_paths(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [prefix + name]
+    return paths
+
+
+def _build(config_class: type, values: Mapping[str, Any], path: str) -> Any:
+    hints = typing.get_type_hints(config_class)
+    for name in values:
+        if name not in hints:
+            raise ConfigError(unknown_field_message(path + name, field_paths(config_class, path) + [path + n for n in hints]))
+    return config_class(**{name: _convert(hints[name], value, path + name) for name, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    """Checks `value` against the type hint; widens int to float and list to tuple, nothing else."""
+    if dataclasses.is_dataclass(hint):
+        _require(isinstance(value, Mapping) or hasattr(value, "items"), path, value, "a group of fields")
+        return _build(hint, value, path + ".")
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        _require(value in arguments, path, value, "one of " + ", ".join(map(repr, arguments)))
+        return value
+    if origin is tuple:
+        _require(isinstance(value, list | tuple), path, value, "a tuple")
+        if arguments[-1] is ...:
+            return tuple(_convert(arguments[0], v, path) for v in value)
+        _require(len(value) == len(arguments), path, value, f"{len(arguments)} values")
+        return tuple(_convert(h, v, path) for h, v in zip(arguments, value, strict=True))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    _require(isinstance(value, hint) and (hint is bool or not isinstance(value, bool)), path, value, f"type {hint.__name__}")
+    if hint is float:
+        _require(math.isfinite(value), path, value, "a finite number")
+    return value
