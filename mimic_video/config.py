@@ -241,6 +241,7 @@ class ExperimentConfig:
     stage: Literal["video", "action"] = "action"
     seed: int = 0
     backbone_run: str = ""
+    precision: Literal["float32", "bfloat16"] = "float32"  # of activations; optimised parameters stay float32
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     text: TextConfig = TextConfig()

@@ -1,0 +1,174 @@
+"""The action decoder: a small transformer that turns the backbone's hidden states into actions (SPEC 6)."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from mimic_video.config import ActionDecoderConfig
+from mimic_video.models.attention import Attention, Heads
+from mimic_video.models.layers import MLP, LayerNorm, Modulation, RMSNorm, linear, modulate, scan_blocks, stack_blocks, truncated_normal
+
+Tokens = Float[Array, "b s d"]  # s = proprioception tokens, then action tokens
+Context = tuple[Float[Array, "blocks b k n e"], Float[Array, "blocks b k n e"]]  # keys and values of every block
+
+PROPRIO_TIME = 1e-3  # the flow time that proprioception tokens carry
+BILINEAR_BIAS = 0.382050174
+
+
+def time_features(times: Float[Array, "..."], width: int) -> Float[Array, "... d"]:
+    """[sin | cos] of flow times with width/2 periods from 0.004 to 4, geometrically spaced (SPEC 6.2).
+
+    The shortest period makes 250 cycles over the unit interval: a float32 product would lose the phase's low digits.
+    Splitting both factors in two makes the large partial products exact, so that whole cycles drop out without error.
+    """
+    half = width // 2
+    cycles = 1.0 / (0.004 * 1000.0 ** (np.arange(half) / (half - 1)))  # per unit of flow time, float64
+    cycles_high = np.round(cycles * 16) / 16  # 250·16 < 2¹²: twelve bits
+    cycles_low = (cycles - cycles_high).astype(np.float32)
+    times = times.astype(jnp.float32)[..., None]
+    times_high = jnp.round(times * 4096) / 4096
+    phase = jnp.mod(times_high * cycles_high.astype(np.float32), 1.0)
+    phase += jnp.mod((times - times_high) * cycles_high.astype(np.float32), 1.0)
+    phase += times * cycles_low
+    return jnp.concatenate([jnp.sin(2 * np.pi * phase), jnp.cos(2 * np.pi * phase)], axis=-1)
+
+
+def embedder_widths(inputs: int, outputs: int) -> list[int]:
+    """Widths of an embedder that grows about fourfold a layer; 10 → 47 → 220 → 1024 as published (SPEC 6.2)."""
+    ratio = outputs / inputs
+    layers = max(1, round(math.log(ratio, 4))) if ratio > 1 else 1
+    widths = [inputs]
+    for _ in range(layers - 1):
+        widths.append(round(widths[-1] * ratio ** (1 / layers)))
+    return [*widths, outputs]
+
+
+class Embedder(nnx.Module):
+    """Raw vectors → tokens: dense layers with the exact GELU between them, scaled by 1/√width."""
+
+    def __init__(self, inputs: int, outputs: int, rngs: nnx.Rngs):
+        widths = embedder_widths(inputs, outputs)
+        last = len(widths) - 2
+        self.layers = nnx.List(
+            linear(a, b, rngs, bias=0.0, init=nnx.initializers.variance_scaling(1.0 if i == last else 2.0, "fan_in", "uniform"))
+            for i, (a, b) in enumerate(zip(widths[:-1], widths[1:], strict=True))
+        )
+
+    def __call__(self, x: Float[Array, "b s m"]) -> Tokens:
+        for layer in self.layers[:-1]:
+            x = jax.nn.gelu(layer(x), approximate=False)
+        x = self.layers[-1](x)
+        return x / math.sqrt(x.shape[-1])
+
+
+class PairTimeEmbedding(nnx.Module):
+    """Low-rank bilinear embedding of the pair (action flow time, video flow time) (SPEC 6.2, step 5)."""
+
+    def __init__(self, width: int, rank: int, rngs: nnx.Rngs):
+        self.action_proj = linear(width, width, rngs, bias=0.0)
+        self.video_proj = linear(width, width, rngs, bias=0.0)
+        self.action_rank = linear(width, rank, rngs, bias=BILINEAR_BIAS)
+        self.video_rank = linear(width, rank, rngs, bias=BILINEAR_BIAS)
+        self.shared_proj = linear(rank, 3 * width, rngs)
+        self.norm = RMSNorm(rank)
+
+    def __call__(self, times: Float[Array, "b s"], video_time: Float[Array, " b"], dtype: jnp.dtype) -> tuple[Array, Array]:
+        """Normalised embedding (b, s, rank) and the modulation term shared by all blocks (b, s, 3·width)."""
+        width = self.action_proj.in_features
+        action = jax.nn.silu(self.action_proj(time_features(times, width).astype(dtype)))
+        video = jax.nn.silu(self.video_proj(time_features(video_time[:, None], width).astype(dtype)))
+        z = self.action_rank(action) * self.video_rank(video) - self.action_rank.bias[...] * self.video_rank.bias[...]
+        return self.norm(z), self.shared_proj(z)
+
+
+class ActionBlock(nnx.Module):
+    """Cross-attention to the video, self-attention, MLP; each modulated per token (SPEC 6.2, step 6)."""
+
+    def __init__(self, config: ActionDecoderConfig, context_width: int, rngs: nnx.Rngs):
+        width, rank, time = config.width, config.adaln_lora_dim, config.time_rank
+        self.cross_attn = Attention(width, config.num_heads, rngs, context_width)
+        self.self_attn = Attention(width, config.num_heads, rngs)
+        self.mlp = MLP(width, int(width * config.mlp_ratio), rngs)
+        self.cross_attn_modulation = Modulation(width, rank, 3, rngs, time)
+        self.self_attn_modulation = Modulation(width, rank, 3, rngs, time)
+        self.mlp_modulation = Modulation(width, rank, 3, rngs, time)
+
+    def __call__(self, x: Tokens, time: Array, shared: Array, keys_values: tuple[Heads, Heads]) -> Tokens:
+        for layer, modulation in (
+            (lambda y: self.cross_attn(y, keys_values), self.cross_attn_modulation),
+            (lambda y: self.self_attn(y, self.self_attn.keys_values(y)), self.self_attn_modulation),
+            (self.mlp, self.mlp_modulation),
+        ):
+            shift, scale, gate = modulation(time, shared)
+            x = x + gate * layer(modulate(x, shift, scale))
+        return x
+
+
+class ActionDecoder(nnx.Module):
+    """Velocity of an action chunk under the flow, given proprioception and the video backbone's hidden states."""
+
+    def __init__(self, config: ActionDecoderConfig, context_width: int, rngs: nnx.Rngs):
+        self.config = config
+        width = config.width
+        self.proprio_embedder = Embedder(config.proprio_dim, width, rngs)
+        self.action_embedder = Embedder(config.action_dim, width, rngs)
+        small = truncated_normal(width**-0.5)
+        self.proprio_mask_token = nnx.Param(small(rngs.params(), (1, 1, width), jnp.float32))
+        tokens = config.obs_horizon + config.action_horizon
+        self.position_embedding = nnx.Param(small(rngs.params(), (1, tokens, width), jnp.float32))
+        self.context_norm = LayerNorm(context_width)
+        self.time_embedding = PairTimeEmbedding(width, config.time_rank, rngs)
+        self.blocks = stack_blocks(lambda rngs: ActionBlock(config, context_width, rngs), config.num_blocks, rngs)
+        self.final_modulation = Modulation(width, config.adaln_lora_dim, 2, rngs, config.time_rank)
+        self.final_proj = linear(width, config.action_dim, rngs)
+
+    def encode_context(self, hidden: Float[Array, "b k c"]) -> Context:
+        """Keys and values of every block's cross-attention: all that the decoder needs of the video, at any action time."""
+        graphdef, state = nnx.split(self.blocks.cross_attn)
+        context = self.context_norm(hidden)
+        return jax.lax.map(lambda block: nnx.merge(graphdef, block).keys_values(context), state)
+
+    def __call__(
+        self,
+        proprio: Float[Array, "b o p"],
+        actions: Float[Array, "b a m"],
+        time: Float[Array, " b"],
+        video_time: Float[Array, " b"],
+        context: Context,
+        drop_proprio: Bool[Array, " b"] | None = None,
+    ) -> Float[Array, "b a m"]:
+        """The velocity ε − x₀ of every action.
+
+        Args:
+            proprio: normalised proprioception.
+            actions: noised normalised actions, scaled to unit variance (SPEC 7).
+            time: action flow time τ_a in [0, 1].
+            video_time: video flow time τ_v at which the hidden states were read.
+            context: from `encode_context`.
+            drop_proprio: samples whose proprioception is replaced by the mask token; None for none.
+
+        Raises:
+            ValueError: if the token count is not the one the position embedding was made for.
+        """
+        return self.tokens(proprio, actions, time, video_time, context, drop_proprio)[:, proprio.shape[1] :]
+
+    def tokens(self, proprio, actions, time, video_time, context, drop_proprio=None) -> Float[Array, "b s m"]:
+        """As `__call__`, for proprioception tokens too."""
+        observed, acted = proprio.shape[1], actions.shape[1]
+        if (observed, acted) != (self.config.obs_horizon, self.config.action_horizon):
+            raise ValueError(f"{observed} proprioception and {acted} action tokens; the decoder was built for "
+                             f"{self.config.obs_horizon} and {self.config.action_horizon}")  # fmt: skip
+        times = jnp.concatenate([jnp.full((len(time), observed), PROPRIO_TIME), jnp.tile(time[:, None], acted)], axis=1)
+        embedding, shared = self.time_embedding(times, video_time, actions.dtype)
+        proprio_tokens = self.proprio_embedder(proprio)
+        if drop_proprio is not None:
+            proprio_tokens = jnp.where(drop_proprio[:, None, None], self.proprio_mask_token[...], proprio_tokens)
+        x = jnp.concatenate([proprio_tokens, self.action_embedder(actions)], axis=1)
+        x = x + self.position_embedding[...]
+        x = scan_blocks(self.blocks, lambda block, x, k, v: block(x, embedding, shared, (k, v)), x, *context)
+        shift, scale = self.final_modulation(embedding, shared)
+        return self.final_proj(modulate(x, shift, scale))

@@ -1,0 +1,135 @@
+"""The video backbone: a diffusion transformer over latent frames (Cosmos-Predict2; SPEC 3)."""
+
+import math
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from mimic_video.config import VideoDiTConfig
+from mimic_video.models.attention import Attention
+from mimic_video.models.layers import MLP, Modulation, RMSNorm, linear, modulate, scan_blocks, stack_blocks
+from mimic_video.models.rope import rope_angles, rotate
+
+Tokens = Float[Array, "b t n d"]  # n = patches of one latent frame, row by row
+PerFrame = Float[Array, "b t d"]
+
+
+def time_features(times: Float[Array, "b t"], width: int) -> PerFrame:
+    """[cos(τω) | sin(τω)] with width/2 frequencies ω from 1 down to 1/10000 (SPEC 3.5)."""
+    frequencies = jnp.exp(-math.log(10000.0) / (width // 2) * jnp.arange(width // 2))
+    angles = times.astype(jnp.float32)[..., None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class VideoBlock(nnx.Module):
+    """Self-attention, cross-attention to the text, MLP; each modulated by its frame's flow time (SPEC 3.6)."""
+
+    def __init__(self, config: VideoDiTConfig, rngs: nnx.Rngs):
+        width, rank = config.width, config.adaln_lora_dim
+        self.self_attn = Attention(width, config.num_heads, rngs)
+        self.cross_attn = Attention(width, config.num_heads, rngs, config.text_width)
+        self.mlp = MLP(width, int(width * config.mlp_ratio), rngs)
+        self.self_attn_modulation = Modulation(width, rank, 3, rngs)
+        self.cross_attn_modulation = Modulation(width, rank, 3, rngs)
+        self.mlp_modulation = Modulation(width, rank, 3, rngs)
+
+    def __call__(self, x: Tokens, time: PerFrame, shared: PerFrame, text: Float[Array, "b s e"], rotate_heads) -> Tokens:
+        def sequence(tokens: Tokens) -> Float[Array, "b s d"]:
+            return tokens.reshape(tokens.shape[0], -1, tokens.shape[-1])
+
+        def self_attention(y: Tokens) -> Tokens:
+            y = sequence(y)
+            return self.self_attn(y, self.self_attn.keys_values(y, rotate_heads), rotate_heads)
+
+        def cross_attention(y: Tokens) -> Tokens:
+            return self.cross_attn(sequence(y), self.cross_attn.keys_values(text))
+
+        for layer, modulation in (
+            (self_attention, self.self_attn_modulation),
+            (cross_attention, self.cross_attn_modulation),
+            (self.mlp, self.mlp_modulation),
+        ):
+            shift, scale, gate = (part[:, :, None] for part in modulation(time, shared))
+            x = x + gate * layer(modulate(x, shift, scale)).reshape(x.shape)
+        return x
+
+
+class VideoDiT(nnx.Module):
+    """Velocity of latent video under the flow, and the residual stream on the way to it."""
+
+    def __init__(self, config: VideoDiTConfig, rngs: nnx.Rngs):
+        self.config = config
+        width, patch_size = config.width, math.prod(config.patch)
+        self.patch_proj = linear((config.latent_channels + 2) * patch_size, width, rngs)
+        self.time_in = linear(width, width, rngs)
+        self.time_out = linear(width, 3 * width, rngs)
+        self.time_norm = RMSNorm(width)
+        self.blocks = stack_blocks(lambda rngs: VideoBlock(config, rngs), config.num_blocks, rngs)
+        self.final_modulation = Modulation(width, config.adaln_lora_dim, 2, rngs)
+        self.final_proj = linear(width, config.latent_channels * patch_size, rngs)
+
+    def hidden(
+        self,
+        latents: Float[Array, "b t h w c"],
+        times: Float[Array, "b t"],
+        text: Float[Array, "b s e"],
+        condition_mask: Float[Array, "b t"],
+        padding_mask: Float[Array, "b h w"] | None = None,
+        *,
+        stop: int,
+    ) -> Tokens:
+        """The residual stream after the first `stop` blocks; 0 is the patch embedding (SPEC 3.8).
+
+        Args:
+            latents: network input: clean conditioned frames, noised other frames (SPEC 4.1).
+            times: flow time τ of each latent frame, in [0, 1].
+            text: text rows; every row takes part, so published models need exactly 512 (SPEC 2).
+            condition_mask: 1 for conditioned frames.
+            padding_mask: 1 for latent pixels outside the picture; None for none.
+        """
+        time, shared = self._time_embedding(times.astype(jnp.float32), latents.dtype)
+        x = self._patchify(latents, condition_mask, padding_mask)
+        return self._run(x, time, shared, text, latents.shape, stop)
+
+    def __call__(self, latents, times, text, condition_mask, padding_mask=None) -> Float[Array, "b t h w c"]:
+        """The velocity ε − x₀ of every latent frame; arguments as for `hidden`."""
+        time, shared = self._time_embedding(times.astype(jnp.float32), latents.dtype)
+        x = self._patchify(latents, condition_mask, padding_mask)
+        x = self._run(x, time, shared, text, latents.shape, self.config.num_blocks)
+        shift, scale = (part[:, :, None] for part in self.final_modulation(time, shared))
+        return self._unpatchify(self.final_proj(modulate(x, shift, scale)), latents.shape)
+
+    def _time_embedding(self, times: Float[Array, "b t"], dtype: jnp.dtype) -> tuple[PerFrame, PerFrame]:
+        features = time_features(times, self.config.width).astype(dtype)
+        return self.time_norm(features), self.time_out(nnx.silu(self.time_in(features)))
+
+    def _run(self, x: Tokens, time: PerFrame, shared: PerFrame, text, latent_shape, stop: int) -> Tokens:
+        config = self.config
+        _, t, h, w, _ = latent_shape
+        angles = rope_angles((t, h // config.patch[1], w // config.patch[2]), config.width // config.num_heads, config.rope_ratio)
+
+        def apply(block: VideoBlock, x: Tokens) -> Tokens:
+            return block(x, time, shared, text, lambda heads: rotate(heads, angles))
+
+        return scan_blocks(self.blocks, apply, x, stop=stop)
+
+    def _patchify(self, latents, condition_mask, padding_mask) -> Tokens:
+        b, t, h, w, _ = latents.shape
+        _, rows, columns = self.config.patch
+        if h % rows or w % columns:
+            raise ValueError(f"latents of {h}x{w} cannot be cut into patches of {rows}x{columns}")
+        if padding_mask is None:
+            padding_mask = jnp.zeros((b, h, w))
+        masks = (condition_mask[:, :, None, None, None], padding_mask[:, None, :, :, None])
+        masks = [jnp.broadcast_to(mask, (b, t, h, w, 1)).astype(latents.dtype) for mask in masks]
+        x = jnp.concatenate([latents, *masks], axis=-1)
+        x = x.reshape(b, t, h // rows, rows, w // columns, columns, -1)
+        x = x.transpose(0, 1, 2, 4, 6, 3, 5)  # b t h w (c m n): channel slowest (SPEC 3.3)
+        return self.patch_proj(x.reshape(b, t, (h // rows) * (w // columns), -1))
+
+    def _unpatchify(self, x: Tokens, latent_shape) -> Float[Array, "b t h w c"]:
+        b, t, h, w, c = latent_shape
+        _, rows, columns = self.config.patch
+        x = x.reshape(b, t, h // rows, w // columns, rows, columns, c)  # channel fastest, unlike the input (SPEC 3.7)
+        return x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(latent_shape)

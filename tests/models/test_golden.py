@@ -1,0 +1,84 @@
+"""Both networks against vectors of the published PyTorch implementation."""
+
+import json
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mimic_video.config import ActionDecoderConfig, VideoDiTConfig
+from mimic_video.models.action_decoder import ActionDecoder
+from mimic_video.models.video_dit import VideoDiT
+from mimic_video.weights.published import ACTION_DECODER_NAMES, VIDEO_DIT_NAMES, from_published
+
+GOLDEN = pathlib.Path(os.environ.get("MIMIC_VIDEO_GOLDEN", pathlib.Path(__file__).parents[1] / "golden"))
+TOLERANCE = 1e-5
+
+
+def files_of(kind):
+    loaded = {path.stem: np.load(path) for path in sorted(GOLDEN.glob("*.npz"))}
+    chosen = {stem: arrays for stem, arrays in loaded.items() if json.loads(str(arrays["meta"]))["kind"] == kind}
+    return [pytest.param(json.loads(str(arrays["meta"])), arrays, id=stem) for stem, arrays in chosen.items()]
+
+
+def load(model, arrays, names):
+    published = {key.removeprefix("param/"): arrays[key] for key in arrays.files if key.startswith("param/")}
+    flat = from_published(published, names)
+    _, state = nnx.split(model)
+    paths = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+    assert {path: leaf.shape for path, leaf in paths.items()} == {path: value.shape for path, value in flat.items()}
+    nnx.update(model, nnx.from_flat_state([(path, leaf.replace(jnp.asarray(flat["/".join(map(str, path))])))
+                                           for path, leaf in nnx.to_flat_state(state)]))  # fmt: skip
+    return model
+
+
+def channels_last(x):
+    return np.moveaxis(x, 1, -1)
+
+
+@pytest.mark.parametrize(("meta", "arrays"), files_of("video_dit"))
+def test_video_dit(meta, arrays):
+    assert meta["rope_dtype"] == "float32"
+    config = VideoDiTConfig(
+        width=meta["width"], num_blocks=meta["num_blocks"], num_heads=meta["num_heads"], mlp_ratio=meta["mlp_ratio"],
+        text_width=meta["text_width"], adaln_lora_dim=meta["adaln_lora_dim"], latent_channels=meta["latent_channels"],
+        patch=tuple(meta["patch"]), rope_ratio=tuple(meta["rope_ratio"]), hidden_block=meta["num_blocks"],
+    )  # fmt: skip
+    model = load(VideoDiT(config, nnx.Rngs(0)), arrays, VIDEO_DIT_NAMES)
+    mask = arrays["in/condition_mask"][:, 0]
+    assert (mask == mask[:, :, :1, :1]).all(), "the mask is per latent frame"
+    latents = channels_last(arrays["in/latents"])
+    rows, columns = latents.shape[2:4]
+    padding = arrays["in/padding_mask"][:, 0]
+    padding = padding[:, :: padding.shape[1] // rows, :: padding.shape[2] // columns]  # nearest
+    inputs = (latents, arrays["in/timesteps"], arrays["in/text"], mask[:, :, 0, 0], padding)
+    inputs = jax.tree.map(jnp.asarray, inputs)
+    np.testing.assert_allclose(model(*inputs), channels_last(arrays["out/net"]), atol=TOLERANCE)
+    for block in range(meta["num_blocks"] + 1):
+        expected = arrays[f"out/hidden_{block}"]
+        got = model.hidden(*inputs, stop=block).reshape(expected.shape)
+        np.testing.assert_allclose(got, expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("meta", "arrays"), files_of("action_decoder"))
+def test_action_decoder(meta, arrays):
+    config = ActionDecoderConfig(
+        width=meta["width"], num_blocks=meta["num_blocks"], num_heads=meta["num_heads"], mlp_ratio=meta["mlp_ratio"],
+        adaln_lora_dim=meta["adaln_lora_dim"], time_rank=meta["time_rank"], obs_horizon=meta["obs_horizon"],
+        action_horizon=meta["action_horizon"], proprio_dim=meta["action_dim"], action_dim=meta["action_dim"],
+    )  # fmt: skip
+    model = load(ActionDecoder(config, meta["context_width"], nnx.Rngs(0)), arrays, ACTION_DECODER_NAMES)
+    times, sigma = arrays["in/timesteps"], arrays["in/video_sigma"][:, 0]
+    observed = meta["obs_horizon"]
+    np.testing.assert_allclose(times[:, :observed], 1e-3)
+    context = model.encode_context(jnp.asarray(arrays["in/context"]))
+    inputs = [arrays["in/state"], arrays["in/noisy_actions"], times[:, -1], sigma / (1 + sigma)]
+    inputs = [*map(jnp.asarray, inputs), context]
+    np.testing.assert_allclose(model.tokens(*inputs), arrays["out/velocity"], atol=TOLERANCE)
+    np.testing.assert_allclose(model(*inputs), arrays["out/velocity"][:, observed:], atol=TOLERANCE)
+    dropped = jnp.ones(len(sigma), bool)
+    np.testing.assert_allclose(model.tokens(*inputs, dropped), arrays["out/velocity_obs_masked"], atol=TOLERANCE)
