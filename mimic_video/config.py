@@ -47,6 +47,7 @@ class DataConfig:
     action_horizon: int = 15
     control_hz: float = 5.0
     action_delay: float = 0.2  # seconds
+    normalization: Literal["identity", "variance", "squash", "squash_hard"] = "variance"  # of actions and proprio (SPEC 7.1)
     frame_cache_mb: int = 512  # decoded frames kept in host memory
 
     def __post_init__(self):

@@ -1,0 +1,124 @@
+"""Evaluates the newest checkpoint of a run; writes `evaluation.json`, GIFs and PNGs into its directory.
+
+    python launch/evaluate.py --config=configs/quickstart.py:action --workdir=runs/quickstart/action [--config.policy.stop_step=4]
+    python launch/evaluate.py --config=configs/quickstart.py:video --workdir=runs/quickstart/video
+    python launch/evaluate.py --config=configs/quickstart.py:action --workdir=runs/quickstart/expert --expert
+
+Stage `action`: success over unseen seeds in the simulator, and open-loop action error on held-out demonstrations.
+Stage `video`: predicted against real video on held-out episodes. With --expert, the scripted expert drives the same seeds.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import time
+
+import experiment
+import jax
+import numpy as np
+from absl import flags
+from PIL import Image
+
+from data_pipelines.loader import WindowDataset, check_dataset
+from data_pipelines.sources.metaworld import expert_steps
+from data_pipelines.sources.rlds import DatasetError, RldsSource
+from mimic_video.config import ExperimentConfig
+from mimic_video.evaluation.metaworld import MetaworldFactory
+from mimic_video.evaluation.offline import action_errors, psnr
+from mimic_video.evaluation.rollouts import EpisodeResult, run_rollouts, success_table
+from mimic_video.models.text import make_text_encoder
+from mimic_video.policy.policy import Policy
+from mimic_video.training import checkpoints
+from mimic_video.vam import VideoActionModel
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory", required=True)
+_EXPERT = flags.DEFINE_bool("expert", False, "Evaluate the scripted expert instead of a policy")
+_RECORDED = flags.DEFINE_integer("recorded", 4, "Episodes per task, or video samples, kept as GIF", lower_bound=0)
+
+_VIDEO_SAMPLES = 16
+_MODEL_FIELDS = ("data.image_size", "data.past_frames", "data.future_frames", "tokenizer", "text", "backbone", "decoder")
+
+
+def held_out_windows(config: ExperimentConfig, directory: str, actions: bool) -> WindowDataset:
+    source = RldsSource(directory, config.data.validation_split)
+    check_dataset(source, config)
+    return WindowDataset(source, config.data, actions=actions)
+
+
+def save_gif(path: pathlib.Path, frames: np.ndarray, hz: float) -> None:
+    """Writes uint8 (f, h, w, 3) as an endlessly repeating GIF, enlarged to at least 192 pixels."""
+    factor = -(-192 // min(frames.shape[1:3]))
+    images = [Image.fromarray(frame).resize((frame.shape[1] * factor, frame.shape[0] * factor), Image.NEAREST) for frame in frames]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / hz), loop=0)
+
+
+def evaluate_video(config: ExperimentConfig, run: pathlib.Path) -> dict:
+    """Predictions of held-out futures, beside repeating the last observed frame."""
+    params, step = checkpoints.load_params(run)
+    vam, past = VideoActionModel(config), config.data.past_frames
+    windows = held_out_windows(config, config.data.video_dataset, actions=False)
+    chosen = [windows[int(i)] for i in np.linspace(0, len(windows) - 1, _VIDEO_SAMPLES)]
+    real = np.stack([window["video"] for window in chosen])
+    text = np.stack([make_text_encoder(config.text)(window["instruction"]) for window in chosen])
+    predicted = np.asarray(jax.jit(vam.sample_video)(params, real[:, :past], text, jax.random.key(config.seed)))
+    mask = np.stack([window["video_mask"] for window in chosen])[:, past:]
+    repeated = np.repeat(real[:, past - 1 : past], config.data.future_frames, axis=1)
+    for i in range(min(_RECORDED.value, len(chosen))):
+        save_gif(run / "videos" / f"{i:02d}.gif", np.concatenate([real[i], predicted[i]], axis=2), config.data.video_hz / 2)
+    rows = [np.concatenate(list(video[i, past - 1 :: 3]), axis=1) for i in range(min(4, len(chosen))) for video in (real, predicted)]
+    strip = Image.fromarray(np.concatenate(rows))
+    strip.resize((strip.width * 2, strip.height * 2), Image.NEAREST).save(run / "videos" / "strip.png")
+    return {
+        "checkpoint_step": step,
+        "psnr": psnr(predicted[:, past:], real[:, past:], mask).tolist(),
+        "psnr_last_frame_repeated": psnr(repeated, real[:, past:], mask).tolist(),
+        "samples": [window["instruction"] for window in chosen],
+    }
+
+
+def evaluate_policy(config: ExperimentConfig, run: pathlib.Path) -> dict:
+    checkpoints.require_same_model(checkpoints.read_config(run), config, _MODEL_FIELDS, run)
+    policy = Policy.load(run, config)
+    windows = held_out_windows(config, config.data.action_dataset, actions=True)
+    samples = [windows[index] for index in range(0, len(windows), 4)]
+    open_loop = action_errors(policy, samples, config.data.past_frames, policy.normalizers["action"])
+    factory = functools.partial(MetaworldFactory, image_size=config.data.image_size)
+    results = run_rollouts(policy, factory, config, record=_RECORDED.value)
+    for result in results:
+        if result.frames is not None:
+            outcome = "success" if result.success else "failure"
+            save_gif(run / "rollouts" / f"{result.task}_{result.seed}_{outcome}.gif", result.frames, config.data.control_hz)
+    return {"open_loop": open_loop, **closed_loop(results, config)}
+
+
+def evaluate_expert(config: ExperimentConfig) -> dict:
+    """The ceiling: the expert that gave the demonstrations, without noise, under the same step limit."""
+    evaluation, results = config.evaluation, []
+    for task in evaluation.tasks:
+        factory = MetaworldFactory(task, config.data.image_size)
+        for seed in range(evaluation.first_seed, evaluation.first_seed + evaluation.episodes_per_task):
+            steps = expert_steps(factory, seed, evaluation.max_steps)
+            results.append(EpisodeResult(task, seed, steps is not None, evaluation.max_steps if steps is None else steps))
+    return closed_loop(results, config)
+
+
+def closed_loop(results: list[EpisodeResult], config: ExperimentConfig) -> dict:
+    episodes = [{"task": r.task, "seed": r.seed, "success": r.success, "steps": r.steps} for r in results]
+    return {"success": success_table(results), "episodes": episodes, "policy": dataclasses.asdict(config.policy)}
+
+
+def main(config: ExperimentConfig) -> None:
+    run, start = pathlib.Path(_WORKDIR.value), time.perf_counter()
+    if _EXPERT.value:
+        run.mkdir(parents=True, exist_ok=True)
+        values = evaluate_expert(config)
+    else:
+        values = {"video": evaluate_video, "action": evaluate_policy}[config.stage](config, run)
+    checkpoints.write_json(run / "evaluation.json", values | {"seconds": time.perf_counter() - start})
+    for task, row in values.get("success", {}).items():
+        print(f"{task}: {row['successes']}/{row['episodes']} = {row['rate']:.2f}, 95 % interval {row['low']:.2f} to {row['high']:.2f}")
+
+
+if __name__ == "__main__":
+    experiment.run(main, (DatasetError, checkpoints.RunError))

@@ -1,0 +1,35 @@
+"""The `--config=FILE.py[:ARG] [--config.FIELD=VALUE ...]` of every launch script."""
+
+import logging
+import sys
+from collections.abc import Callable
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from mimic_video.config import ConfigError, ExperimentConfig, experiment_from, field_paths, unknown_field_message
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, e.g. configs/quickstart.py:action")
+
+
+def run(main: Callable[[ExperimentConfig], None], expected_errors: tuple[type[Exception], ...] = ()) -> None:
+    """Parses the command line and calls `main` with the experiment.
+
+    A mistake of the user's, that is a ConfigError or one of `expected_errors`, ends the script with its message and exit
+    code 2; anything else keeps its traceback.
+    """
+    known = field_paths(ExperimentConfig)
+    for argument in sys.argv[1:]:
+        name = argument.lstrip("-").split("=")[0]
+        if name.startswith("config.") and name.removeprefix("config.") not in known:
+            sys.exit(f"error: {unknown_field_message(name.removeprefix('config.'), known)}")
+    flags.mark_flag_as_required("config")
+
+    def start(_: list[str]) -> None:
+        logging.getLogger("absl").setLevel(logging.WARNING)  # orbax and grain narrate every file
+        try:
+            main(experiment_from(_CONFIG.value.to_dict()))
+        except (ConfigError, *expected_errors) as error:
+            sys.exit(f"error: {error}")
+
+    app.run(start)

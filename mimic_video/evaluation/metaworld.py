@@ -1,0 +1,259 @@
+"""Meta-World tasks behind the `Environment` interface, with a software renderer that needs no GPU and no display."""
+
+import atexit
+import ctypes.util
+import dataclasses
+import difflib
+import os
+import sys
+from typing import Any
+
+import numpy as np
+
+from mimic_video.evaluation.environment import Observation, checked_action
+
+ACTION_REPEAT = 4  # simulator steps of 12.5 ms per control step
+
+INSTRUCTIONS = {
+    "assembly-v3": "pick up the wrench and put its ring over the peg",
+    "basketball-v3": "pick up the basketball and put it through the hoop",
+    "bin-picking-v3": "move the cube from the red bin to the blue bin",
+    "box-close-v3": "pick up the lid and close the box",
+    "button-press-topdown-v3": "press the button down from above",
+    "button-press-topdown-wall-v3": "press the button behind the wall down from above",
+    "button-press-v3": "push the button in from the front",
+    "button-press-wall-v3": "reach around the wall and push the button in",
+    "coffee-button-v3": "press the button on the coffee machine",
+    "coffee-pull-v3": "pull the mug away from the coffee machine",
+    "coffee-push-v3": "push the mug under the coffee machine",
+    "dial-turn-v3": "turn the dial",
+    "disassemble-v3": "lift the wrench off the peg",
+    "door-close-v3": "close the door",
+    "door-lock-v3": "lock the door",
+    "door-open-v3": "open the door",
+    "door-unlock-v3": "unlock the door",
+    "drawer-close-v3": "close the drawer",
+    "drawer-open-v3": "open the drawer",
+    "faucet-close-v3": "turn the faucet off",
+    "faucet-open-v3": "turn the faucet on",
+    "hammer-v3": "pick up the hammer and drive the nail into the wood",
+    "hand-insert-v3": "push the block into the hole in the table",
+    "handle-press-side-v3": "press the handle down from the side",
+    "handle-press-v3": "press the handle down",
+    "handle-pull-side-v3": "pull the handle up from the side",
+    "handle-pull-v3": "pull the handle up",
+    "lever-pull-v3": "pull the lever up",
+    "peg-insert-side-v3": "pick up the peg and insert it into the hole in the side of the block",
+    "peg-unplug-side-v3": "pull the peg out of the hole in the side of the block",
+    "pick-out-of-hole-v3": "pick the puck out of the hole",
+    "pick-place-v3": "pick up the puck and hold it at the target",
+    "pick-place-wall-v3": "pick up the puck and carry it over the wall to the target",
+    "plate-slide-back-side-v3": "slide the plate sideways out of the cabinet",
+    "plate-slide-back-v3": "slide the plate back out of the cabinet",
+    "plate-slide-side-v3": "slide the plate sideways into the cabinet",
+    "plate-slide-v3": "slide the plate into the cabinet",
+    "push-back-v3": "pull the puck back to the target",
+    "push-v3": "push the puck to the target",
+    "push-wall-v3": "push the puck around the wall to the target",
+    "reach-v3": "move the gripper to the target",
+    "reach-wall-v3": "move the gripper over the wall to the target",
+    "shelf-place-v3": "pick up the block and place it on the shelf",
+    "soccer-v3": "push the soccer ball into the goal",
+    "stick-pull-v3": "pick up the stick and pull the thermos with it",
+    "stick-push-v3": "pick up the stick and push the thermos with it",
+    "sweep-into-v3": "sweep the block into the hole",
+    "sweep-v3": "sweep the block off the table",
+    "window-close-v3": "slide the window closed",
+    "window-open-v3": "slide the window open",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MetaworldFactory:
+    """Makes environments of one task, in this process or, being picklable, in a pool's workers.
+
+    Attributes:
+        task: a key of `INSTRUCTIONS`.
+        image_size: (height, width) of the camera image in pixels.
+
+    Raises:
+        ValueError: for an unknown task, naming the nearest known one. Meta-World itself is only needed by the call.
+    """
+
+    task: str
+    image_size: tuple[int, int]
+
+    def __post_init__(self):
+        if self.task not in INSTRUCTIONS:
+            nearest = difflib.get_close_matches(self.task, INSTRUCTIONS, n=1, cutoff=0.0)
+            raise ValueError(f"unknown Meta-World task '{self.task}'; did you mean '{nearest[0]}'?")
+        if min(self.image_size) < 1:
+            raise ValueError(f"image_size is {self.image_size}; expected a positive height and width")
+
+    def __call__(self) -> "MetaworldEnvironment":
+        return MetaworldEnvironment(self.task, self.image_size)
+
+
+class MetaworldEnvironment:
+    """A Sawyer arm over a table. Object and goal positions are drawn from the seed at every reset.
+
+    Actions (m=4) are the gripper's displacement along x, y, z in units of 1 cm per simulator step, and the force that closes
+    its fingers. The controller saturates each at ±1. Proprioception (p=4) is the gripper's position in metres and its
+    opening, 0 closed to 1 open.
+
+    Meta-World's own limit of 500 simulator steps is lifted: how long an episode lasts is the caller's decision.
+    """
+
+    action_dim = 4
+    proprio_dim = 4
+
+    def __init__(self, task: str, image_size: tuple[int, int]):
+        """Prefer `MetaworldFactory`, which checks its arguments. Raises ImportError when Meta-World or OpenGL is missing."""
+        self.instruction = INSTRUCTIONS[task]
+        self._simulator = _make_simulator(task)
+        self.control_hz = 1 / (self._simulator.dt * ACTION_REPEAT)
+        self._renderer = _renderer_for(task, image_size, self._simulator.model)
+        self._state: np.ndarray | None = None
+
+    @property
+    def state(self) -> np.ndarray:
+        """float64 (39,), Meta-World's full observation with object and goal positions: what scripted experts act on."""
+        if self._state is None:
+            raise RuntimeError("reset the environment first")
+        return self._state
+
+    def reset(self, seed: int) -> Observation:
+        self._simulator.seed(seed)
+        self._simulator.reset()
+        self._state = _settled_state(self._simulator)
+        return self._observe()
+
+    def step(self, action: np.ndarray) -> tuple[Observation, bool]:
+        if self._state is None:
+            raise RuntimeError("reset the environment before stepping it")
+        action = np.clip(checked_action(action, self.action_dim), -1, 1)
+        success = False
+        for _ in range(ACTION_REPEAT):
+            self._state, _, _, _, info = self._simulator.step(action)
+            success = success or bool(info["success"])
+        return self._observe(), success
+
+    def close(self) -> None:
+        self._simulator.close()
+        self._state = None
+
+    def _observe(self) -> Observation:
+        image = self._renderer.render(self._simulator.model, self._simulator.data)
+        return Observation(image, self.state[: self.proprio_dim].astype(np.float32))
+
+
+def _make_simulator(task: str) -> Any:
+    _choose_graphics()
+    try:
+        from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+    except ModuleNotFoundError as error:
+        raise ImportError(f"Meta-World is not installed ({error}): pip install 'mimic-video-jax[sim]'") from error
+    simulator = ALL_V3_ENVIRONMENTS[task]()
+    simulator._set_task_called = True  # instead of set_task, which would freeze one goal
+    simulator._freeze_rand_vec = False
+    simulator.seeded_rand_vec = True
+    simulator._partially_observable = False  # scripted experts need the goal in `state`
+    del simulator.sawyer_observation_space  # cached for the partially observable case; `step` clips the state to it
+    simulator.max_path_length = sys.maxsize
+    # These dominate the cost of a software-rendered image and have to be off before the renderer is created.
+    simulator.model.vis.quality.offsamples = 0
+    simulator.model.vis.quality.shadowsize = 0
+    simulator.model.light_castshadow[:] = 0
+    simulator.model.mat_reflectance[:] = 0
+    return simulator
+
+
+def _settled_state(simulator: Any) -> np.ndarray:
+    """The state after a reset, with every body and goal marker where the reset put it.
+
+    Meta-World moves bodies after its last forward pass: without another one, the first image and the first state show
+    the drawer or door where the model file has it, not where the episode does.
+    """
+    import mujoco
+
+    mujoco.mj_forward(simulator.model, simulator.data)
+    for name, position in simulator._target_site_config:
+        simulator._set_pos_site(name, position)
+    state = simulator._get_obs()
+    state[18:36] = state[:18]  # the "previous" half: an episode starts at rest
+    return state
+
+
+def _choose_graphics() -> None:
+    """Points MuJoCo at a headless OpenGL. It reads the variable once, at import, so a choice made already is left alone."""
+    if not sys.platform.startswith("linux") or "MUJOCO_GL" in os.environ:
+        return
+    if "mujoco" in sys.modules:
+        raise ImportError("mujoco was imported before its graphics could be chosen: set MUJOCO_GL=osmesa (or egl) in the shell")
+    libraries = {"osmesa": "OSMesa", "egl": "EGL"}  # software first: the same image everywhere, and the GPU is left alone
+    available = [backend for backend, library in libraries.items() if ctypes.util.find_library(library)]
+    if not available:
+        raise ImportError("rendering needs OpenGL without a display, and neither libOSMesa nor libEGL was found: "
+                          "apt-get install libosmesa6")
+    os.environ["MUJOCO_GL"] = available[0]
+
+
+_gl_context: Any = None  # the process's only one: under OSMesa a second silently returned stale or flipped images
+_renderers: dict[tuple[str, tuple[int, int]], "_Renderer"] = {}
+
+
+def _renderer_for(task: str, image_size: tuple[int, int], model: Any) -> "_Renderer":
+    """The process's renderer for a task: its environments have identical meshes and textures, so one upload serves all."""
+    global _gl_context
+    if _gl_context is None:
+        from mujoco.gl_context import GLContext
+
+        _gl_context = GLContext(64, 64)  # any size: images are drawn in MuJoCo's own offscreen buffer
+        atexit.register(_release_graphics)
+    key = (task, tuple(image_size))
+    if key not in _renderers:
+        _renderers[key] = _Renderer(model, *image_size)
+    return _renderers[key]
+
+
+def _release_graphics() -> None:
+    for renderer in _renderers.values():
+        renderer.release()
+    _renderers.clear()
+    _gl_context.free()
+
+
+class _Renderer:
+    """Draws the same fixed view of any simulator whose model has the assets of the one given here."""
+
+    def __init__(self, model: Any, height: int, width: int):
+        import mujoco
+
+        self._mujoco = mujoco
+        self._height, self._width = height, width
+        model.vis.global_.offheight, model.vis.global_.offwidth = height, width
+        _gl_context.make_current()
+        self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50)
+        self._scene = mujoco.MjvScene(model, maxgeom=1000)
+        self._option = mujoco.MjvOption()
+        self._camera = mujoco.MjvCamera()
+        self._camera.lookat[:] = (0.0, 0.72, 0.10)
+        self._camera.distance = 1.15
+        self._camera.azimuth = 145
+        self._camera.elevation = -40
+
+    def render(self, model: Any, data: Any) -> np.ndarray:
+        """uint8 (height, width, 3)."""
+        mujoco = self._mujoco
+        _gl_context.make_current()
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
+        view = mujoco.MjrRect(0, 0, self._width, self._height)
+        mujoco.mjv_updateScene(model, data, self._option, None, self._camera, mujoco.mjtCatBit.mjCAT_ALL, self._scene)
+        mujoco.mjr_render(view, self._scene, self._context)
+        image = np.empty((self._height, self._width, 3), np.uint8)
+        mujoco.mjr_readPixels(image, None, view, self._context)
+        return np.ascontiguousarray(image[::-1])  # OpenGL counts rows from the bottom
+
+    def release(self) -> None:
+        _gl_context.make_current()
+        self._context.free()

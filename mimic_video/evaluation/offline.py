@@ -1,0 +1,59 @@
+"""What a model gets right on held-out recordings, without a simulator."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from mimic_video.transforms import Normalizer
+
+Window = dict[str, Any]  # one sample of the data pipeline in raw units: video, video_mask, instruction, proprio, actions, action_mask
+
+
+def action_errors(
+    plan: Callable[..., np.ndarray], windows: Sequence[Window], past_frames: int, normalizer: Normalizer, batch_size: int = 32
+) -> dict[str, Any]:
+    """Open-loop error of planned chunks against the recorded actions.
+
+    Args:
+        plan: a `Policy`, or anything called like one.
+        windows: at least one window with actions.
+        normalizer: of the actions; errors are root mean squares in its units, where 1 is one standard deviation.
+
+    Returns:
+        `rmse` over all real (not padded) actions; `rmse_per_step` (a,) along the chunk; `first_step_rmse`; `windows`, their
+        count; and `example`, the recorded and planned first actions of each window in order, (n, m), raw units.
+    """
+    planned = []
+    for first in range(0, len(windows), batch_size):
+        group = windows[first : first + batch_size]
+        filled = [*group, *[group[-1]] * (batch_size - len(group))]  # a constant batch compiles once
+        actions = plan(
+            np.stack([window["video"][:past_frames] for window in filled]),
+            np.stack([window["proprio"][-1] for window in filled]),
+            [window["instruction"] for window in filled],
+            first // batch_size,
+        )
+        planned.append(actions[: len(group)])
+    planned = np.concatenate(planned)
+    recorded = np.stack([window["actions"] for window in windows])
+    mask = np.stack([window["action_mask"] for window in windows])
+    squares = ((planned - recorded) * normalizer.scale) ** 2
+    per_step = np.sqrt((squares.mean(-1) * mask).sum(0) / np.maximum(mask.sum(0), 1))
+    return {
+        "rmse": float(np.sqrt(squares.mean(-1)[mask].mean())),
+        "first_step_rmse": float(per_step[0]),
+        "rmse_per_step": per_step.tolist(),
+        "windows": len(windows),
+        "example": {"recorded": recorded[:, 0].tolist(), "planned": planned[:, 0].tolist()},
+    }
+
+
+def psnr(
+    predicted: UInt8[np.ndarray, "n f h w 3"], real: UInt8[np.ndarray, "n f h w 3"], mask: np.ndarray
+) -> Float[np.ndarray, " f"]:
+    """Peak signal-to-noise ratio in dB of each frame index, over the windows whose frame is real (mask (n, f))."""
+    squares = ((predicted.astype(np.float32) - real.astype(np.float32)) / 255) ** 2
+    mse = (squares.mean(axis=(2, 3, 4)) * mask).sum(0) / np.maximum(mask.sum(0), 1)
+    return -10 * np.log10(np.maximum(mse, 1e-10))

@@ -1,0 +1,74 @@
+"""Flow matching: the path between data and noise, its training distributions and its losses.
+
+Convention, here and everywhere: x_τ = (1−τ)·x₀ + τ·ε with τ = 1 pure noise; a network predicts the velocity ε − x₀.
+The noise level of the diffusion literature is σ = τ/(1−τ). With the rectified-flow preconditioning of SPEC 4.1 the
+video network's raw output is that velocity, and its input is x_τ itself.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mimic_video.config import NoiseConfig
+
+ACTION_TIME_MIN = 1e-3
+CONDITION_TIME = 1e-4 / (1 + 1e-4)  # flow time of clean conditioned frames: σ = 1e-4
+
+
+def flow_time(sigma: Float[Array, "..."]) -> Float[Array, "..."]:
+    """τ = σ/(1+σ)."""
+    return sigma / (1 + sigma)
+
+
+def _over(scalars: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Appends axes so that per-sample (or per-frame) scalars broadcast over the rest of `x`."""
+    return scalars.reshape(*scalars.shape, *[1] * (x.ndim - scalars.ndim))
+
+
+def interpolate(x0: Float[Array, "b ..."], noise: Float[Array, "b ..."], time: Float[Array, " b"]) -> Float[Array, "b ..."]:
+    """The point x_τ on the straight path from data to noise."""
+    time = _over(time, x0)
+    return (1 - time) * x0 + time * noise
+
+
+def denoised(x_tau: Float[Array, "b ..."], velocity: Float[Array, "b ..."], time: Float[Array, " b"]) -> Float[Array, "b ..."]:
+    """The data estimate x̂₀ = x_τ − τ·v."""
+    return x_tau - _over(time, x_tau) * velocity
+
+
+def sample_video_sigma(key: jax.Array, batch: int, config: NoiseConfig) -> Float[Array, " b"]:
+    """Training noise levels: log-normal, with a share from a log-uniform high tail (SPEC 4.2)."""
+    normal_key, tail_key, choice_key = jax.random.split(key, 3)
+    body = config.scale * jnp.exp(config.log_mean + config.log_std * jax.random.normal(normal_key, (batch,)))
+    low, high = jnp.log(jnp.asarray(config.tail_range))
+    tail = jnp.exp(jax.random.uniform(tail_key, (batch,), minval=low, maxval=high))
+    return jnp.where(jax.random.uniform(choice_key, (batch,)) < config.tail_probability, tail, body)
+
+
+def sample_action_time(key: jax.Array, batch: int) -> Float[Array, " b"]:
+    """Action flow times, uniform in [0.001, 1) (SPEC 7)."""
+    return ACTION_TIME_MIN + (1 - ACTION_TIME_MIN) * jax.random.uniform(key, (batch,))
+
+
+def scale_to_unit_variance(x_tau: Float[Array, "b ..."], time: Float[Array, " b"]) -> Float[Array, "b ..."]:
+    """The action decoder's input scaling, x_τ / √((1−τ)² + τ²) (SPEC 7)."""
+    time = _over(time, x_tau)
+    return x_tau / jnp.sqrt((1 - time) ** 2 + time**2)
+
+
+def condition_mask(conditioned: Float[Array, " b"], frames: int) -> Float[Array, "b t"]:
+    """1 for each sample's first `conditioned` latent frames, 0 for the frames to generate."""
+    return (jnp.arange(frames) < conditioned[:, None]).astype(jnp.float32)
+
+
+def frame_replacement(
+    clean: Float[Array, "b t h w c"], x_tau: Float[Array, "b t h w c"], time: Float[Array, " b"], mask: Float[Array, "b t"]
+) -> tuple[Float[Array, "b t h w c"], Float[Array, "b t"]]:
+    """Network input and per-frame times when conditioned frames are given clean (SPEC 4.1)."""
+    return jnp.where(_over(mask, clean) > 0, clean, x_tau), jnp.where(mask > 0, CONDITION_TIME, time[:, None])
+
+
+def weighted_mean(values: Float[Array, "b n ..."], weights: Float[Array, "b n"]) -> Float[Array, ""]:
+    """Mean of `values` over everything whose weight is 1; weights cover the first two axes. 0 if there is nothing."""
+    per_weight = jnp.mean(values.reshape(*weights.shape, -1), axis=-1)
+    return jnp.sum(per_weight * weights) / jnp.maximum(jnp.sum(weights), 1)

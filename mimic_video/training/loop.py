@@ -1,0 +1,103 @@
+"""One training run from start, or from where it was interrupted, to its last step."""
+
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from mimic_video.config import ExperimentConfig
+from mimic_video.training import checkpoints
+from mimic_video.training.metrics import MetricWriter
+from mimic_video.training.sharding import global_batch, make_mesh
+from mimic_video.training.steps import TrainState, make_state, make_train_step, make_validation_step, place, split_params
+from mimic_video.vam import Params, VideoActionModel
+
+NumpyBatch = dict[str, np.ndarray]
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss stopped being a number; the last checkpoint before it is kept."""
+
+
+def train(
+    config: ExperimentConfig,
+    run: pathlib.Path,
+    init: Callable[[], Params],
+    batches: Callable[[int], Iterator[NumpyBatch]],
+    validation: Sequence[NumpyBatch] = (),
+) -> TrainState:
+    """Trains `config.stage` in the directory `run`, resuming from its newest checkpoint if it has one.
+
+    Args:
+        init: all parameters at the start: called only for a new run.
+        batches: step → the batches from that step on, this process's part; a function of (seed, step) alone.
+        validation: fixed batches that validation errors are averaged over.
+
+    Returns:
+        The final state; the run directory holds it too.
+
+    Raises:
+        ConfigError: if the directory holds a run with another configuration.
+        NonFiniteLossError: if the loss becomes NaN or infinite.
+    """
+    checkpoints.write_config(run, config)
+    mesh = make_mesh(config.mesh)
+    vam = VideoActionModel(config)
+    frozen = checkpoints.load_frozen(run)
+    if frozen is None:
+        trained, frozen = split_params(init(), config.stage)
+        checkpoints.save_frozen(run, frozen)
+    else:  # the values are about to be replaced by a checkpoint's, or by the same initialisation again
+        trained, _ = split_params(init(), config.stage)
+    frozen = place(frozen, mesh)
+    state = place(make_state(config, trained), mesh)
+
+    with checkpoints.open_checkpoints(run, config.train.keep_checkpoints) as manager:
+        state = checkpoints.restore(manager, state) or state
+        start = int(state.step)
+        if start < config.train.steps:
+            state = _run_steps(config, vam, mesh, state, frozen, batches(start), validation, run, manager)
+    return state
+
+
+def _run_steps(config, vam, mesh, state, frozen, batches, validation, run, manager) -> TrainState:
+    settings, start = config.train, int(state.step)
+    step_function = make_train_step(vam, mesh, state)
+    validate = make_validation_step(vam)
+    validation = [global_batch(batch, mesh) for batch in validation]
+    writer = MetricWriter(run, start)
+    progress = tqdm(total=settings.steps, initial=start, desc=f"{config.stage} stage", unit="step", mininterval=1.0, dynamic_ncols=True)
+    pending, waited, clock = [], 0.0, time.perf_counter()
+    for step in range(start + 1, settings.steps + 1):
+        asked = time.perf_counter()
+        batch = global_batch(next(batches), mesh)
+        waited += time.perf_counter() - asked
+        state, metrics = step_function(state, frozen, batch)
+        pending.append(metrics)
+        progress.update()
+        last = step == settings.steps
+        if step % settings.log_every == 0 or last:
+            values = {name: float(np.mean([m[name] for m in jax.device_get(pending)])) for name in metrics}
+            elapsed = time.perf_counter() - clock
+            values |= {"samples_per_second": len(pending) * settings.batch_size / elapsed, "data_wait_fraction": waited / elapsed}
+            if not np.isfinite(values["loss"]):
+                raise NonFiniteLossError(f"loss is {values['loss']} between steps {step - len(pending) + 1} and {step} of {run}")
+            progress.set_postfix_str(f"loss {values['loss']:.4g}, {values['samples_per_second']:.0f} samples/s")
+            pending, waited = [], 0.0
+            if validation and settings.validate_every and (step % settings.validate_every == 0 or last):
+                values |= _validation_metrics(validate, state, frozen, validation)
+            writer.write(step, values)
+            clock = time.perf_counter()
+        if step % settings.checkpoint_every == 0 or last:
+            checkpoints.save(manager, state)
+    progress.close()
+    writer.close()
+    return state
+
+
+def _validation_metrics(validate, state: TrainState, frozen: Params, batches) -> dict[str, float]:
+    collected = [jax.device_get(validate(state.inference_params, frozen, batch)) for batch in batches]
+    return {f"validation_{name}": float(np.mean([metrics[name] for metrics in collected])) for name in collected[0]}

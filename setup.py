@@ -1,0 +1,43 @@
+"""The package and the one place of its dependencies; tool settings are in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+EXTRAS = {
+    # Reading and writing RLDS. tfds reads ArrayRecord without TensorFlow.
+    "data": ["array_record", "grain>=0.2.16", "tensorflow-datasets>=4.9.9", "importlib_resources"],
+    # Meta-World pins the MuJoCo that works with it, but forgets packaging.
+    "sim": ["metaworld==3.1.1", "packaging"],
+    "report": ["matplotlib"],
+    "tpu": ["jax[tpu]>=0.10"],
+    "cuda": ["jax[cuda13]>=0.10"],
+}
+EXTRAS["quickstart"] = EXTRAS["data"] + EXTRAS["sim"] + EXTRAS["report"]
+EXTRAS["test"] = EXTRAS["quickstart"] + [
+    "mypy",
+    "pytest",
+    "ruff",
+    "tensorflow-cpu>=2.21",  # only to check that what we write is what plain tfds reads
+]
+
+setup(
+    name="mimic-video-jax",  # the import is mimic_video; that name is taken on PyPI
+    version="0.1.0",
+    description="mimic-video (Video-Action Models) in JAX: train, evaluate and serve",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["mimic_video*", "data_pipelines*"]),  # configs and launch run from the clone
+    install_requires=[
+        "absl-py",
+        "flax>=0.12",
+        "jax>=0.10",
+        "jaxtyping",
+        "ml-collections>=1.1",
+        "numpy>=2",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.11.30",
+        "pillow",  # JPEG frames, resizing, GIFs
+        "tensorboardX",  # TensorBoard files without TensorFlow
+        "tqdm",
+    ],
+    extras_require=EXTRAS,
+)

@@ -1,0 +1,208 @@
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mimic_video.config import experiment_from
+from mimic_video.evaluation.environment import EnvironmentPool, Observation
+from mimic_video.evaluation.metaworld import INSTRUCTIONS, MetaworldFactory
+from mimic_video.evaluation.rollouts import run_rollouts
+
+DRAWER = MetaworldFactory("drawer-open-v3", (64, 64))
+BUTTON = MetaworldFactory("button-press-topdown-v3", (48, 80))
+
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("metaworld") is None, reason="needs the [sim] extra")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def graphics():
+    DRAWER()  # settles how MuJoCo draws before a test imports metaworld by itself
+
+
+def _episode(environment, seed, steps=3):
+    """(steps + 1, H, W, 3) images and (steps + 1, 39) states under fixed actions."""
+    observation = environment.reset(seed)
+    images, states = [observation.image], [environment.state]
+    for action in np.random.default_rng(0).uniform(-1, 1, (steps, 4)):
+        observation, _ = environment.step(action)
+        images.append(observation.image)
+        states.append(environment.state)
+    return np.stack(images), np.stack(states)
+
+
+def test_every_task_has_an_instruction():
+    from metaworld.policies import ENV_POLICY_MAP
+
+    assert set(INSTRUCTIONS) == set(ENV_POLICY_MAP)
+    assert len(set(INSTRUCTIONS.values())) == len(INSTRUCTIONS)
+
+
+def test_an_unknown_task_names_the_nearest():
+    with pytest.raises(ValueError, match="'draw-open'; did you mean 'drawer-open-v3'"):
+        MetaworldFactory("draw-open", (64, 64))
+
+
+def test_observation_and_rates():
+    environment = DRAWER()
+    observation = environment.reset(0)
+    assert environment.instruction == "open the drawer"
+    assert environment.control_hz == pytest.approx(20)
+    assert observation.image.shape == (64, 64, 3) and observation.image.dtype == np.uint8
+    assert observation.proprio.shape == (4,) and observation.proprio.dtype == np.float32
+    moved, success = environment.step(np.array([0, 0, 1, 1], np.float32))
+    assert moved.proprio[2] > observation.proprio[2] + 0.005  # the gripper rises
+    for _ in range(5):
+        moved, success = environment.step(np.array([0, 0, 1, 1], np.float32))
+    assert moved.proprio[3] < observation.proprio[3] - 0.1  # and closes
+    assert success is False
+
+
+def test_images_are_upright_and_in_rgb_order():
+    image = DRAWER().reset(0).image.astype(int)
+    red_arm = (image[..., 0] > 100) & (image[..., 1] < 60) & (image[..., 2] < 60)
+    green_drawer = (image[..., 1] > image[..., 0] + 20) & (image[..., 1] > image[..., 2] + 20)
+    rows, columns = np.nonzero(red_arm)
+    assert len(rows) > 50 and rows.mean() < 25 and columns.mean() < 32  # the arm reaches in from the top left
+    assert green_drawer.sum() > 100 and np.nonzero(green_drawer)[1].mean() > 32  # towards the drawer on the right
+
+
+def test_interleaved_environments_render_and_simulate_as_if_alone():
+    drawers, button = [DRAWER(), DRAWER()], BUTTON()
+    alone = [_episode(DRAWER(), seed) for seed in (1, 2)] + [_episode(BUTTON(), 3)]
+    observations = [drawers[0].reset(1), drawers[1].reset(2), button.reset(3)]
+    for step, action in enumerate(np.random.default_rng(0).uniform(-1, 1, (3, 4))):
+        for (images, _), observation in zip(alone, observations, strict=True):
+            np.testing.assert_array_equal(observation.image, images[step])
+        observations = [environment.step(action)[0] for environment in (*drawers, button)]
+    for (images, states), environment in zip(alone, (*drawers, button), strict=True):
+        np.testing.assert_array_equal(environment.state, states[-1])
+        assert (images[0] != images[-1]).any()
+    assert (alone[0][0] != alone[1][0]).any()
+
+
+def test_an_episode_does_not_depend_on_the_ones_before():
+    used = DRAWER()
+    _episode(used, 1)
+    for again, fresh in zip(_episode(used, 2), _episode(DRAWER(), 2), strict=True):
+        np.testing.assert_array_equal(again, fresh)
+
+
+def test_the_first_image_shows_the_drawer_where_the_episode_has_it():
+    environment = DRAWER()
+    first = environment.reset(3)
+    state = environment.state
+    still, _ = environment.step(np.array([0, 0, 0, -1], np.float32))
+    assert np.abs(state[4:7] - environment.state[4:7]).max() < 0.005  # the handle, metres
+    assert (np.abs(first.image.astype(int) - still.image).max(axis=-1) > 40).mean() < 0.02
+
+
+def test_images_are_the_same_in_a_process_with_a_single_environment():
+    program = (
+        "import sys; from mimic_video.evaluation.metaworld import MetaworldFactory\n"
+        "observation = MetaworldFactory('drawer-open-v3', (64, 64))().reset(11)\n"
+        "sys.stdout.buffer.write(observation.image.tobytes())"
+    )
+    alone = _run(program).stdout
+    with EnvironmentPool(DRAWER, seeds=[10, 11, 12], num_workers=2) as pool:
+        images = pool.reset().image
+    assert images[1].tobytes() == alone == DRAWER().reset(11).image.tobytes()
+
+
+def test_graphics_that_can_no_longer_be_chosen_are_an_error():
+    program = (
+        "import mujoco; from mimic_video.evaluation.metaworld import MetaworldFactory\n"
+        "MetaworldFactory('reach-v3', (64, 64))()"
+    )
+    finished = _run(program)
+    assert finished.returncode == 1 and b"set MUJOCO_GL=osmesa" in finished.stderr
+
+
+def test_a_missing_package_names_the_extra():
+    program = (
+        "import sys; sys.modules['metaworld'] = None\n"
+        "from mimic_video.evaluation.metaworld import MetaworldFactory\n"
+        "MetaworldFactory('reach-v3', (64, 64))()"
+    )
+    finished = _run(program)
+    assert finished.returncode == 1 and b"pip install 'mimic-video-jax[sim]'" in finished.stderr
+
+
+@pytest.mark.parametrize("action", [[0.0, 0.0, 0.0], [0.0, 0.0, float("nan"), 0.0]])
+def test_bad_actions_are_refused(action):
+    environment = DRAWER()
+    environment.reset(0)
+    with pytest.raises(ValueError, match="action"):
+        environment.step(np.array(action, np.float32))
+
+
+def test_actions_saturate_at_one():
+    states = []
+    for size in (1.0, 5.0):
+        environment = DRAWER()
+        environment.reset(0)
+        environment.step(np.full(4, size, np.float32))
+        states.append(environment.state)
+    np.testing.assert_array_equal(*states)
+
+
+@pytest.mark.filterwarnings("ignore:Constant")
+def test_scripted_experts_succeed_through_the_rollouts():
+    from metaworld.policies import ENV_POLICY_MAP
+
+    experts = {INSTRUCTIONS[task]: ENV_POLICY_MAP[task]() for task in ("drawer-open-v3", "reach-v3")}
+
+    def plan(images, proprio, instructions, query_index):
+        rows = zip(instructions, proprio.astype(np.float64), strict=True)
+        return np.stack([np.clip(experts[text].get_action(state), -1, 1)[None] for text, state in rows]).astype(np.float32)
+
+    config = experiment_from({
+        "data": {"past_frames": 1, "video_hz": 20.0, "control_hz": 20.0},
+        "policy": {"execute_steps": 1},
+        "evaluation": {"tasks": ("drawer-open-v3", "reach-v3"), "episodes_per_task": 3, "max_steps": 60},
+    })
+    results = run_rollouts(plan, StateFactory, config, record=1)
+    assert [result.success for result in results] == [True] * 6
+    assert results[0].frames.shape == (results[0].steps + 1, 64, 64, 3)
+    assert len({result.steps for result in results}) > 1
+
+
+@dataclasses.dataclass(frozen=True)
+class StateFactory:
+    """Environments whose proprioception is the simulator's full state, which scripted experts need."""
+
+    task: str
+
+    def __call__(self):
+        return StateEnvironment(MetaworldFactory(self.task, (64, 64))())
+
+
+class StateEnvironment:
+    proprio_dim = 39
+
+    def __init__(self, environment):
+        self._environment = environment
+        self.instruction = environment.instruction
+        self.control_hz, self.action_dim = environment.control_hz, environment.action_dim
+        self.close = environment.close
+
+    def reset(self, seed):
+        return self._with_state(self._environment.reset(seed))
+
+    def step(self, action):
+        observation, success = self._environment.step(action)
+        return self._with_state(observation), success
+
+    def _with_state(self, observation):
+        return Observation(observation.image, self._environment.state.astype(np.float32))
+
+
+def _run(program):
+    """Runs Python code in a process that imports as this one does, but has made no choice of graphics."""
+    variables = {name: value for name, value in os.environ.items() if name not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
+    variables["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, env=variables)

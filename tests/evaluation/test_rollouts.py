@@ -1,0 +1,135 @@
+import json
+import multiprocessing
+
+import numpy as np
+import pytest
+from counting import CountingFactory
+
+from mimic_video.config import experiment_from
+from mimic_video.evaluation.environment import WorkerError
+from mimic_video.evaluation.rollouts import EpisodeResult, run_rollouts, success_table, wilson_interval
+
+
+def _config(tasks=("easy",), episodes=3, max_steps=10, execute_steps=2, **data):
+    return experiment_from({
+        "data": {"past_frames": 5, "video_hz": 10.0, "control_hz": 20.0, **data},
+        "policy": {"execute_steps": execute_steps},
+        "evaluation": {"tasks": tasks, "episodes_per_task": episodes, "first_seed": 100, "max_steps": max_steps, "workers": 2},
+    })
+
+
+def _factory_for(task):
+    return CountingFactory(goal={"easy": 3.0, "hard": 1000.0}[task])
+
+
+class SeedAsSpeed:
+    """Plans actions that add up to (seed − 99) at every step, and remembers what it was shown."""
+
+    def __init__(self, horizon=3):
+        self.horizon = horizon
+        self.calls = []
+
+    def __call__(self, images, proprio, instructions, query_index):
+        self.calls.append((images, proprio, instructions, query_index))
+        actions = np.zeros((len(proprio), self.horizon, 2), np.float32)
+        actions[..., 0] = (proprio[:, 0] - 99)[:, None]
+        return actions
+
+
+def test_episodes_end_at_success_or_at_the_limit():
+    results = run_rollouts(SeedAsSpeed(), _factory_for, _config(tasks=("easy", "hard")))
+    assert [(r.task, r.seed, r.success, r.steps) for r in results] == [
+        ("easy", 100, True, 3), ("easy", 101, True, 2), ("easy", 102, True, 1),
+        ("hard", 100, False, 10), ("hard", 101, False, 10), ("hard", 102, False, 10),
+    ]  # fmt: skip
+    assert multiprocessing.active_children() == []
+
+
+def test_the_plan_is_called_every_execute_steps_with_a_constant_batch():
+    plan = SeedAsSpeed()
+    run_rollouts(plan, _factory_for, _config())
+    assert [query_index for *_, query_index in plan.calls] == [0, 1]  # before steps 0 and 2; all are done after step 3
+    for images, proprio, instructions, _ in plan.calls:
+        assert images.shape == (3, 5, 2, 2, 3) and images.dtype == np.uint8
+        assert proprio.shape == (3, 4) and proprio.dtype == np.float32
+        assert instructions == ["count"] * 3
+    assert plan.calls[1][1][:, 2].tolist() == [2, 2, 1]  # the third episode succeeded at its first step and stood still
+
+
+def test_the_history_is_cut_at_the_video_rate():
+    plan = SeedAsSpeed()
+    run_rollouts(plan, _factory_for, _config(tasks=("hard",)))
+    histories = [images[0, :, 0, 0, 0].tolist() for images, *_ in plan.calls]
+    assert histories[:2] == [[0, 0, 0, 0, 0], [0, 0, 0, 0, 2]]
+    assert histories[4] == [0, 2, 4, 6, 8]
+
+
+def test_each_action_of_a_chunk_is_executed_in_its_turn():
+    def plan(images, proprio, instructions, query_index):
+        chunk = np.array([[1, 0], [10, 0], [100, 0]], np.float32) * (1 if query_index == 0 else 1000)
+        return np.repeat(chunk[None], len(proprio), axis=0)
+
+    totals = []
+
+    def spy(images, proprio, instructions, query_index):
+        totals.append(float(proprio[0, 1]))
+        return plan(images, proprio, instructions, query_index)
+
+    run_rollouts(spy, lambda task: CountingFactory(goal=1e9), _config(max_steps=5))
+    assert totals == [0, 11, 11_011]  # two of the chunk's three actions are used
+
+
+def test_only_the_first_episodes_are_recorded():
+    results = run_rollouts(SeedAsSpeed(), _factory_for, _config(), record=2)
+    assert [frame[0, 0, 0] for frame in results[0].frames] == [0, 1, 2, 3]
+    assert [frame[0, 0, 0] for frame in results[1].frames] == [0, 1, 2]
+    assert results[2].frames is None
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 2), (3, 2, 3), (2, 2, 2), (3, 2)])
+def test_a_plan_of_the_wrong_shape_is_refused(shape):
+    with pytest.raises(ValueError, match=r"easy: the plan has shape .* expected \(3, 2 or more, 2\)"):
+        run_rollouts(lambda *_: np.zeros(shape, np.float32), _factory_for, _config())
+    assert multiprocessing.active_children() == []
+
+
+def test_a_plan_with_nan_is_an_error_that_names_the_seed():
+    with pytest.raises(WorkerError, match="seed 100"):
+        run_rollouts(lambda *_: np.full((3, 2, 2), np.nan, np.float32), _factory_for, _config())
+
+
+def test_rates_that_do_not_match_are_refused():
+    with pytest.raises(ValueError, match=r"easy is controlled at 20 Hz, but data.control_hz=5"):
+        run_rollouts(SeedAsSpeed(), _factory_for, _config(control_hz=5.0))
+    with pytest.raises(ValueError, match="whole multiple"):
+        run_rollouts(SeedAsSpeed(), _factory_for, _config(video_hz=8.0))
+
+
+def test_no_tasks_is_an_error():
+    with pytest.raises(ValueError, match=r"evaluation\.tasks is empty"):
+        run_rollouts(SeedAsSpeed(), _factory_for, _config(tasks=()))
+
+
+def test_wilson_interval_against_published_values():
+    # Newcombe (1998), Statistics in Medicine 17, table I, method 3: 81/263, 15/148, 0/20, 1/29.
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson_interval(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+    assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert wilson_interval(1, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
+    assert wilson_interval(20, 20)[1] == 1.0
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 0), (3, 2), (-1, 2)])
+def test_wilson_interval_refuses_impossible_counts(successes, trials):
+    with pytest.raises(ValueError):
+        wilson_interval(successes, trials)
+
+
+def test_success_table_pools_the_tasks():
+    results = [EpisodeResult("a", 0, True, 4), EpisodeResult("a", 1, False, 9), EpisodeResult("b", 0, True, 2)]
+    table = success_table(results)
+    assert list(table) == ["a", "b", "overall"]
+    assert (table["a"]["successes"], table["a"]["episodes"], table["a"]["rate"]) == (1, 2, 0.5)
+    assert table["overall"]["rate"] == pytest.approx(2 / 3)
+    assert (table["overall"]["low"], table["overall"]["high"]) == wilson_interval(2, 3)
+    assert json.loads(json.dumps(table)) == table
