@@ -1,0 +1,185 @@
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+from data_pipelines.loader import WindowDataset, check_dataset, make_batches
+from data_pipelines.sources.rlds import DatasetError, RldsSource
+from data_pipelines.statistics import action_statistics
+from mimic_video.config import ActionDecoderConfig, DataConfig, ExperimentConfig, PolicyConfig
+from mimic_video.transforms import Normalizer
+
+
+def text(instruction: str) -> np.ndarray:
+    return np.full((2, 3), len(instruction), np.float32)
+
+
+def batches(dataset, count, *, start_step=0, batch_size=4, seed=7, **options):
+    options = {"text": text, "normalizers": None} | options
+    stream = make_batches(dataset, batch_size=batch_size, seed=seed, start_step=start_step, **options)
+    return list(itertools.islice(stream, count))
+
+
+def windows_of(batch) -> list[float]:
+    """The proprio value tells (episode, anchor) of each row."""
+    return batch["proprio"][:, 0, 0].tolist()
+
+
+@pytest.fixture
+def dataset(make_source, config) -> WindowDataset:
+    return WindowDataset(make_source(12, 20, 9), config, actions=True)
+
+
+def test_windows_are_episodes_times_anchors(dataset, make_source, config):
+    assert len(dataset) == 11 + 19 + 8
+    assert [dataset[i]["proprio"][0, 0] for i in (0, 10, 11, 29, 30, 37)] == [0, 10, 100, 118, 200, 207]
+    assert dataset[11]["instruction"] == "do task 1"
+    video = WindowDataset(make_source(12, 20, 9), config, actions=False)
+    assert len(video) == 12 + 20 + 9
+    assert set(video[0]) == {"instruction", "video", "video_mask"}
+
+
+def test_batch_contents(dataset):
+    (batch,) = batches(dataset, 1)
+    assert {name: (value.shape, value.dtype.name) for name, value in batch.items()} == {
+        "video": ((4, 9, 16, 32, 3), "uint8"), "video_mask": ((4, 9), "bool"), "text": ((4, 2, 3), "float32"),
+        "proprio": ((4, 1, 3), "float32"), "actions": ((4, 4, 2), "float32"), "action_mask": ((4, 4), "bool"),
+    }
+    anchors = np.array(windows_of(batch)) % 100
+    np.testing.assert_array_equal(batch["video"][:, 4, 0, 0, 0] // 4, anchors)  # the frame at the anchor
+    np.testing.assert_array_equal(batch["actions"][:, 0, 0] % 100, anchors + 1.5)
+    assert set(batch["text"].ravel()) == {9.0}
+
+
+def test_an_epoch_visits_every_window_once_and_the_next_one_in_another_order(dataset):
+    rows = [value for batch in batches(dataset, 19) for value in windows_of(batch)]  # two epochs of 38 windows
+    everything = sorted(dataset[i]["proprio"][0, 0] for i in range(38))
+    assert sorted(rows[:38]) == sorted(rows[38:]) == everything
+    assert rows[:38] != rows[38:] and rows[:38] != everything
+
+
+def test_the_seed_decides_the_order(dataset):
+    first, again, other = (batches(dataset, 3, seed=seed) for seed in (7, 7, 8))
+    assert [windows_of(b) for b in first] == [windows_of(b) for b in again] != [windows_of(b) for b in other]
+
+
+@pytest.mark.parametrize("start_step", [1, 9, 25])  # inside the first epoch, at its end, beyond it
+def test_resuming_equals_skipping(dataset, start_step):
+    whole = batches(dataset, start_step + 2)
+    for expected, resumed in zip(whole[start_step:], batches(dataset, 2, start_step=start_step), strict=True):
+        for name in expected:
+            np.testing.assert_array_equal(resumed[name], expected[name])
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_processes_share_the_same_global_batches(dataset, process_count):
+    alone = batches(dataset, 12)
+    parts = [batches(dataset, 12, process_index=p, process_count=process_count) for p in range(process_count)]
+    for step, batch in enumerate(alone):
+        shares = [windows_of(part[step]) for part in parts]
+        assert {len(share) for share in shares} == {4 // process_count}
+        assert sorted(itertools.chain(*shares)) == sorted(windows_of(batch))
+
+
+def test_batch_size_must_divide(dataset):
+    with pytest.raises(ValueError, match=r"train\.batch_size is 4; expected a multiple of the 3 processes"):
+        batches(dataset, 1, process_count=3)
+
+
+def test_text_is_computed_once_per_instruction(dataset):
+    calls = []
+    batches(dataset, 10, text=lambda instruction: calls.append(instruction) or text(instruction))
+    assert sorted(calls) == ["do task 0", "do task 1"]
+
+
+def test_normalizers(dataset, config):
+    statistics = action_statistics(dataset.episodes, config)
+    normalizers = {key: Normalizer.from_statistics(statistics[key], "variance", key) for key in ("action", "proprio")}
+    (raw,), (batch,) = batches(dataset, 1), batches(dataset, 1, normalizers=normalizers)
+    np.testing.assert_array_equal(batch["actions"], normalizers["action"].normalize(raw["actions"]))
+    np.testing.assert_array_equal(batch["proprio"], normalizers["proprio"].normalize(raw["proprio"]))
+    assert abs(batch["actions"]).max() < 3 < abs(raw["actions"]).max()
+    with pytest.raises(ValueError, match="expected action and proprio"):
+        batches(dataset, 1, normalizers={"action": normalizers["action"]})
+
+
+def test_errors_while_loading_reach_the_caller(dataset):
+    def broken(instruction):
+        raise RuntimeError("no such text")
+
+    with pytest.raises(RuntimeError, match="no such text"):
+        batches(dataset, 1, text=broken)
+
+
+@pytest.mark.parametrize("cache_mb, decoded", [(1, 41), (0, None)])
+def test_frames_are_decoded_once_while_they_fit(make_source, config, cache_mb, decoded):
+    source = make_source(12, 20, 9)
+    dataset = WindowDataset(source, dataclasses.replace(config, frame_cache_mb=cache_mb), actions=False)
+    expected = [dataset[i] for i in range(len(dataset))]
+    for i in range(len(dataset)):
+        np.testing.assert_array_equal(dataset[i]["video"], expected[i]["video"])
+    taken = sum(episode.frames.taken for episode in source)
+    assert taken == decoded if decoded else taken > 2 * 41
+
+
+def test_the_cache_is_bounded(make_source, config):
+    # 1 MiB holds 682 frames of 16×32×3 bytes; the episodes have 1,000
+    dataset = WindowDataset(make_source(*[50] * 20), dataclasses.replace(config, frame_cache_mb=1), actions=False)
+    for i in range(len(dataset)):
+        dataset[i]
+    cache = dataset.episodes[0].frames.cache
+    assert sum(frame.nbytes for frame in cache._frames.values()) == cache._used <= 2**20
+    assert len(cache._frames) == 682
+
+
+def test_windows_longer_than_every_episode_name_the_field(make_source, config):
+    def dataset(*, actions, **window):
+        return WindowDataset(make_source(12, 9), dataclasses.replace(config, **window), actions=actions)
+
+    with pytest.raises(DatasetError, match=r"'data\.future_frames' is 12: .* spans 1\.60 s.* 2 episodes of memory lasts 1\.10 s"):
+        dataset(future_frames=12, actions=True)
+    with pytest.raises(DatasetError, match=r"'data\.action_horizon' is 12: its window spans 1\.20 s"):
+        dataset(action_horizon=12, actions=True)
+    assert len(dataset(action_horizon=12, actions=False)) == 12 + 9
+    assert len(dataset(action_horizon=11, actions=True)) == 11 + 8  # fits the longest exactly
+
+
+def test_images_are_never_resized_silently(make_source, config):
+    with pytest.raises(DatasetError, match=r"memory has image size \(16, 32\); .* 'data\.image_size' is \(32, 32\)"):
+        WindowDataset(make_source(12), dataclasses.replace(config, image_size=(32, 32)), actions=False)
+
+
+def test_missing_actions(make_source, config):
+    source = make_source(12)
+    source.action_dim = None
+    with pytest.raises(DatasetError, match="memory has no action"):
+        WindowDataset(source, config, actions=True)
+
+
+def experiment_of(stage: str, data: DataConfig, **decoder: int) -> ExperimentConfig:
+    decoder = ActionDecoderConfig(**{"action_horizon": 4, "action_dim": 2, "proprio_dim": 3} | decoder)
+    return ExperimentConfig(stage=stage, data=data, decoder=decoder, policy=PolicyConfig(execute_steps=2))
+
+
+@pytest.mark.parametrize("data, decoder, message", [
+    ({"image_size": (32, 32)}, {}, r"image size \(16, 32\); the config field 'data\.image_size' is \(32, 32\)"),
+    ({}, {"action_dim": 7}, r"action width 2; the config field 'decoder\.action_dim' is 7"),
+    ({}, {"proprio_dim": 8}, r"proprio width 3; the config field 'decoder\.proprio_dim' is 8"),
+])
+def test_check_dataset_names_what_contradicts(rlds, config, data, decoder, message):
+    experiment = experiment_of("action", dataclasses.replace(config, **data), **decoder)
+    with pytest.raises(DatasetError, match=rf"{rlds} split 'train' has {message}"):
+        check_dataset(RldsSource(rlds, "train"), experiment)
+
+
+def test_check_dataset_of_an_action_free_dataset(make_source, config):
+    source = make_source(12)
+    source.action_dim = source.proprio_dim = None
+    check_dataset(source, experiment_of("video", config))
+    with pytest.raises(DatasetError, match=r"memory has no action; the config field 'decoder\.action_dim' is 2"):
+        check_dataset(source, experiment_of("action", config))
+
+
+def test_check_dataset_accepts_what_fits(rlds, config):
+    check_dataset(RldsSource(rlds, "train"), experiment_of("action", config))

@@ -1,0 +1,116 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from data_pipelines.windows import (
+    action_window,
+    action_windows,
+    anchors,
+    inside,
+    linear,
+    nearest,
+    video_window,
+)
+
+
+def frame_steps(window) -> list[int]:
+    return (window["video"][:, 0, 0, 0] // 4).tolist()
+
+
+@pytest.mark.parametrize("anchor, steps, mask", [
+    (6, [2, 3, 4, 5, 6, 7, 8, 9, 10], "111111111"),
+    (0, [0, 0, 0, 0, 0, 1, 2, 3, 4], "000011111"),
+    (1, [0, 0, 0, 0, 1, 2, 3, 4, 5], "000111111"),
+    (18, [14, 15, 16, 17, 18, 19, 19, 19, 19], "111111000"),
+    (19, [15, 16, 17, 18, 19, 19, 19, 19, 19], "111110000"),
+])
+def test_video_window_repeats_and_masks_the_ends(make_episode, config, anchor, steps, mask):
+    window = video_window(make_episode(20), anchor, config)
+    assert frame_steps(window) == steps
+    assert window["video_mask"].tolist() == [m == "1" for m in mask]
+    assert window["video"].shape == (9, 16, 32, 3) and window["video"].dtype == np.uint8
+
+
+def test_video_slower_than_the_episode(make_episode, config):
+    window = video_window(make_episode(40, hz=20.0), 20, dataclasses.replace(config, video_hz=5.0))  # every fourth step
+    assert frame_steps(window) == [4, 8, 12, 16, 20, 24, 28, 32, 36]
+    assert window["video_mask"].all()
+
+
+def test_video_faster_than_the_episode_takes_the_earlier_on_ties(make_episode, config):
+    window = video_window(make_episode(20, hz=5.0), 10, dataclasses.replace(config, video_hz=10.0))  # every half step
+    assert frame_steps(window) == [8, 8, 9, 9, 10, 10, 11, 11, 12]
+
+
+def test_each_frame_is_decoded_once(make_episode, config):
+    episode = make_episode(20)
+    video_window(episode, 0, config)
+    assert episode.frames.taken == 5
+
+
+@pytest.mark.parametrize("anchor, steps, mask", [
+    (0, [1, 2, 3, 4], "1111"),
+    (16, [17, 18, 19, 19], "1110"),
+    (18, [19, 19, 19, 19], "1000"),
+])
+def test_action_window(make_episode, config, anchor, steps, mask):
+    window = action_window(make_episode(20, episode=1), anchor, config)
+    np.testing.assert_array_equal(window["actions"], np.repeat(100.5 + np.array(steps)[:, None], 2, axis=1))
+    np.testing.assert_array_equal(window["proprio"], np.full((1, 3), 100.0 + anchor))
+    assert window["action_mask"].tolist() == [m == "1" for m in mask]
+    assert window["actions"].dtype == window["proprio"].dtype == np.float32
+
+
+def test_actions_at_another_rate_and_without_delay(make_episode, config):
+    config = dataclasses.replace(config, control_hz=20.0, video_hz=5.0, action_delay=0.0)
+    window = action_window(make_episode(40, hz=20.0), 7, config)
+    assert window["actions"][:, 0].tolist() == [7.5, 8.5, 9.5, 10.5]
+
+
+def test_action_windows_are_action_window_stacked(make_episode, config):
+    episode = make_episode(20)
+    steps = anchors(episode.timestamps, config, actions=True)
+    stacked = action_windows(episode, steps, config)
+    for row, step in enumerate(steps):
+        for name, value in action_window(episode, step, config).items():
+            np.testing.assert_array_equal(stacked[name][row], value)
+
+
+def test_action_free_episodes_have_no_action_windows(make_episode, config):
+    with pytest.raises(ValueError, match="episode 0"):
+        action_window(make_episode(20, action_free=True), 0, config)
+
+
+def test_anchors(config):
+    times = np.arange(20) / 20.0
+    assert anchors(times, config, actions=False).tolist() == list(range(20))
+    assert anchors(times, config, actions=True).tolist() == list(range(18))  # the delay of 0.1 s is two steps
+    assert anchors(times, dataclasses.replace(config, action_delay=0.0), actions=True).tolist() == list(range(20))
+    assert anchors(times[:2], config, actions=True).tolist() == []
+
+
+@pytest.mark.parametrize("hz", [3.0, 3.3, 5.0, 20.0, 29.97, 60.0])
+def test_rounding_never_picks_a_neighbour_or_leaves_the_episode(hz):
+    stored = np.arange(5000) / float(np.float32(hz))
+    steps = np.arange(5000)
+    for requested in (steps / hz, stored[0] + steps * (1 / hz), np.cumsum(np.full(5000, 1 / hz)) - 1 / hz):
+        np.testing.assert_array_equal(nearest(stored, requested), steps)
+        assert inside(stored, requested).all()
+    np.testing.assert_array_equal(nearest(stored, (steps[:-1] + 0.5) / hz), steps[:-1])  # ties
+
+
+def test_nearest_and_inside_at_the_ends():
+    times = np.array([1.0, 2.0, 4.0])
+    requested = np.array([[-5.0, 1.4, 1.6], [3.0, 3.1, 99.0]])
+    assert nearest(times, requested).tolist() == [[0, 0, 1], [1, 2, 2]]
+    assert inside(times, requested).tolist() == [[False, True, True], [True, True, False]]
+    assert nearest(times[:1], requested).tolist() == [[0, 0, 0], [0, 0, 0]]
+
+
+def test_linear():
+    times, values = np.array([1.0, 2.0, 4.0]), np.array([[0.0, 1.0], [10.0, 1.0], [30.0, 3.0]], np.float32)
+    got = linear(times, values, np.array([0.0, 1.0, 1.25, 2.0, 3.0, 9.0]))
+    np.testing.assert_allclose(got, [[0, 1], [0, 1], [2.5, 1], [10, 1], [20, 2], [30, 3]])
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(linear(times[:1], values[:1], np.array([0.0, 5.0])), [[0, 1], [0, 1]])

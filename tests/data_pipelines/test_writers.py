@@ -1,0 +1,112 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from data_pipelines import writers
+from data_pipelines.sources.rlds import RldsSource
+from data_pipelines.writers import write_rlds
+
+SIZE = (16, 32)
+
+
+def write(directory, splits, **options):
+    return write_rlds(directory, "demo", splits, **{"control_hz": 10.0, "image_size": SIZE, "description": "A demo."} | options)
+
+
+def test_plain_tfds_reads_it(rlds):
+    builder = tfds.builder_from_directory(rlds)
+    assert {name: split.num_examples for name, split in builder.info.splits.items()} == {"train": 3, "val": 1}
+    assert builder.info.description == "Steps that count."
+    episodes = list(builder.as_data_source("train"))
+    assert [len(episode["steps"]) for episode in episodes] == [12, 20, 15]  # in the order given
+    assert episodes[0]["episode_metadata"]["control_hz"] == np.float32(10)
+    steps = list(episodes[1]["steps"])
+    assert [bool(step["is_first"]) for step in steps] == [True] + 19 * [False]
+    for flag in ("is_last", "is_terminal", "reward"):
+        assert [float(step[flag]) for step in steps] == 19 * [0.0] + [1.0]
+    assert {float(step["discount"]) for step in steps} == {1.0}
+    assert steps[7]["language_instruction"] == b"do task 1"
+    np.testing.assert_array_equal(steps[7]["action"], np.float32([107.5, 107.5]))
+    np.testing.assert_array_equal(steps[7]["observation"]["proprio"], np.float32([107, 107, 107]))
+    np.testing.assert_allclose(steps[7]["observation"]["image_primary"], np.full((*SIZE, 3), 28), atol=1)
+
+
+def test_tfds_with_tensorflow_reads_it(rlds):
+    pytest.importorskip("tensorflow")
+    # `as_dataset` of ArrayRecord is not implemented in tfds itself; its features must still decode under TensorFlow.
+    source = tfds.builder_from_directory(rlds).as_data_source("train", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+    example = tfds.builder_from_directory(rlds).info.features.deserialize_example(source[0])
+    assert [int(step["is_last"]) for step in example["steps"]] == 11 * [0] + [1]
+
+
+def test_action_free(tmp_path, make_episode):
+    path = write(tmp_path, {"train": [make_episode(6, action_free=True)]})
+    steps = tfds.builder_from_directory(path).info.features["steps"]
+    assert "action" not in steps.feature and set(steps["observation"]) == {"image_primary"}
+
+
+def test_each_episode_is_on_disk_before_the_next_one_is_made(tmp_path, make_episode, monkeypatch):
+    monkeypatch.setattr(writers, "_EPISODES_PER_SHARD", 1)
+    shards = []
+
+    def episodes():
+        for e in range(4):
+            (partial,) = (tmp_path / "demo").iterdir()
+            assert partial.name.startswith("incomplete.")
+            shards.append(len(list(partial.glob("*array_record*"))))
+            yield make_episode(3, episode=e)
+
+    write(tmp_path, {"train": episodes()})
+    assert shards == [0, 1, 2, 3]
+    assert [path.name for path in (tmp_path / "demo").iterdir()] == ["1.0.0"]
+
+
+def test_shards_and_bytes_are_deterministic(tmp_path, make_episode, monkeypatch):
+    monkeypatch.setattr(writers, "_EPISODES_PER_SHARD", 2)
+    paths = [write(tmp_path / folder, {"train": [make_episode(4, episode=e) for e in range(5)]}) for folder in "ab"]
+    files = [{file.name: file.read_bytes() for file in path.iterdir()} for path in paths]
+    assert files[0] == files[1]
+    assert sum("array_record" in name for name in files[0]) == 3
+    assert [episode.actions[0, 0] for episode in RldsSource(paths[0], "train")] == [0.5, 100.5, 200.5, 300.5, 400.5]
+
+
+def test_frames_are_resized_on_writing(tmp_path, make_episode):
+    source = RldsSource(write(tmp_path, {"train": [make_episode(3)]}, image_size=(32, 16)), "train")
+    assert source.image_size == (32, 16)
+    assert source[0].frames.take([2]).shape == (1, 32, 16, 3)
+
+
+def test_an_existing_dataset_is_kept(rlds, tmp_path, make_episode):
+    with pytest.raises(FileExistsError, match=r"steps_demo/1\.0\.0 exists already"):
+        write_rlds(tmp_path, "steps_demo", {"train": [make_episode(3)]}, control_hz=10.0, image_size=SIZE, description="")
+    assert len(RldsSource(rlds, "train")) == 3
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, make_episode):
+    def interrupted():
+        yield make_episode(3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, {"train": interrupted()})
+    assert list((tmp_path / "demo").iterdir()) == []
+
+
+def test_mixed_episodes_and_other_mistakes_are_errors(tmp_path, make_episode):
+    whole, free = make_episode(3, episode=0), make_episode(3, episode=1, action_free=True)
+    with pytest.raises(ValueError, match="episode 1: dimensions"):
+        write(tmp_path, {"train": [whole, free]})
+    with pytest.raises(ValueError, match="episode 0: dimensions"):
+        write(tmp_path, {"train": [free], "val": [whole]})
+    with pytest.raises(ValueError, match=r"timestamps are not 20\.0 steps per second"):
+        write(tmp_path, {"train": [whole]}, control_hz=20.0)
+    with pytest.raises(ValueError, match="control_hz is 0"):
+        write(tmp_path, {"train": [whole]}, control_hz=0)
+    with pytest.raises(ValueError, match="split 'val' has no episodes"):
+        write(tmp_path, {"train": [whole], "val": iter(())})
+    with pytest.raises(ValueError, match="at least one split"):
+        write(tmp_path, {})
+    shifted = dataclasses.replace(whole, timestamps=whole.timestamps + 3)
+    assert RldsSource(write(tmp_path, {"train": [shifted]}), "train")[0].timestamps.tolist() == [0, 0.1, 0.2]
