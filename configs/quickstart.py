@@ -70,7 +70,7 @@ def get_config(stage: str = "action") -> ml_collections.ConfigDict:
     else:
         config.backbone_run = "runs/quickstart/video"
         config.train.steps = 1200
-        config.train.batch_size = 32
+        config.train.batch_size = 16
         config.train.clip_norm = 10.0
         config.train.action_draws = 4
 

@@ -1,7 +1,8 @@
 """Collects demonstrations of Meta-World's scripted experts as two RLDS datasets.
 
-    python launch/collect.py --out=runs/quickstart/data --tasks=drawer-open-v3 --videos=100 --demonstrations=20
+    python launch/collect.py --config=configs/quickstart.py --out=runs/quickstart/data --videos=100 --demonstrations=20
 
+for every task of the experiment's `evaluation.tasks`, at its image size and control rate.
 `OUT/videos` holds action-free videos for stage 1 and `OUT/demonstrations` labelled episodes for stage 2, each with the splits
 `train` and `val`. No episode is in two of these. A dataset that exists already is left as it is.
 """
@@ -10,47 +11,53 @@ import itertools
 import pathlib
 from collections.abc import Iterator
 
-from absl import app, flags
+import experiment
+from absl import flags
 from tqdm import tqdm
 
 from data_pipelines.episode import Episode
 from data_pipelines.sources.metaworld import demonstrations
 from data_pipelines.writers import VERSION, write_rlds
+from mimic_video.config import ExperimentConfig
 
 _OUT = flags.DEFINE_string("out", None, "Folder for the datasets", required=True)
-_TASKS = flags.DEFINE_list("tasks", None, "Meta-World tasks", required=True)
 _VIDEOS = flags.DEFINE_integer("videos", 100, "Action-free episodes per task", lower_bound=1)
 _DEMONSTRATIONS = flags.DEFINE_integer("demonstrations", 20, "Labelled episodes per task", lower_bound=1)
 _VALIDATION = flags.DEFINE_integer("validation", 10, "Held-out episodes per task, of either dataset", lower_bound=1)
-_IMAGE_SIZE = flags.DEFINE_integer("image_size", 64, "Height and width in pixels", lower_bound=16)
-_WORKERS = flags.DEFINE_integer("workers", 2, "Simulator processes", lower_bound=1)
 
-CONTROL_HZ = 20.0
-_FIRST_SEEDS = {("videos", "train"): 0, ("videos", "val"): 100_000, ("demonstrations", "train"): 200_000, ("demonstrations", "val"): 300_000}
+_FIRST_SEEDS = {
+    ("videos", "train"): 0,
+    ("videos", "val"): 100_000,
+    ("demonstrations", "train"): 200_000,
+    ("demonstrations", "val"): 300_000,
+}
 
 
-def episodes(dataset: str, split: str, count: int) -> Iterator[Episode]:
+def episodes(config: ExperimentConfig, dataset: str, split: str, count: int) -> Iterator[Episode]:
     """`count` successful episodes of every task, with a progress bar."""
-    size = (_IMAGE_SIZE.value, _IMAGE_SIZE.value)
-    for task in _TASKS.value:
+    labelled, workers = dataset == "demonstrations", config.evaluation.workers
+    for task in config.evaluation.tasks:
         seeds = itertools.count(_FIRST_SEEDS[dataset, split])
-        source = demonstrations(task, seeds, size, labelled=dataset == "demonstrations", num_workers=_WORKERS.value)
+        source = demonstrations(task, seeds, config.data.image_size, labelled=labelled, num_workers=workers)
         yield from tqdm(itertools.islice(source, count), total=count, desc=f"{dataset}/{split} {task}", unit="episode")
 
 
-def main(_: list[str]) -> None:
+def main(config: ExperimentConfig) -> None:
     counts = {"videos": _VIDEOS.value, "demonstrations": _DEMONSTRATIONS.value}
     for dataset, count in counts.items():
         path = pathlib.Path(_OUT.value) / dataset / VERSION
         if path.exists():
             print(f"{path} exists")
             continue
-        splits = {"train": episodes(dataset, "train", count), "val": episodes(dataset, "val", _VALIDATION.value)}
+        splits = {
+            "train": episodes(config, dataset, "train", count),
+            "val": episodes(config, dataset, "val", _VALIDATION.value),
+        }
         write_rlds(
-            _OUT.value, dataset, splits, control_hz=CONTROL_HZ, image_size=(_IMAGE_SIZE.value, _IMAGE_SIZE.value),
-            description=f"Scripted experts of Meta-World: {', '.join(_TASKS.value)}",
+            _OUT.value, dataset, splits, control_hz=config.data.control_hz, image_size=config.data.image_size,
+            description=f"Scripted experts of Meta-World: {', '.join(config.evaluation.tasks)}",
         )  # fmt: skip
 
 
 if __name__ == "__main__":
-    app.run(main)
+    experiment.run(main)

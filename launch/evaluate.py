@@ -48,9 +48,20 @@ def held_out_windows(config: ExperimentConfig, directory: str, actions: bool) ->
 def save_gif(path: pathlib.Path, frames: np.ndarray, hz: float) -> None:
     """Writes uint8 (f, h, w, 3) as an endlessly repeating GIF, enlarged to at least 192 pixels."""
     factor = -(-192 // min(frames.shape[1:3]))
-    images = [Image.fromarray(frame).resize((frame.shape[1] * factor, frame.shape[0] * factor), Image.NEAREST) for frame in frames]
+    size = (frames.shape[2] * factor, frames.shape[1] * factor)
+    images = [Image.fromarray(frame).resize(size, Image.NEAREST) for frame in frames]
     path.parent.mkdir(parents=True, exist_ok=True)
     images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / hz), loop=0)
+
+
+def save_strip(path: pathlib.Path, real: np.ndarray, predicted: np.ndarray) -> None:
+    """Writes pairs of rows, real above predicted, one pair per sample of uint8 (n, f, h, w, 3)."""
+    n, f, h, w, _ = real.shape
+    rows = np.full((n, 2 * h + 4, f * w, 3), 255, np.uint8)
+    rows[:, :h], rows[:, h : 2 * h] = (np.concatenate(list(video.swapaxes(0, 1)), axis=2) for video in (real, predicted))
+    strip = Image.fromarray(rows.reshape(-1, f * w, 3))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    strip.resize((strip.width * 2, strip.height * 2), Image.NEAREST).save(path)
 
 
 def evaluate_video(config: ExperimentConfig, run: pathlib.Path) -> dict:
@@ -66,9 +77,7 @@ def evaluate_video(config: ExperimentConfig, run: pathlib.Path) -> dict:
     repeated = np.repeat(real[:, past - 1 : past], config.data.future_frames, axis=1)
     for i in range(min(_RECORDED.value, len(chosen))):
         save_gif(run / "videos" / f"{i:02d}.gif", np.concatenate([real[i], predicted[i]], axis=2), config.data.video_hz / 2)
-    rows = [np.concatenate(list(video[i, past - 1 :: 3]), axis=1) for i in range(min(4, len(chosen))) for video in (real, predicted)]
-    strip = Image.fromarray(np.concatenate(rows))
-    strip.resize((strip.width * 2, strip.height * 2), Image.NEAREST).save(run / "videos" / "strip.png")
+    save_strip(run / "videos" / "strip.png", real[:4, past - 1 :: 3], predicted[:4, past - 1 :: 3])
     return {
         "checkpoint_step": step,
         "psnr": psnr(predicted[:, past:], real[:, past:], mask).tolist(),
@@ -99,7 +108,7 @@ def evaluate_expert(config: ExperimentConfig) -> dict:
         factory = MetaworldFactory(task, config.data.image_size)
         for seed in range(evaluation.first_seed, evaluation.first_seed + evaluation.episodes_per_task):
             steps = expert_steps(factory, seed, evaluation.max_steps)
-            results.append(EpisodeResult(task, seed, steps is not None, evaluation.max_steps if steps is None else steps))
+            results.append(EpisodeResult(task, seed, steps is not None, steps or evaluation.max_steps))
     return closed_loop(results, config)
 
 

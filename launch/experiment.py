@@ -1,10 +1,9 @@
 """The `--config=FILE.py[:ARG] [--config.FIELD=VALUE ...]` of every launch script."""
 
-import logging
 import sys
 from collections.abc import Callable
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from mimic_video.config import ConfigError, ExperimentConfig, experiment_from, field_paths, unknown_field_message
@@ -16,7 +15,7 @@ def run(main: Callable[[ExperimentConfig], None], expected_errors: tuple[type[Ex
     """Parses the command line and calls `main` with the experiment.
 
     A mistake of the user's, that is a ConfigError or one of `expected_errors`, ends the script with its message and exit
-    code 2; anything else keeps its traceback.
+    code 1; anything else keeps its traceback.
     """
     known = field_paths(ExperimentConfig)
     for argument in sys.argv[1:]:
@@ -24,9 +23,9 @@ def run(main: Callable[[ExperimentConfig], None], expected_errors: tuple[type[Ex
         if name.startswith("config.") and name.removeprefix("config.") not in known:
             sys.exit(f"error: {unknown_field_message(name.removeprefix('config.'), known)}")
     flags.mark_flag_as_required("config")
+    logging.set_verbosity(logging.WARNING)  # orbax and JAX narrate
 
     def start(_: list[str]) -> None:
-        logging.getLogger("absl").setLevel(logging.WARNING)  # orbax and grain narrate every file
         try:
             main(experiment_from(_CONFIG.value.to_dict()))
         except (ConfigError, *expected_errors) as error:

@@ -27,6 +27,7 @@ from mimic_video.vam import Params, VideoActionModel
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory", required=True)
 _VALIDATION_BATCHES = 4
+_BACKBONE_FIELDS = ("data.image_size", "data.past_frames", "data.future_frames", "data.video_hz", "tokenizer", "text", "backbone")
 
 
 def open_windows(config: ExperimentConfig, split: str) -> WindowDataset:
@@ -54,7 +55,7 @@ def initial_params(config: ExperimentConfig, windows: WindowDataset) -> Params:
     params = VideoActionModel(config).init(jax.random.key(config.seed))
     if config.stage == "action" and config.backbone_run:
         run = pathlib.Path(config.backbone_run)
-        checkpoints.require_same_model(checkpoints.read_config(run), config, ("data.image_size", "tokenizer", "text", "backbone"), run)
+        checkpoints.require_same_model(checkpoints.read_config(run), config, _BACKBONE_FIELDS, run)
         pretrained, step = checkpoints.load_params(run)
         print(f"backbone: step {step} of {run}")
         return params | {name: pretrained[name] for name in ("tokenizer", "backbone")}

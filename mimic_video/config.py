@@ -56,7 +56,7 @@ class DataConfig:
         _require(self.future_frames % 4 == 0, "data.future_frames", self.future_frames, "a multiple of 4 (tokenizer groups)")
         _require(self.action_delay >= 0, "data.action_delay", self.action_delay, "zero or more seconds")
         for size in self.image_size:
-            _require(size > 0 and size % 16 == 0, "data.image_size", self.image_size, "multiples of 16 (8x8 latents, 2x2 patches)")
+            _require(size > 0 and size % 16 == 0, "data.image_size", self.image_size, "multiples of 16 pixels (latents, patches)")
 
     @property
     def num_frames(self) -> int:
@@ -112,12 +112,15 @@ class VideoDiTConfig:
     hidden_block: int = 20  # blocks run before the decoder reads the residual stream (SPEC 3.8)
 
     def __post_init__(self):
-        _require_positive(self, "width", "num_blocks", "num_heads", "mlp_ratio", "text_width", "adaln_lora_dim", "latent_channels")
+        _require_positive(self, "width", "num_blocks", "num_heads", "mlp_ratio", "text_width", "adaln_lora_dim",
+                          "latent_channels")
         _require(self.width % self.num_heads == 0, "backbone.width", self.width, f"a multiple of num_heads={self.num_heads}")
         head_dim = self.width // self.num_heads
-        _require(head_dim % 2 == 0 and head_dim >= 6, "backbone.num_heads", self.num_heads, f"even heads of 6 or more dimensions, not {head_dim}")
+        _require(head_dim % 2 == 0 and head_dim >= 6, "backbone.num_heads", self.num_heads,
+                 f"an even head dimension of 6 or more, not {head_dim}")
         _require(self.patch[0] == 1, "backbone.patch", self.patch, "a temporal patch of 1 (timesteps are per latent frame)")
-        _require(0 <= self.hidden_block <= self.num_blocks, "backbone.hidden_block", self.hidden_block, f"0 to num_blocks={self.num_blocks}")
+        _require(0 <= self.hidden_block <= self.num_blocks, "backbone.hidden_block", self.hidden_block,
+                 f"0 to num_blocks={self.num_blocks}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +202,8 @@ class MeshConfig:
 
     def __post_init__(self):
         sizes = (self.data, self.fsdp, self.sequence)
-        _require(all(s == -1 or s > 0 for s in sizes) and sizes.count(-1) <= 1, "mesh", sizes, "positive sizes, at most one of them -1")
+        _require(all(s == -1 or s > 0 for s in sizes) and sizes.count(-1) <= 1, "mesh", sizes,
+                 "positive sizes, at most one of them -1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +217,8 @@ class PolicyConfig:
 
     def __post_init__(self):
         _require_positive(self, "video_steps", "action_steps", "execute_steps")
-        _require(0 <= self.stop_step <= self.video_steps, "policy.stop_step", self.stop_step, f"0 to video_steps={self.video_steps}")
+        _require(0 <= self.stop_step <= self.video_steps, "policy.stop_step", self.stop_step,
+                 f"0 to video_steps={self.video_steps}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -237,10 +237,11 @@ class _Renderer:
         self._scene = mujoco.MjvScene(model, maxgeom=1000)
         self._option = mujoco.MjvOption()
         self._camera = mujoco.MjvCamera()
-        self._camera.lookat[:] = (0.0, 0.72, 0.10)
-        self._camera.distance = 1.15
-        self._camera.azimuth = 145
-        self._camera.elevation = -40
+        # Facing the robot from above: left and right of the gripper are left and right in the image, with nothing in front.
+        self._camera.lookat[:] = (0.0, 0.68, 0.12)
+        self._camera.distance = 0.95
+        self._camera.azimuth = 270
+        self._camera.elevation = -50
 
     def render(self, model: Any, data: Any) -> np.ndarray:
         """uint8 (height, width, 3)."""

@@ -8,7 +8,8 @@ from jaxtyping import Float, UInt8
 
 from mimic_video.transforms import Normalizer
 
-Window = dict[str, Any]  # one sample of the data pipeline in raw units: video, video_mask, instruction, proprio, actions, action_mask
+# One sample of the data pipeline in raw units: video, video_mask, instruction, proprio, actions, action_mask.
+Window = dict[str, Any]
 
 
 def action_errors(

@@ -1,5 +1,6 @@
 """The action decoder: a small transformer that turns the backbone's hidden states into actions (SPEC 6)."""
 
+import itertools
 import math
 
 import jax
@@ -10,7 +11,17 @@ from jaxtyping import Array, Bool, Float
 
 from mimic_video.config import ActionDecoderConfig
 from mimic_video.models.attention import Attention, Heads
-from mimic_video.models.layers import MLP, LayerNorm, Modulation, RMSNorm, linear, modulate, scan_blocks, stack_blocks, truncated_normal
+from mimic_video.models.layers import (
+    MLP,
+    LayerNorm,
+    Modulation,
+    RMSNorm,
+    linear,
+    modulate,
+    scan_blocks,
+    stack_blocks,
+    truncated_normal,
+)
 
 Tokens = Float[Array, "b s d"]  # s = proprioception tokens, then action tokens
 Context = tuple[Float[Array, "blocks b k n e"], Float[Array, "blocks b k n e"]]  # keys and values of every block
@@ -55,7 +66,7 @@ class Embedder(nnx.Module):
         last = len(widths) - 2
         self.layers = nnx.List(
             linear(a, b, rngs, bias=0.0, init=nnx.initializers.variance_scaling(1.0 if i == last else 2.0, "fan_in", "uniform"))
-            for i, (a, b) in enumerate(zip(widths[:-1], widths[1:], strict=True))
+            for i, (a, b) in enumerate(itertools.pairwise(widths))
         )
 
     def __call__(self, x: Float[Array, "b s m"]) -> Tokens:

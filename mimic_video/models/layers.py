@@ -30,8 +30,10 @@ def _flat_dot_general(inputs, kernel, dimension_numbers, **options):
     return flat.reshape(*inputs.shape[:-1], kernel.shape[-1])
 
 
-def linear(inputs: int, outputs: int, rngs: nnx.Rngs, *, init: Initializer | None = None, bias: float | None = None) -> nnx.Linear:
-    """A dense layer; weights are truncated normal with std 1/√inputs unless given, and there is no bias unless given (SPEC 3.11)."""
+def linear(
+    inputs: int, outputs: int, rngs: nnx.Rngs, *, init: Initializer | None = None, bias: float | None = None
+) -> nnx.Linear:
+    """A dense layer; unless given, weights are truncated normal with std 1/√inputs and there is no bias (SPEC 3.11)."""
     return nnx.Linear(
         inputs, outputs, rngs=rngs, use_bias=bias is not None,
         kernel_init=init or truncated_normal(inputs**-0.5), bias_init=nnx.initializers.constant(bias or 0.0),

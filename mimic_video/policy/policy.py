@@ -48,7 +48,11 @@ class Policy:
         return cls(config or trained, params, make_normalizers(statistics, trained))
 
     def __call__(
-        self, images: UInt8[np.ndarray, "b f h w 3"], proprio: Float[np.ndarray, "b p"], instructions: Sequence[str], query: int = 0
+        self,
+        images: UInt8[np.ndarray, "b f h w 3"],
+        proprio: Float[np.ndarray, "b p"],
+        instructions: Sequence[str],
+        query: int = 0,
     ) -> Float[np.ndarray, "b a m"]:
         """Action chunks in raw units, at `data.control_hz`.
 

@@ -17,8 +17,8 @@ import orbax.checkpoint as ocp
 
 from mimic_video.config import ConfigError, ExperimentConfig, experiment_from, to_dict
 from mimic_video.training.sharding import path_name
-from mimic_video.training.steps import TrainState
-from mimic_video.vam import Params
+from mimic_video.training.steps import TrainState, split_params
+from mimic_video.vam import Params, VideoActionModel
 
 _MAY_CHANGE = ("train.log_every", "train.validate_every", "train.checkpoint_every", "train.keep_checkpoints",
                "mesh.", "policy.", "evaluation.")  # fmt: skip
@@ -61,7 +61,7 @@ def require_same_model(trained: ExperimentConfig, wanted: ExperimentConfig, fiel
     """
     before, now = _flat(to_dict(trained)), _flat(to_dict(wanted))
     changed = [f"'{name}' is {now[name]!r}, there {before[name]!r}" for name in now
-               if name.startswith(fields) and before[name] != now[name]]  # fmt: skip
+               if f"{name}.".startswith(tuple(f"{field}." for field in fields)) and before[name] != now[name]]  # fmt: skip
     if changed:
         raise ConfigError(f"the weights of {run} do not fit this configuration: config field " + "; ".join(changed))
 
@@ -88,7 +88,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState) -> None:
 
 
 def restore(manager: ocp.CheckpointManager, state: TrainState) -> TrainState | None:
-    """The newest checkpoint, straight into the shardings of `state`; None if there is none."""
+    """The newest checkpoint, straight into the shardings of `state` (arrays, or `abstract_state`); None if there is none."""
     step = manager.latest_step()
     if step is None:
         return None
@@ -109,39 +109,38 @@ def save_frozen(run: pathlib.Path, frozen: Params) -> None:
             checkpointer.save(path, frozen)
 
 
-def load_frozen(run: pathlib.Path) -> Params | None:
-    """What `save_frozen` kept, or None before it has."""
+def load_frozen(run: pathlib.Path) -> Params:
+    """What `save_frozen` kept, on one device. Raises RunError before it has."""
     path = (pathlib.Path(run) / "frozen").absolute()
     if not path.exists():
-        return None
+        raise RunError(f"{run} has no {path.name} parameters: its training has not started")
+    config = read_config(run)
     with ocp.StandardCheckpointer() as checkpointer:
-        return _on_default_device(checkpointer, path)
+        return checkpointer.restore(path, split_params(_abstract_params(config), config.stage)[1])
 
 
 def load_params(run: pathlib.Path) -> tuple[Params, int]:
-    """All parameters of a run for inference (the moving average where there is one), and the step they are from.
+    """Parameters of a run for inference (the moving average where there is one), on one device; and the step they are from.
 
     Raises:
         RunError: if the run has no complete checkpoint.
     """
     run = pathlib.Path(run)
-    frozen = load_frozen(run)
-    with open_checkpoints(run, keep=read_config(run).train.keep_checkpoints) as manager:
+    config, frozen = read_config(run), load_frozen(run)
+    with open_checkpoints(run, config.train.keep_checkpoints) as manager:
         step = manager.latest_step()
-    if step is None or frozen is None:
-        raise RunError(f"{run} has no complete checkpoint")
-    path = (run / "checkpoints" / str(step)).absolute()
-    with ocp.StandardCheckpointer() as checkpointer:
-        trained = _on_default_device(checkpointer, path / ("ema" if (path / "ema").exists() else "params"))
-    return frozen | trained, step
+        if step is None:
+            raise RunError(f"{run} has no complete checkpoint")
+        item = "ema" if config.train.ema_decay else "params"
+        target = ocp.args.StandardRestore(split_params(_abstract_params(config), config.stage)[0])
+        return frozen | manager.restore(step, args=ocp.args.Composite(**{item: target}))[item], step
 
 
-def _on_default_device(checkpointer: ocp.StandardCheckpointer, path: pathlib.Path) -> Params:
-    """Restores onto one device, whatever mesh the checkpoint was written from."""
+def _abstract_params(config: ExperimentConfig) -> Params:
+    """Shapes of all parameters, on the first device whatever mesh they were trained on."""
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    metadata = checkpointer.metadata(path).item_metadata
-    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), dict(metadata))
-    return checkpointer.restore(path, target)
+    shapes = jax.eval_shape(VideoActionModel(config).init, jax.random.key(0))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
 
 
 def _abstract(tree: Any) -> Any:

@@ -12,7 +12,15 @@ from mimic_video.config import ExperimentConfig
 from mimic_video.training import checkpoints
 from mimic_video.training.metrics import MetricWriter
 from mimic_video.training.sharding import global_batch, make_mesh
-from mimic_video.training.steps import TrainState, make_state, make_train_step, make_validation_step, place, split_params
+from mimic_video.training.steps import (
+    TrainState,
+    abstract_state,
+    make_state,
+    make_train_step,
+    make_validation_step,
+    place,
+    split_params,
+)
 from mimic_video.vam import Params, VideoActionModel
 
 NumpyBatch = dict[str, np.ndarray]
@@ -44,22 +52,18 @@ def train(
         NonFiniteLossError: if the loss becomes NaN or infinite.
     """
     checkpoints.write_config(run, config)
-    mesh = make_mesh(config.mesh)
-    vam = VideoActionModel(config)
-    frozen = checkpoints.load_frozen(run)
-    if frozen is None:
-        trained, frozen = split_params(init(), config.stage)
-        checkpoints.save_frozen(run, frozen)
-    else:  # the values are about to be replaced by a checkpoint's, or by the same initialisation again
-        trained, _ = split_params(init(), config.stage)
-    frozen = place(frozen, mesh)
-    state = place(make_state(config, trained), mesh)
-
+    mesh, vam = make_mesh(config.mesh), VideoActionModel(config)
     with checkpoints.open_checkpoints(run, config.train.keep_checkpoints) as manager:
-        state = checkpoints.restore(manager, state) or state
+        if manager.latest_step() is None:
+            trained, frozen = split_params(init(), config.stage)
+            checkpoints.save_frozen(run, frozen)
+            state = place(make_state(config, trained), mesh)
+        else:
+            frozen = checkpoints.load_frozen(run)
+            state = checkpoints.restore(manager, abstract_state(vam, mesh))
         start = int(state.step)
         if start < config.train.steps:
-            state = _run_steps(config, vam, mesh, state, frozen, batches(start), validation, run, manager)
+            state = _run_steps(config, vam, mesh, state, place(frozen, mesh), batches(start), validation, run, manager)
     return state
 
 
@@ -69,7 +73,7 @@ def _run_steps(config, vam, mesh, state, frozen, batches, validation, run, manag
     validate = make_validation_step(vam)
     validation = [global_batch(batch, mesh) for batch in validation]
     writer = MetricWriter(run, start)
-    progress = tqdm(total=settings.steps, initial=start, desc=f"{config.stage} stage", unit="step", mininterval=1.0, dynamic_ncols=True)
+    progress = tqdm(total=settings.steps, initial=start, desc=f"{config.stage} stage", unit="step", mininterval=1.0)
     pending, waited, clock = [], 0.0, time.perf_counter()
     for step in range(start + 1, settings.steps + 1):
         asked = time.perf_counter()
@@ -79,19 +83,21 @@ def _run_steps(config, vam, mesh, state, frozen, batches, validation, run, manag
         pending.append(metrics)
         progress.update()
         last = step == settings.steps
-        if step % settings.log_every == 0 or last:
+        saving = step % settings.checkpoint_every == 0 or last
+        validating = bool(validation) and (step % settings.validate_every == 0 or last)
+        if step % settings.log_every == 0 or saving or validating:
             values = {name: float(np.mean([m[name] for m in jax.device_get(pending)])) for name in metrics}
             elapsed = time.perf_counter() - clock
-            values |= {"samples_per_second": len(pending) * settings.batch_size / elapsed, "data_wait_fraction": waited / elapsed}
-            if not np.isfinite(values["loss"]):
+            if not np.isfinite(values["loss"]):  # before anything is saved
                 raise NonFiniteLossError(f"loss is {values['loss']} between steps {step - len(pending) + 1} and {step} of {run}")
+            values |= {"samples_per_second": len(pending) * settings.batch_size / elapsed, "data_wait_fraction": waited / elapsed}
             progress.set_postfix_str(f"loss {values['loss']:.4g}, {values['samples_per_second']:.0f} samples/s")
             pending, waited = [], 0.0
-            if validation and settings.validate_every and (step % settings.validate_every == 0 or last):
+            if validating:
                 values |= _validation_metrics(validate, state, frozen, validation)
             writer.write(step, values)
             clock = time.perf_counter()
-        if step % settings.checkpoint_every == 0 or last:
+        if saving:
             checkpoints.save(manager, state)
     progress.close()
     writer.close()

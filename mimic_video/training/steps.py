@@ -44,11 +44,25 @@ def make_state(config: ExperimentConfig, params: Params) -> TrainState:
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=make_optimizer(config.train).init(params), ema=ema)
 
 
+def abstract_state(vam: VideoActionModel, mesh: Mesh) -> TrainState:
+    """Shapes and shardings of the state, to restore a checkpoint into."""
+
+    def make() -> TrainState:
+        return make_state(vam.config, split_params(vam.init(jax.random.key(0)), vam.config.stage)[0])
+
+    shapes = jax.eval_shape(make)
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings(shapes, mesh)
+    )
+
+
 def loss_function(vam: VideoActionModel) -> Callable[[Params, Batch, jax.Array], tuple[jax.Array, Metrics]]:
     return {"video": vam.video_loss, "action": vam.action_loss}[vam.config.stage]
 
 
-def make_train_step(vam: VideoActionModel, mesh: Mesh, state: TrainState) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
+def make_train_step(
+    vam: VideoActionModel, mesh: Mesh, state: TrainState
+) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
     """The compiled step (state, frozen, batch) → (state, metrics); it consumes the old state's memory.
 
     `frozen` is neither differentiated nor copied.
@@ -67,8 +81,8 @@ def make_train_step(vam: VideoActionModel, mesh: Mesh, state: TrainState) -> Cal
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
     where = shardings(state, mesh)
-    replicated = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(step, in_shardings=(where, None, NamedSharding(mesh, BATCH)), out_shardings=(where, replicated), donate_argnums=0)
+    batch, replicated = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec())
+    return jax.jit(step, in_shardings=(where, None, batch), out_shardings=(where, replicated), donate_argnums=0)
 
 
 def make_validation_step(vam: VideoActionModel) -> Callable[[Params, Params, Batch], Metrics]:

@@ -32,7 +32,9 @@ def _modulation_names(published: str, ours: str) -> dict[str, str]:
     return {f"{published}.1.weight": f"{ours}/down/kernel", f"{published}.2.weight": f"{ours}/up/kernel"}
 
 
-_FINAL = {"final_layer.linear.weight": "final_proj/kernel"} | _modulation_names("final_layer.adaln_modulation", "final_modulation")
+_FINAL = {"final_layer.linear.weight": "final_proj/kernel"} | _modulation_names(
+    "final_layer.adaln_modulation", "final_modulation"
+)
 
 VIDEO_DIT_NAMES = {
     "x_embedder.proj.1.weight": "patch_proj/kernel",

@@ -25,15 +25,15 @@ def files_of(kind):
     return [pytest.param(json.loads(str(arrays["meta"])), arrays, id=stem) for stem, arrays in chosen.items()]
 
 
-def load(model, arrays, names):
+def load(make, arrays, names):
+    """Structure and published parameters of the network that `make` makes."""
     published = {key.removeprefix("param/"): arrays[key] for key in arrays.files if key.startswith("param/")}
     flat = from_published(published, names)
-    _, state = nnx.split(model)
+    graphdef, state = nnx.split(nnx.eval_shape(make))
     paths = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
     assert {path: leaf.shape for path, leaf in paths.items()} == {path: value.shape for path, value in flat.items()}
-    nnx.update(model, nnx.from_flat_state([(path, leaf.replace(jnp.asarray(flat["/".join(map(str, path))])))
-                                           for path, leaf in nnx.to_flat_state(state)]))  # fmt: skip
-    return model
+    return graphdef, nnx.from_flat_state([(path, leaf.replace(jnp.asarray(flat["/".join(map(str, path))])))
+                                          for path, leaf in nnx.to_flat_state(state)])  # fmt: skip
 
 
 def channels_last(x):
@@ -48,7 +48,7 @@ def test_video_dit(meta, arrays):
         text_width=meta["text_width"], adaln_lora_dim=meta["adaln_lora_dim"], latent_channels=meta["latent_channels"],
         patch=tuple(meta["patch"]), rope_ratio=tuple(meta["rope_ratio"]), hidden_block=meta["num_blocks"],
     )  # fmt: skip
-    model = load(VideoDiT(config, nnx.Rngs(0)), arrays, VIDEO_DIT_NAMES)
+    graphdef, state = load(lambda: VideoDiT(config, nnx.Rngs(0)), arrays, VIDEO_DIT_NAMES)
     mask = arrays["in/condition_mask"][:, 0]
     assert (mask == mask[:, :, :1, :1]).all(), "the mask is per latent frame"
     latents = channels_last(arrays["in/latents"])
@@ -57,11 +57,17 @@ def test_video_dit(meta, arrays):
     padding = padding[:, :: padding.shape[1] // rows, :: padding.shape[2] // columns]  # nearest
     inputs = (latents, arrays["in/timesteps"], arrays["in/text"], mask[:, :, 0, 0], padding)
     inputs = jax.tree.map(jnp.asarray, inputs)
-    np.testing.assert_allclose(model(*inputs), channels_last(arrays["out/net"]), atol=TOLERANCE)
-    for block in range(meta["num_blocks"] + 1):
+
+    @jax.jit
+    def run(state, inputs):
+        model = nnx.merge(graphdef, state)
+        return model(*inputs), [model.hidden(*inputs, stop=block) for block in range(meta["num_blocks"] + 1)]
+
+    output, hidden = run(state, inputs)
+    np.testing.assert_allclose(output, channels_last(arrays["out/net"]), atol=TOLERANCE)
+    for block, got in enumerate(hidden):
         expected = arrays[f"out/hidden_{block}"]
-        got = model.hidden(*inputs, stop=block).reshape(expected.shape)
-        np.testing.assert_allclose(got, expected, atol=TOLERANCE)
+        np.testing.assert_allclose(got.reshape(expected.shape), expected, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(("meta", "arrays"), files_of("action_decoder"))
@@ -71,14 +77,20 @@ def test_action_decoder(meta, arrays):
         adaln_lora_dim=meta["adaln_lora_dim"], time_rank=meta["time_rank"], obs_horizon=meta["obs_horizon"],
         action_horizon=meta["action_horizon"], proprio_dim=meta["action_dim"], action_dim=meta["action_dim"],
     )  # fmt: skip
-    model = load(ActionDecoder(config, meta["context_width"], nnx.Rngs(0)), arrays, ACTION_DECODER_NAMES)
+    graphdef, state = load(lambda: ActionDecoder(config, meta["context_width"], nnx.Rngs(0)), arrays, ACTION_DECODER_NAMES)
     times, sigma = arrays["in/timesteps"], arrays["in/video_sigma"][:, 0]
     observed = meta["obs_horizon"]
     np.testing.assert_allclose(times[:, :observed], 1e-3)
-    context = model.encode_context(jnp.asarray(arrays["in/context"]))
     inputs = [arrays["in/state"], arrays["in/noisy_actions"], times[:, -1], sigma / (1 + sigma)]
-    inputs = [*map(jnp.asarray, inputs), context]
-    np.testing.assert_allclose(model.tokens(*inputs), arrays["out/velocity"], atol=TOLERANCE)
-    np.testing.assert_allclose(model(*inputs), arrays["out/velocity"][:, observed:], atol=TOLERANCE)
-    dropped = jnp.ones(len(sigma), bool)
-    np.testing.assert_allclose(model.tokens(*inputs, dropped), arrays["out/velocity_obs_masked"], atol=TOLERANCE)
+    inputs = jax.tree.map(jnp.asarray, inputs)
+
+    @jax.jit
+    def run(state, hidden, inputs):
+        model = nnx.merge(graphdef, state)
+        context = model.encode_context(hidden)
+        return model(*inputs, context), model.tokens(*inputs, context), model.tokens(*inputs, context, jnp.ones(len(sigma), bool))
+
+    actions, tokens, masked = run(state, jnp.asarray(arrays["in/context"]), inputs)
+    np.testing.assert_allclose(tokens, arrays["out/velocity"], atol=TOLERANCE)
+    np.testing.assert_allclose(actions, arrays["out/velocity"][:, observed:], atol=TOLERANCE)
+    np.testing.assert_allclose(masked, arrays["out/velocity_obs_masked"], atol=TOLERANCE)

@@ -1,0 +1,52 @@
+"""Writes one HTML page about evaluated runs; its plots also go to `figures/` beside it.
+
+    python launch/report.py --out=runs/quickstart/report.html --video=runs/quickstart/video \\
+        --policy='trained backbone=runs/quickstart/action' --policy='untrained backbone=runs/quickstart/action_scratch' \\
+        --expert=runs/quickstart/expert
+
+A --policy is LABEL=DIR, or LABEL=DIR,DIR,... for several training seeds; the first is compared with each of the others.
+"""
+
+import pathlib
+import sys
+
+from absl import app, flags
+
+from mimic_video.config import ConfigError
+from mimic_video.evaluation.report import write_report
+from mimic_video.training.checkpoints import RunError
+
+_OUT = flags.DEFINE_string("out", None, "HTML file to write", required=True)
+_TITLE = flags.DEFINE_string("title", "Video-action model: report", "Heading of the page")
+_VIDEO = flags.DEFINE_string("video", None, "Evaluated run directory of stage `video`", required=True)
+_POLICIES = flags.DEFINE_multi_string("policy", None, "LABEL=DIR[,DIR...]: evaluated runs of stage `action`", required=True)
+_EXPERT = flags.DEFINE_string("expert", None, "Directory with the scripted expert's evaluation.json")
+
+
+def parse_policies(arguments: list[str]) -> dict[str, list[pathlib.Path]]:
+    """LABEL=DIR[,DIR...] arguments in order. Raises ValueError for another form, or a label that comes twice."""
+    policies = {}
+    for argument in arguments:
+        label, equals, directories = argument.partition("=")
+        runs = [pathlib.Path(directory) for directory in directories.split(",") if directory]
+        if not (label and equals and runs):
+            raise ValueError(f"--policy={argument!r} is not of the form LABEL=DIR[,DIR...]")
+        if label in policies:
+            raise ValueError(f"--policy names {label!r} twice; give its runs as one comma-separated list")
+        policies[label] = runs
+    return policies
+
+
+def main(_: list[str]) -> None:
+    out, expert = pathlib.Path(_OUT.value), _EXPERT.value
+    try:
+        policies = parse_policies(_POLICIES.value)
+        write_report(out, title=_TITLE.value, video_run=pathlib.Path(_VIDEO.value), policies=policies,
+                     expert=pathlib.Path(expert) if expert else None)  # fmt: skip
+    except (ValueError, RunError, ConfigError, ModuleNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Makes a virtual environment with this package and one of its extras:  launch/setup.sh EXTRA [DIRECTORY]
+# Rendering without a display needs libOSMesa; where it is missing and apt-get may install it, that is done too.
+set -euo pipefail
+extra=${1:?usage: launch/setup.sh EXTRA [DIRECTORY]}
+venv=${2:-.venv}
+python=${PYTHON:-python3}
+cd "$(dirname "$0")/.."
+
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+  echo "error: $("$python" --version) is too old; set PYTHON to a Python of 3.11 or newer" >&2
+  exit 1
+}
+
+if command -v apt-get >/dev/null && ! ldconfig -p | grep -q libOSMesa; then
+  as_root=""
+  [ "$(id -u)" = 0 ] || as_root="sudo"
+  echo "installing libosmesa6 (software rendering)"
+  { $as_root apt-get -qq update && $as_root apt-get -qq install -y libosmesa6; } >/dev/null ||
+    echo "warning: libosmesa6 could not be installed; rendering falls back to EGL" >&2
+fi
+
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+echo "installing mimic-video-jax[$extra] into $venv"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[$extra]"

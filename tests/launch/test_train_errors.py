@@ -1,0 +1,134 @@
+"""Mistakes on the command line of launch/train.py: each ends early, without a traceback, and names what is wrong."""
+
+import pathlib
+import re
+import runpy
+import shutil
+import sys
+
+import pytest
+import tiny
+from absl import flags
+
+from data_pipelines.writers import write_rlds
+from mimic_video.config import to_dict
+from mimic_video.training import checkpoints
+
+LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Episodes of 1.4 s at 10 Hz, in `train` only."""
+    episodes = {"train": [tiny.episode(15, seed) for seed in (0, 1)]}
+    return write_rlds(tmp_path_factory.mktemp("data"), "tiny", episodes, control_hz=10.0, image_size=tiny.SIZE, description="Noise.")
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory, dataset):
+    values = to_dict(tiny.experiment(data={"video_dataset": str(dataset), "action_dataset": str(dataset)}))
+    path = tmp_path_factory.mktemp("configs") / "tiny_config.py"
+    path.write_text(f"import ml_collections\n\ndef get_config(stage='action'):\n"
+                    f"    return ml_collections.ConfigDict({values!r} | {{'stage': stage}})\n")  # fmt: skip
+    return path
+
+
+@pytest.fixture
+def train(monkeypatch, tmp_path, config_file, capfd):
+    """Runs the script as `python launch/train.py --config=... --workdir=tmp_path/run ARGUMENTS`, which has to fail; its message."""
+
+    def run(*arguments, config=None, workdir=True):
+        before, own = set(flags.FLAGS), [f"--config={config or config_file}"] + [f"--workdir={tmp_path / 'run'}"] * workdir
+        monkeypatch.setattr(sys, "argv", ["launch/train.py", *own, *arguments])
+        monkeypatch.syspath_prepend(str(LAUNCH))
+        monkeypatch.delitem(sys.modules, "experiment", raising=False)
+        try:
+            with pytest.raises(SystemExit) as exit:
+                runpy.run_path(str(LAUNCH / "train.py"), run_name="__main__")
+        finally:
+            for name in set(flags.FLAGS) - before:
+                if name == "workdir" or name.startswith("config"):
+                    delattr(flags.FLAGS, name)
+        assert exit.value.code not in (None, 0)
+        output = capfd.readouterr()
+        message = exit.value.code if isinstance(exit.value.code, str) else output.err + output.out
+        assert "Traceback" not in message + output.err
+        assert not list((tmp_path / "run").glob("checkpoints/*"))
+        return message
+
+    return run
+
+
+def assert_says(message, *parts):
+    assert message.startswith("error: ") and "\n" not in message
+    for part in parts:
+        assert re.search(part, message), f"{part!r} is not in {message!r}"
+
+
+@pytest.mark.parametrize(("arguments", "parts"), [
+    (["--config.train.stepz=5"], ["'train.stepz'", "did you mean 'train.steps'"]),
+    (["--config.backbnoe.width=32"], ["'backbnoe.width'", "did you mean 'backbone.width'"]),
+    (["--config.train.steps=5", "--config.train.warmup_steps=9"], ["'train.warmup_steps' is 9"]),
+    (["--config.stage=vdeo"], ["'stage' is 'vdeo'", "'video', 'action'"]),
+    (["--config.decoder.action_dim=3"], ["action width 2", r"'decoder\.action_dim' is 3"]),
+    (["--config.decoder.proprio_dim=4"], ["proprio width 3", r"'decoder\.proprio_dim' is 4"]),
+    (["--config.data.image_size=(32, 32)"], [r"image size \(16, 32\)", r"'data\.image_size' is \(32, 32\)"]),
+    (["--config.data.action_horizon=40", "--config.decoder.action_horizon=40"], [r"'data\.action_horizon' is 40", r"4\.00 s", r"1\.40 s"]),
+    (["--config.data.future_frames=20"], [r"'data\.future_frames' is 20", r"1\.40 s"]),
+    (["--config.data.train_split=training"], ["no split 'training'", "train"]),
+    (["--config.train.validate_every=2"], ["no split 'val'"]),
+    (["--config.data.action_dataset="], [r"'data\.action_dataset' is empty"]),
+    (["--config.backbone_run=runs/nowhere"], ["runs/nowhere is not a run directory"]),
+    (["--config.mesh.data=3"], ["'mesh'", "8 devices"]),
+])  # fmt: skip
+def test_the_message_names_the_mistake(train, arguments, parts):
+    assert_says(train(*arguments), *parts)
+
+
+def test_a_value_of_the_wrong_type(train):
+    assert "train.steps" in train("--config.train.steps=many")
+
+
+def test_a_forgotten_workdir(train):
+    assert "--workdir" in train(workdir=False)
+
+
+def test_a_dataset_that_is_missing(train, tmp_path):
+    missing = tmp_path / "nowhere" / "1.0.0"
+    assert_says(train(f"--config.data.action_dataset={missing}"), f"dataset directory {missing} does not exist")
+    assert_says(train(f"--config.data.action_dataset={tmp_path}"), f"{tmp_path} is not a prepared dataset")
+
+
+def test_a_dataset_that_is_half_written(train, tmp_path, dataset):
+    (tmp_path / "incomplete.abc_1.0.0").mkdir()
+    assert_says(train(f"--config.data.action_dataset={tmp_path / '1.0.0'}"), "half-written", r"incomplete\.abc_1\.0\.0")
+    assert_says(train(f"--config.data.action_dataset={tmp_path / 'incomplete.abc_1.0.0'}"), "half-written")
+
+
+def test_a_dataset_whose_copy_was_cut_short(train, tmp_path, dataset):
+    copy = tmp_path / "copy" / "1.0.0"
+    shutil.copytree(dataset, copy)
+    shard = next(copy.glob("*array_record*"))
+    shard.write_bytes(shard.read_bytes()[:-40])
+    assert_says(train(f"--config.data.action_dataset={copy}"), re.escape(str(shard)), "truncated")
+
+
+def test_a_backbone_of_another_width(train, tmp_path):
+    checkpoints.write_config(tmp_path / "video", tiny.experiment(stage="video", backbone={"width": 32}))
+    assert_says(train(f"--config.backbone_run={tmp_path / 'video'}"), "'backbone.width' is 16, there 32")
+
+
+def test_a_backbone_that_was_never_trained(train, tmp_path):
+    checkpoints.write_config(tmp_path / "video", tiny.experiment(stage="video"))
+    assert_says(train(f"--config.backbone_run={tmp_path / 'video'}"), f"{tmp_path / 'video'} has no complete checkpoint")
+
+
+def test_a_workdir_of_another_experiment(train, tmp_path):
+    checkpoints.write_config(tmp_path / "run", tiny.experiment(seed=5))
+    assert_says(train(), "seed: 5 → 0", "--workdir")
+
+
+def test_a_corrected_command_may_use_the_same_workdir(train, tmp_path, dataset):
+    train("--config.backbone_run=runs/nowhere")
+    corrected = tiny.experiment(data={"video_dataset": str(dataset), "action_dataset": str(dataset)}, backbone_run=str(tmp_path / "video"))
+    checkpoints.write_config(tmp_path / "run", corrected)

@@ -1,0 +1,145 @@
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mimic_video.config import VideoDiTConfig
+from mimic_video.models.video_dit import VideoDiT, time_features
+
+CONFIG = VideoDiTConfig(width=16, num_blocks=3, num_heads=2, mlp_ratio=2.0, text_width=6, adaln_lora_dim=4, latent_channels=3,
+                        hidden_block=2)  # fmt: skip
+
+
+def random(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def graphdef():
+    return nnx.split(nnx.eval_shape(lambda: VideoDiT(CONFIG, nnx.Rngs(0))))[0]
+
+
+@pytest.fixture(scope="module")
+def state():
+    return jax.jit(lambda: nnx.split(VideoDiT(CONFIG, nnx.Rngs(0)))[1])()
+
+
+@pytest.fixture(scope="module")
+def velocity(graphdef):
+    return jax.jit(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs))
+
+
+@pytest.fixture(scope="module")
+def hidden(graphdef):
+    return jax.jit(lambda state, *inputs, stop: nnx.merge(graphdef, state).hidden(*inputs, stop=stop), static_argnames="stop")
+
+
+def inputs(batch=2):
+    """Latents, times, text and condition mask of two latent frames of 4x6."""
+    times = jnp.asarray(np.random.default_rng(5).uniform(0, 1, (batch, 2)), jnp.float32)
+    return [random(batch, 2, 4, 6, 3), times, random(batch, 5, 6, seed=1), jnp.tile(jnp.asarray([1.0, 0.0]), (batch, 1))]
+
+
+def test_published_size():
+    _, state = nnx.split(nnx.eval_shape(lambda: VideoDiT(VideoDiTConfig(), nnx.Rngs(0))))
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    assert sum(math.prod(leaf.shape) for _, leaf in leaves) == 1_956_413_440
+    stacked = [leaf for path, leaf in leaves if "blocks" in jax.tree_util.keystr(path)]
+    assert len(leaves) - len(stacked) + 28 * len(stacked) == 567  # tensors
+    assert sum(math.prod(leaf.shape[1:]) for leaf in stacked) == 69_206_528  # parameters of a block
+
+
+def test_time_features():
+    times = np.float32([[0.0, 1e-4, 0.5], [0.9, 0.987654, 1.0]])
+    angles = times.astype(np.float64)[..., None] * 10000.0 ** (-np.arange(64) / 64)
+    np.testing.assert_allclose(time_features(jnp.asarray(times), 128), np.concatenate([np.cos(angles), np.sin(angles)], -1), atol=1e-6)
+
+
+def test_patches_enter_channel_slowest(state, hidden):  # SPEC 3.3: index ((c·1 + r)·2 + m)·2 + n
+    latents, times, text, mask = inputs(1)
+    padding = random(1, 4, 6, seed=7)
+    embedded = hidden(state, latents, times, text, mask, padding, stop=0)
+    assert embedded.shape == (1, 2, 6, 16)
+    planes = np.concatenate([latents[0], np.broadcast_to(mask[0][:, None, None, None], (2, 4, 6, 1)),
+                             np.broadcast_to(padding[0][None, :, :, None], (2, 4, 6, 1))], axis=-1)  # fmt: skip
+    kernel = np.asarray(state["patch_proj"]["kernel"][...])
+    for frame, row, column in ((0, 0, 0), (0, 1, 0), (1, 0, 2), (1, 1, 1)):
+        features = [planes[frame, 2 * row + m, 2 * column + n, c] for c in range(5) for m in range(2) for n in range(2)]
+        np.testing.assert_allclose(embedded[0, frame, 3 * row + column], np.array(features) @ kernel, atol=1e-5)
+
+
+def test_patches_leave_channel_fastest(graphdef, state):  # SPEC 3.7: index (p1·2 + p2)·16 + c
+    model = nnx.merge(graphdef, state)
+    tokens = np.arange(1 * 2 * 6 * 12, dtype=np.float32).reshape(1, 2, 6, 12)
+    latents = np.asarray(model._unpatchify(jnp.asarray(tokens), (1, 2, 4, 6, 3)))
+    for frame, y, x, c in ((0, 0, 0, 0), (0, 0, 1, 2), (1, 3, 4, 1), (1, 2, 5, 0)):
+        assert latents[0, frame, y, x, c] == tokens[0, frame, 3 * (y // 2) + x // 2, (2 * (y % 2) + x % 2) * 3 + c]
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2, 3])
+def test_an_early_exit_does_not_read_later_blocks(state, hidden, stop):
+    def poison(path, leaf):
+        name = jax.tree_util.keystr(path)
+        if "blocks" in name:
+            return leaf.at[stop:].set(jnp.nan)
+        return leaf * jnp.nan if "final" in name else leaf
+
+    poisoned = jax.tree_util.tree_map_with_path(poison, state)
+    result = hidden(poisoned, *inputs(), stop=stop)
+    np.testing.assert_array_equal(result, hidden(state, *inputs(), stop=stop))
+    assert np.isfinite(result).all()
+    if stop:
+        assert np.abs(result - hidden(state, *inputs(), stop=stop - 1)).max() > 1e-3
+        assert np.isnan(hidden(jax.tree_util.tree_map_with_path(lambda path, leaf: leaf.at[stop - 1 :].set(jnp.nan)
+                                                                if "blocks" in jax.tree_util.keystr(path) else leaf, state),
+                               *inputs(), stop=stop)).all()  # fmt: skip
+
+
+def test_every_input_matters_from_the_start_and_only_to_its_own_sample(state, velocity):
+    reference = velocity(state, *inputs())
+    assert reference.shape == (2, 2, 4, 6, 3)
+    for position in range(4):
+        changed = inputs()
+        changed[position] = changed[position].at[0].multiply(jnp.abs(random(*changed[position].shape[1:], seed=8)))
+        difference = np.abs(velocity(state, *changed) - reference)
+        assert difference[0].max() > 1e-5
+        np.testing.assert_allclose(difference[1], 0, atol=1e-6)
+
+
+def test_no_padding_mask_is_a_padding_mask_of_zeros(state, velocity):
+    np.testing.assert_allclose(velocity(state, *inputs(), jnp.zeros((2, 4, 6))), velocity(state, *inputs()), atol=1e-6)
+    assert np.abs(velocity(state, *inputs(), jnp.ones((2, 4, 6))) - velocity(state, *inputs())).max() > 1e-3
+
+
+def test_the_velocity_is_the_final_projection_of_the_last_hidden_state(graphdef, state, hidden, velocity):
+    latents, times, text, mask = inputs()
+    model = nnx.merge(graphdef, state)
+    last = np.asarray(hidden(state, latents, times, text, mask, stop=3), np.float64)
+    _, shared = model._time_embedding(times, jnp.float32)  # modulations start at zero: only the shared term is left
+    shift, scale = np.asarray(shared)[:, :, None, :16], np.asarray(shared)[:, :, None, 16:32]
+    normalised = (last - last.mean(-1, keepdims=True)) / np.sqrt(last.var(-1, keepdims=True) + 1e-6)
+    projected = (normalised * (1 + scale) + shift) @ np.asarray(model.final_proj.kernel[...])
+    expected = model._unpatchify(jnp.asarray(projected, jnp.float32), latents.shape)
+    np.testing.assert_allclose(velocity(state, latents, times, text, mask), expected, atol=1e-5)
+
+
+def test_latents_that_cannot_be_cut_into_patches(graphdef, state):
+    _, times, text, mask = inputs()
+    with pytest.raises(ValueError, match="latents of 4x5 cannot be cut into patches of 2x2"):
+        jax.eval_shape(lambda: nnx.merge(graphdef, state)(random(2, 2, 4, 5, 3), times, text, mask))
+
+
+def test_another_number_of_blocks_only_changes_the_leading_axis():
+    def shapes(depth):
+        config = dataclasses.replace(CONFIG, num_blocks=depth)
+        leaves = jax.tree_util.tree_leaves_with_path(nnx.split(nnx.eval_shape(lambda: VideoDiT(config, nnx.Rngs(0))))[1])
+        return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
+
+    three, seven = shapes(3), shapes(7)
+    assert three.keys() == seven.keys()
+    for name, shape in three.items():
+        assert seven[name] == ((7, *shape[1:]) if "blocks" in name else shape)

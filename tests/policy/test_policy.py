@@ -1,0 +1,105 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from mimic_video.policy.policy import Policy, make_normalizers
+from mimic_video.training import checkpoints
+from mimic_video.training.steps import make_state, split_params
+from mimic_video.transforms import compute_statistics, to_json
+
+CONFIG = tiny.experiment()
+STATISTICS = {
+    "action": compute_statistics(np.random.default_rng(0).normal([5, -3], [0.1, 2.0], (200, 4, 2))),
+    "proprio": compute_statistics(np.random.default_rng(1).normal(1.0, 2.0, (200, 1, 3))),
+}
+
+
+@pytest.fixture(scope="module")
+def params():
+    return tiny.params(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def policy(params):
+    return Policy(CONFIG, params, make_normalizers(STATISTICS, CONFIG))
+
+
+def observation(batch=2, seed=0):
+    random = np.random.default_rng(seed)
+    images = random.integers(0, 256, (batch, 5, *tiny.SIZE, 3), np.uint8)
+    return images, random.standard_normal((batch, 3)).astype(np.float32), [f"do task {i}" for i in range(batch)]
+
+
+def test_a_plan_is_a_function_of_observation_seed_and_query(policy, params):
+    plan = policy(*observation())
+    assert plan.shape == (2, 4, 2) and np.isfinite(plan).all()
+    policy(*observation(seed=1), query=5)  # no state is left behind
+    np.testing.assert_array_equal(policy(*observation()), plan)
+    np.testing.assert_array_equal(policy(*observation(), query=0), plan)
+    fresh, other = (Policy(CONFIG, params, make_normalizers(STATISTICS, CONFIG), seed=seed) for seed in (0, 1))
+    np.testing.assert_array_equal(fresh(*observation()), plan)
+    for changed in (policy(*observation(), query=1), other(*observation()), policy(*observation(seed=1))):
+        assert np.abs(changed - plan).max(axis=(1, 2)).min() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["images", "proprio", "instructions"])
+def test_every_observation_matters_and_only_to_its_own_robot(policy, name):
+    plan, changed = policy(*observation()), dict(zip(("images", "proprio", "instructions"), observation(), strict=True))
+    other = dict(zip(changed, observation(seed=1), strict=True)) | {"instructions": ["do nothing", "do task 1"]}
+    if name != "instructions":
+        other[name][1] = changed[name][1]
+    difference = np.abs(policy(**(changed | {name: other[name]})) - plan).max(axis=(1, 2))
+    assert difference[0] > 1e-5
+    np.testing.assert_allclose(difference[1], 0, atol=1e-6)
+
+
+def test_plans_are_in_raw_units(policy, params):
+    normalised = Policy(CONFIG, params, make_normalizers(STATISTICS, tiny.experiment(data={"normalization": "identity"})))
+    images, proprio, instructions = observation()
+    entry = STATISTICS["proprio"]
+    seen = (proprio[:, None] - entry.mean_clamped) / entry.std_clamped
+    expected = normalised(images, seen[:, 0], instructions) * STATISTICS["action"].std_clamped + STATISTICS["action"].mean_clamped
+    np.testing.assert_allclose(policy(images, proprio, instructions), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "value", "complaint"), [
+    ("images", np.zeros((2, 4, 16, 32, 3), np.uint8), r"'images' has shape \(2, 4, 16, 32, 3\); expected \(2, 5, 16, 32, 3\)"),
+    ("images", np.zeros((2, 5, 32, 16, 3), np.uint8), r"'images' has shape \(2, 5, 32, 16, 3\); expected \(2, 5, 16, 32, 3\)"),
+    ("images", np.zeros((1, 5, 16, 32, 3), np.uint8), r"'images' has shape"),
+    ("images", np.zeros((2, 5, 16, 32, 3), np.float32), "'images' has dtype float32; expected uint8"),
+    ("proprio", np.zeros((2, 4), np.float32), r"'proprio' has shape \(2, 4\); expected \(2, 3\)"),
+    ("proprio", np.zeros((2, 1, 3), np.float32), r"'proprio' has shape \(2, 1, 3\); expected \(2, 3\)"),
+])  # fmt: skip
+def test_a_wrong_argument_is_named(policy, name, value, complaint):
+    arguments = dict(zip(("images", "proprio", "instructions"), observation(), strict=True)) | {name: value}
+    with pytest.raises(ValueError, match=complaint):
+        policy(**arguments)
+
+
+def write_run(run, config, params):
+    checkpoints.write_config(run, config)
+    trained, frozen = split_params(params, config.stage)
+    checkpoints.save_frozen(run, frozen)
+    state = make_state(config, jax.tree.map(np.zeros_like, trained)).replace(step=np.int32(4), ema=trained)
+    with checkpoints.open_checkpoints(run, 1) as manager:
+        checkpoints.save(manager, jax.device_put(state))
+
+
+def test_a_policy_is_loaded_from_a_run(tmp_path, policy, params):
+    """It plans as the one in memory: with the moving average, and the run's statistics."""
+    write_run(tmp_path, CONFIG, params)
+    (tmp_path / "statistics.json").write_text(json.dumps(to_json(STATISTICS)))
+    np.testing.assert_allclose(Policy.load(tmp_path)(*observation()), policy(*observation()), rtol=1e-5, atol=1e-6)
+    longer = Policy.load(tmp_path, tiny.experiment(policy={"action_steps": 3}))
+    assert np.abs(longer(*observation()) - policy(*observation())).max() > 1e-4
+
+
+def test_a_run_that_is_no_policy(tmp_path):
+    with pytest.raises(checkpoints.RunError, match="is not a run directory"):
+        Policy.load(tmp_path)
+    checkpoints.write_config(tmp_path, tiny.experiment(stage="video"))
+    with pytest.raises(checkpoints.RunError, match="stage 'video'; a policy needs stage 'action'"):
+        Policy.load(tmp_path)

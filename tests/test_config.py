@@ -1,0 +1,143 @@
+import dataclasses
+import importlib.util
+import json
+import math
+import pathlib
+
+import ml_collections
+import pytest
+
+from mimic_video.config import (
+    ConfigError,
+    DataConfig,
+    ExperimentConfig,
+    MeshConfig,
+    TrainConfig,
+    experiment_from,
+    field_paths,
+    to_dict,
+    unknown_field_message,
+)
+
+QUICKSTART = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py"
+
+
+def changed() -> ExperimentConfig:
+    """No value of a type that JSON or ml_collections could lose is at its default."""
+    return ExperimentConfig(
+        stage="video", seed=3, precision="bfloat16",
+        data=DataConfig(image_size=(32, 48), action_delay=0.0),
+        train=TrainConfig(betas=(0.5, 0.75), average_generated_only=False, learning_rate=1.0),
+        evaluation=dataclasses.replace(ExperimentConfig().evaluation, tasks=("a", "b")),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("encode", [lambda d: d, lambda d: json.loads(json.dumps(d)), ml_collections.ConfigDict])
+def test_round_trip(encode):
+    for config in (ExperimentConfig(), changed()):
+        assert experiment_from(encode(to_dict(config))) == config
+
+
+def test_missing_fields_keep_their_defaults():
+    config = experiment_from({"train": {"steps": 7, "warmup_steps": 2}})
+    assert (config.train.steps, config.train.warmup_steps, config.train.betas) == (7, 2, (0.9, 0.99))
+    assert config.data == DataConfig()
+
+
+@pytest.mark.parametrize(("values", "unknown", "nearest"), [
+    ({"train": {"stepz": 5}}, "train.stepz", "train.steps"),
+    ({"backbone": {"num_head": 5}}, "backbone.num_head", "backbone.num_heads"),
+    ({"sede": 5}, "sede", "seed"),
+    ({"trian": {"steps": 5}}, "trian", "train"),
+    ({"decoder": {"actiondim": 5}}, "decoder.actiondim", "decoder.action_dim"),
+])  # fmt: skip
+def test_an_unknown_field_names_the_nearest_known_one(values, unknown, nearest):
+    with pytest.raises(ConfigError, match=f"unknown config field '{unknown}'; did you mean '{nearest}'"):
+        experiment_from(values)
+
+
+def test_every_field_has_a_dotted_path():
+    paths = field_paths(ExperimentConfig)
+    assert {"seed", "data.image_size", "backbone.hidden_block", "train.betas", "mesh.fsdp"} <= set(paths)
+    assert "train" not in paths and len(set(paths)) == len(paths)
+    assert "'policy.stop_step'" in unknown_field_message("policy.stopstep", paths)
+
+
+@pytest.mark.parametrize(("path", "value", "complaint"), [
+    ("train.steps", 5.0, "5.0; expected type int"),
+    ("train.steps", "5", "'5'; expected type int"),
+    ("train.steps", True, "True; expected type int"),
+    ("train.steps", None, "None; expected type int"),
+    ("train.learning_rate", "1e-3", "'1e-3'; expected type float"),
+    ("train.learning_rate", True, "True; expected type float"),
+    ("train.learning_rate", math.nan, "nan; expected a finite number"),
+    ("train.learning_rate", math.inf, "inf; expected a finite number"),
+    ("train.average_generated_only", 1, "1; expected type bool"),
+    ("train.betas", 0.9, "0.9; expected a tuple"),
+    ("train.betas", (0.9,), "(0.9,); expected 2 values"),
+    ("train.betas", (0.9, "0.99"), "'0.99'; expected type float"),
+    ("data.image_size", (64.0, 64), "64.0; expected type int"),
+    ("data.video_dataset", 3, "3; expected type str"),
+    ("evaluation.tasks", "reach-v3", "'reach-v3'; expected a tuple"),
+    ("evaluation.tasks", ("reach-v3", 3), "3; expected type str"),
+    ("stage", "vdeo", "'vdeo'; expected one of 'video', 'action'"),
+    ("train.schedule", "step", "'step'; expected one of 'constant', 'cosine', 'linear'"),
+    ("train", 5, "5; expected a group of fields"),
+])  # fmt: skip
+def test_a_wrong_type_is_named_with_its_value(path, value, complaint):
+    values = value
+    for part in reversed(path.split(".")):
+        values = {part: values}
+    with pytest.raises(ConfigError) as error:
+        experiment_from(values)
+    assert str(error.value) == f"config field '{path}' is {complaint}"
+
+
+def test_ints_widen_to_floats_and_lists_to_tuples():
+    config = experiment_from({"train": {"learning_rate": 1, "betas": [0, 0.5]}, "data": {"image_size": [32, 48]}})
+    assert config.train.learning_rate == 1.0 and type(config.train.learning_rate) is float
+    assert config.train.betas == (0.0, 0.5) and type(config.train.betas[0]) is float
+    assert config.data.image_size == (32, 48)
+
+
+@pytest.mark.parametrize(("values", "field"), [
+    ({"data": {"past_frames": 4}}, "data.past_frames"),
+    ({"data": {"future_frames": 6}}, "data.future_frames"),
+    ({"data": {"image_size": (64, 40)}}, "data.image_size"),
+    ({"data": {"action_delay": -0.1}}, "data.action_delay"),
+    ({"data": {"control_hz": 0}}, "DataConfig.control_hz"),
+    ({"backbone": {"width": 100, "num_heads": 16}}, "backbone.width"),
+    ({"backbone": {"width": 64, "num_heads": 16}}, "backbone.num_heads"),
+    ({"backbone": {"patch": (2, 2, 2)}}, "backbone.patch"),
+    ({"backbone": {"num_blocks": 4}}, "backbone.hidden_block"),
+    ({"decoder": {"num_heads": 3}}, "decoder.width"),
+    ({"decoder": {"proprio_dropout": 1.0}}, "decoder.proprio_dropout"),
+    ({"noise": {"tail_range": (5.0, 2.0)}}, "noise.tail_range"),
+    ({"noise": {"tail_probability": 1.5}}, "noise.tail_probability"),
+    ({"train": {"steps": 1000}}, "train.warmup_steps"),
+    ({"train": {"ema_decay": 1.0}}, "train.ema_decay"),
+    ({"train": {"batch_size": 0}}, "TrainConfig.batch_size"),
+    ({"mesh": {"data": -1, "fsdp": -1}}, "mesh"),
+    ({"mesh": {"fsdp": 0}}, "mesh"),
+    ({"policy": {"stop_step": 36}}, "policy.stop_step"),
+    ({"text": {"width": 512}}, "text.width"),
+    ({"decoder": {"action_horizon": 60}}, "decoder.action_horizon"),
+    ({"policy": {"execute_steps": 16}}, "policy.execute_steps"),
+])  # fmt: skip
+def test_values_that_contradict_each_other_are_named(values, field):
+    with pytest.raises(ConfigError, match=f"config field '{field}' is "):
+        experiment_from(values)
+
+
+def test_the_published_window():
+    data = DataConfig()
+    assert (data.num_frames, data.past_latents, data.latent_shape) == (61, 2, (16, 60, 80))
+    assert MeshConfig() == MeshConfig(data=-1, fsdp=1, sequence=1)
+
+
+@pytest.mark.parametrize("stage", ["video", "action"])
+def test_the_quickstart_is_valid(stage):
+    spec = importlib.util.spec_from_file_location("quickstart_config", QUICKSTART)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert experiment_from(module.get_config(stage).to_dict()).stage == stage

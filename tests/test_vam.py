@@ -1,0 +1,322 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from mimic_video.vam import VideoActionModel
+
+KEY = jax.random.key(7)
+CLEAN = 1e-4 / 1.0001  # flow time of conditioned frames
+VIDEO, ACTION = tiny.experiment(stage="video"), tiny.experiment()
+
+
+@pytest.fixture(scope="module")
+def params():
+    return tiny.params(ACTION)
+
+
+class Recording(VideoActionModel):
+    """Answers `answer` instead of running the networks, and keeps what they were asked. Not to be compiled."""
+
+    def __init__(self, config, answer=0.0):
+        super().__init__(config)
+        self.answer, self.asked = answer, []
+
+    def _video_velocity(self, params, inputs, times, text, mask):
+        self.asked.append({"inputs": inputs, "times": times, "mask": mask})
+        return jnp.broadcast_to(self.answer, inputs.shape)
+
+    def _action_velocity(self, decoder, proprio, x_tau, time, video_time, context, dropped=None):
+        return jnp.broadcast_to(self.answer, x_tau.shape) * (1.0 if dropped is None else 1.0 - dropped[:, None, None])
+
+
+@functools.cache
+def compiled(config, name):
+    return jax.jit(getattr(VideoActionModel(config), name))
+
+
+def noise_of(asked, latents):
+    """The noise in a recorded input, solved from x_τ = (1−τ)x₀ + τε; meaningless where frames were given clean."""
+    time = np.asarray(asked["times"])[:, :, None, None, None]
+    return (np.asarray(asked["inputs"]) - (1 - time) * latents) / time
+
+
+# Video loss.
+
+
+def test_conditioned_frames_are_given_clean_and_the_others_noised(params):
+    vam, batch = Recording(VIDEO), tiny.batch(VIDEO, 64)
+    vam.video_loss(params, batch, KEY)
+    latents, asked = np.asarray(vam.encode_video(params, batch["video"])), vam.asked[0]
+    mask, inputs, times = (np.asarray(asked[name]) for name in ("mask", "inputs", "times"))
+    assert {tuple(row) for row in mask} == {(1, 0, 0), (1, 1, 0)}  # one or two observed latent frames
+    assert 16 < (mask[:, 1] == 1).sum() < 48
+    np.testing.assert_array_equal(inputs[mask == 1], latents[mask == 1])
+    np.testing.assert_allclose(times[mask == 1], CLEAN, rtol=1e-5)
+    generated = noise_of(asked, latents)[:, 2]
+    np.testing.assert_allclose([generated.mean(), generated.std()], [0, 1], atol=0.05)
+    assert np.all(times[:, 2:] > CLEAN) and len(np.unique(times[:, 2])) == 64  # a time of its own for every sample
+    one = mask[:, 1] == 0
+    np.testing.assert_array_equal(times[one, 1], times[one, 2])  # shared by its frames
+
+
+def test_video_loss_by_hand(params):
+    vam, batch = Recording(VIDEO, answer=0.5), tiny.batch(VIDEO, 6)
+    batch["video_mask"][0, 6] = batch["video_mask"][3, 5:] = False  # one frame of a group spoils the latent
+    loss, metrics = vam.video_loss(params, batch, KEY)
+    latents, asked = np.asarray(vam.encode_video(params, batch["video"])), vam.asked[0]
+    counts = 1 - np.asarray(asked["mask"])
+    counts[[0, 3], 2] = 0
+    error = ((0.5 - (noise_of(asked, latents) - latents)) ** 2).mean((2, 3, 4))
+    expected = error[counts == 1].mean()
+    np.testing.assert_allclose(metrics["video_mse"], expected, rtol=1e-3)
+    np.testing.assert_allclose(loss, 100 * expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("average_generated_only", [True, False])
+def test_conditioned_and_padded_frames_have_no_part_in_the_video_loss(params, average_generated_only):
+    config = tiny.experiment(stage="video", train={"average_generated_only": average_generated_only})
+    batch = tiny.batch(config, 6)
+    batch["video_mask"][1, 8] = batch["video_mask"][2, 5:] = False
+    vam = Recording(config)
+
+    def loss(answer):
+        vam.answer = answer
+        return vam.video_loss(params, batch, KEY)[0]
+
+    gradient = np.abs(jax.grad(loss)(jnp.zeros((6, 3, 2, 4, 16)))).max((2, 3, 4))
+    counts = 1 - np.asarray(vam.asked[0]["mask"])
+    counts[[1, 2], 2] = 0
+    np.testing.assert_array_equal(gradient > 0, counts == 1)
+
+
+def test_the_pixels_of_padded_frames_are_no_target(params):
+    vam, batch = Recording(VIDEO), tiny.batch(VIDEO, 4)
+    batch["video_mask"][1, 6:] = False
+    changed = batch | {"video": batch["video"].copy()}
+    changed["video"][1, 6:] = 255 - changed["video"][1, 6:]
+    np.testing.assert_array_equal(vam.video_loss(params, batch, KEY)[0], vam.video_loss(params, changed, KEY)[0])
+    changed["video"][0, 6:] = 255 - changed["video"][0, 6:]
+    assert vam.video_loss(params, batch, KEY)[0] != vam.video_loss(params, changed, KEY)[0]
+
+
+def test_the_published_weighting_keeps_conditioned_frames_in_the_denominator(params):
+    batch = tiny.batch(VIDEO, 6)
+    batch["video_mask"][2, 5:] = False
+    vam = Recording(VIDEO)
+    loss, metrics = vam.video_loss(params, batch, KEY)
+    published = Recording(tiny.experiment(stage="video", train={"average_generated_only": False}))
+    published_loss, published_metrics = published.video_loss(params, batch, KEY)
+    valid = np.ones((6, 3))
+    valid[2, 2] = 0
+    share = (valid * (1 - np.asarray(vam.asked[0]["mask"]))).sum() / valid.sum()
+    assert 0.2 < share < 0.7
+    np.testing.assert_allclose(published_loss / loss, share, rtol=1e-5)
+    np.testing.assert_allclose(metrics["video_mse"], published_metrics["video_mse"], rtol=1e-6)
+
+
+# Action loss.
+
+
+def test_padded_actions_have_no_part_in_the_action_loss(params):
+    vam, batch = Recording(ACTION), tiny.batch(ACTION, 4)
+    batch["action_mask"][1, 2:] = False
+    batch["action_mask"][3] = False
+
+    def loss(answer):
+        vam.answer = answer
+        return vam.action_loss(params, batch, KEY)[0]
+
+    with jax.disable_jit(False):
+        no_dropout = dataclasses.replace(ACTION, decoder=dataclasses.replace(ACTION.decoder, proprio_dropout=0.0))
+        vam.config = no_dropout
+        gradient = np.abs(jax.grad(loss)(jnp.zeros((4, 4, 2)))).max(-1)
+    np.testing.assert_array_equal(gradient > 0, batch["action_mask"])
+    changed = batch | {"actions": np.where(batch["action_mask"][..., None], batch["actions"], 9.0).astype(np.float32)}
+    np.testing.assert_array_equal(loss(jnp.zeros(())), vam.action_loss(params, changed, KEY)[0])
+    changed["actions"][0, 0] += 1
+    assert loss(jnp.zeros(())) != vam.action_loss(params, changed, KEY)[0]
+
+
+def test_action_loss_of_known_actions(params):
+    """With x₀ = 3 and the answer 0, the error is (ε − 3)², whose mean is 1 + 9."""
+    batch = tiny.batch(ACTION, 2) | {"actions": np.full((2, 4, 2), 3, np.float32)}
+    config = tiny.experiment(train={"action_draws": 500})
+    loss, metrics = Recording(config).action_loss(params, batch, KEY)
+    np.testing.assert_allclose(metrics["action_mse"], 10, rtol=0.05)
+    np.testing.assert_allclose(loss, 10 * metrics["action_mse"], rtol=1e-6)
+
+
+def test_proprioception_is_dropped_as_often_as_configured(params):
+    """The recording model answers 0 for dropped samples and 10 for the others: errors of 1 and 101."""
+    config = tiny.experiment(train={"action_draws": 500}, decoder={"proprio_dropout": 0.25})
+    batch = tiny.batch(config, 4) | {"actions": np.zeros((4, 4, 2), np.float32)}
+    error = Recording(config, answer=10.0).action_loss(params, batch, KEY)[1]["action_mse"]
+    np.testing.assert_allclose((error - 1) / 100, 0.75, atol=0.04)
+
+
+def test_the_backbone_sees_the_true_video_noised_behind_the_observed_frames(params):
+    vam, batch, seen = VideoActionModel(ACTION), tiny.batch(ACTION, 32), {}
+
+    def hidden(params, clean, x_tau, time, text):
+        seen.update(clean=clean, x_tau=x_tau)
+        return jnp.zeros((len(clean), 6, 16))
+
+    vam._hidden = hidden
+    _, time = vam.hidden_of_noised_video(params, batch["video"], batch["text"], KEY)
+    latents = np.asarray(vam.encode_video(params, batch["video"]))
+    np.testing.assert_array_equal(seen["clean"], latents)
+    scale = np.asarray(time)[:, None, None, None, None]
+    noise = (np.asarray(seen["x_tau"]) - (1 - scale) * latents) / scale
+    np.testing.assert_allclose([noise.mean(), noise.std()], [0, 1], atol=0.05)
+    assert len(np.unique(time)) == 32
+
+
+def test_the_observed_frames_reach_the_backbone_clean(params):
+    """Whatever was added to them, and however noisy the rest is."""
+    batch = tiny.batch(ACTION, 2)
+    vam = VideoActionModel(ACTION)
+    clean = vam.encode_video(params, batch["video"])
+    noise = jax.random.normal(KEY, clean.shape)
+    hidden = jax.jit(vam._hidden)
+    time, text = jnp.asarray([0.3, 0.9]), jnp.asarray(batch["text"])
+    reference = hidden(params, clean, noise, time, text)
+    assert reference.shape == (2, 3 * 2, 16)
+    np.testing.assert_array_equal(hidden(params, clean, noise.at[:, :2].set(7.0), time, text), reference)
+    assert np.abs(hidden(params, clean, noise.at[:, 2].add(1.0), time, text) - reference).max() > 1e-3
+    assert np.abs(hidden(params, clean.at[:, 1].add(1.0), noise, time, text) - reference).max() > 1e-3
+
+
+def test_gradients_reach_only_what_a_stage_trains(params):
+    batch = tiny.batch(ACTION, 2)
+    for config, name, trained in ((VIDEO, "video_loss", "backbone"), (ACTION, "action_loss", "decoder")):
+        gradients = jax.jit(jax.grad(lambda params, loss: loss(params, batch, KEY)[0]), static_argnums=1)(
+            params, getattr(VideoActionModel(config), name)
+        )
+        for part in ("tokenizer", "backbone", "decoder"):
+            leaves = jax.tree_util.tree_leaves_with_path(gradients[part])
+            sizes = {jax.tree_util.keystr(path, simple=True): float(np.abs(leaf).max()) for path, leaf in leaves}
+            if part == trained:
+                assert [path for path, size in sizes.items() if size == 0] == []
+            else:
+                assert set(sizes.values()) == {0.0}
+
+
+# Sampling.
+
+
+def observed(batch):
+    return batch["video"][:, :5]
+
+
+def test_stop_step_zero_is_one_partial_pass_on_pure_noise(params):
+    assert ACTION.policy.stop_step == 0
+    vam, batch = VideoActionModel(ACTION), tiny.batch(ACTION, 2)
+    blocks = jax.tree.map(lambda leaf: np.concatenate([leaf[:1], np.full_like(leaf[1:], np.nan)]), params["backbone"]["blocks"])
+    partial = params | {"backbone": params["backbone"] | {"blocks": blocks}}
+    hidden, time = compiled(ACTION, "sample_hidden")(partial, observed(batch), batch["text"], KEY)
+    np.testing.assert_allclose(time, 80 / 81, rtol=1e-6)
+    past = np.asarray(vam.encode_video(params, observed(batch)))
+    noise = np.asarray(jax.random.normal(KEY, (2, 3, 2, 4, 16)))
+    inputs = np.concatenate([past, 80 / 81 * noise[:, 2:]], axis=1)  # unit noise, as the network sees σ = 80
+    times = np.float32([[CLEAN, CLEAN, 80 / 81]] * 2)
+    backbone = vam.module("backbone", params)
+    mask = np.float32([[1, 1, 0]] * 2)
+    expected = backbone.hidden(jnp.asarray(inputs), jnp.asarray(times), jnp.asarray(batch["text"]), jnp.asarray(mask), stop=1)
+    np.testing.assert_allclose(hidden, expected.reshape(2, 6, 16), atol=1e-5)
+
+
+def test_stop_step_one_is_an_euler_step_away(params):
+    vam, batch, seen = Recording(tiny.experiment(policy={"stop_step": 1}), answer=0.5), tiny.batch(ACTION, 2), {}
+    vam._hidden = lambda params, clean, x_tau, time, text: seen.update(x_tau=x_tau)
+    _, time = vam.sample_hidden(params, observed(batch), batch["text"], KEY)
+    sigma = (80 ** (1 / 7) + (0.002 ** (1 / 7) - 80 ** (1 / 7)) / 3) ** 7  # the second of three steps
+    np.testing.assert_allclose(time, sigma / (1 + sigma), rtol=1e-6)
+    noise = np.asarray(jax.random.normal(KEY, (2, 3, 2, 4, 16)), np.float64)[:, 2]
+    x0 = 80 / 81 * noise - 80 / 81 * 0.5
+    x = sigma / 80 * (80 * noise) + (1 - sigma / 80) * x0
+    np.testing.assert_allclose(seen["x_tau"][:, 2], x / (1 + sigma), atol=1e-4)
+
+
+@pytest.mark.parametrize("stop", [2, 3])
+def test_later_stops_run(params, stop):
+    config, batch = tiny.experiment(policy={"stop_step": stop}), tiny.batch(ACTION, 2)
+    hidden, time = compiled(config, "sample_hidden")(params, observed(batch), batch["text"], KEY)
+    assert np.isfinite(hidden).all()
+    if stop == config.policy.video_steps:
+        np.testing.assert_allclose(time, 0.002 / 1.002, rtol=1e-5)
+    other = compiled(ACTION, "sample_hidden")(params, observed(batch), batch["text"], KEY)[0]
+    assert np.abs(hidden - other).max() > 1e-3
+
+
+def sample(params, batch, key=KEY, config=ACTION):
+    return np.asarray(compiled(config, "sample_actions")(params, observed(batch), batch["proprio"], batch["text"], key))
+
+
+def test_actions_are_a_function_of_the_key(params):
+    batch = tiny.batch(ACTION, 3)
+    actions = sample(params, batch)
+    assert actions.shape == (3, 4, 2) and actions.dtype == np.float32 and np.isfinite(actions).all()
+    np.testing.assert_array_equal(sample(params, batch), actions)
+    assert np.abs(sample(params, batch, jax.random.key(8)) - actions).min() > 1e-3
+
+
+def test_robots_of_a_batch_do_not_influence_each_other(params):
+    batch, other = tiny.batch(ACTION, 3), tiny.batch(ACTION, 3, seed=1)
+    mixed = {name: np.concatenate([batch[name][:1], other[name][1:]]) for name in batch}
+    actions, with_others = sample(params, batch), sample(params, mixed)
+    np.testing.assert_allclose(with_others[0], actions[0], atol=1e-6)
+    assert np.abs(with_others[1:] - actions[1:]).max(axis=(1, 2)).min() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["video", "proprio", "text"])
+def test_every_observation_matters_to_the_actions(params, name):
+    batch = tiny.batch(ACTION, 2)
+    changed = batch | {name: tiny.batch(ACTION, 2, seed=1)[name]}
+    assert np.abs(sample(params, changed) - sample(params, batch)).max(axis=(1, 2)).min() > 1e-5
+
+
+def test_euler_steps_of_the_action_flow(params):
+    """An answer of 2 at every one of the steps leads from the noise to the noise less 2."""
+    vam = Recording(ACTION, answer=2.0)
+    actions = vam.decode_actions(params, jnp.zeros((2, 6, 16)), jnp.full(2, 0.5), jnp.zeros((2, 1, 3)), KEY)
+    np.testing.assert_allclose(actions, jax.random.normal(KEY, (2, 4, 2)) - 2, atol=1e-5)
+
+
+def test_a_sampled_video_continues_the_observed_frames(params):
+    batch, vam = tiny.batch(VIDEO, 2), VideoActionModel(VIDEO)
+    video = np.asarray(compiled(VIDEO, "sample_video")(params, observed(batch), batch["text"], KEY))
+    assert video.shape == (2, 9, *tiny.SIZE, 3) and video.dtype == np.uint8
+    np.testing.assert_array_equal(video[:, :5], vam.decode_video(params, vam.encode_video(params, observed(batch))))
+    again = compiled(VIDEO, "sample_video")(params, observed(batch), batch["text"], jax.random.key(8))
+    assert (video[:, 5:] != again[:, 5:]).mean() > 0.5
+
+
+def test_pixels_survive_the_whole_8_bit_range(params):
+    """A basis of unit vectors makes the tokenizer's first sixteen pixel values of a frame come back exactly."""
+    vam = VideoActionModel(VIDEO)
+    tokenizer = {name: dict(part) for name, part in params["tokenizer"].items()}
+    tokenizer["first"]["basis"] = np.eye(192, 16, dtype=np.float32)
+    video = np.zeros((1, 1, 8, 8, 3), np.uint8)
+    video.reshape(-1)[:16] = np.linspace(0, 255, 16)
+    decoded = np.asarray(vam.decode_video({"tokenizer": tokenizer}, vam.encode_video({"tokenizer": tokenizer}, video)))
+    np.testing.assert_array_equal(decoded.reshape(-1)[:16], video.reshape(-1)[:16])
+
+
+# Precision.
+
+
+def test_bfloat16_stays_close_to_float32(params):
+    batch = tiny.batch(ACTION, 8)
+    for stage, name in (("video", "video_loss"), ("action", "action_loss")):
+        exact, rounded = (
+            compiled(tiny.experiment(stage=stage, precision=precision), name)(params, batch, KEY)[0] for precision in ("float32", "bfloat16")
+        )
+        assert rounded.dtype == jnp.float32
+        np.testing.assert_allclose(rounded, exact, rtol=0.01)
+    rounded = sample(params, batch, config=tiny.experiment(precision="bfloat16"))
+    assert 0 < np.abs(rounded - sample(params, batch)).max() < 0.05  # of actions with unit variance

@@ -1,0 +1,99 @@
+"""The smallest experiment whose every part still does something, and data for it; shared by the tests.
+
+Images of 16x32 pixels are 2x4 latents, so two tokens a frame; a window is three latent frames, two of them observed.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from data_pipelines.episode import Episode
+from mimic_video.config import ExperimentConfig, experiment_from
+from mimic_video.models.patch_tokenizer import CHANNELS
+from mimic_video.vam import VideoActionModel
+
+SIZE = (16, 32)
+VALUES: dict[str, Any] = {
+    "stage": "action",
+    "data": {"image_size": SIZE, "past_frames": 5, "future_frames": 4, "video_hz": 10.0, "action_horizon": 4, "control_hz": 10.0,
+             "action_delay": 0.1},
+    "tokenizer": {"fit_windows": 8},
+    "text": {"rows": 4, "width": 8},
+    "backbone": {"width": 16, "num_blocks": 2, "num_heads": 2, "mlp_ratio": 2.0, "text_width": 8, "adaln_lora_dim": 4,
+                 "hidden_block": 1},
+    "decoder": {"width": 16, "num_blocks": 2, "num_heads": 2, "mlp_ratio": 2.0, "adaln_lora_dim": 4, "time_rank": 8,
+                "action_horizon": 4, "proprio_dim": 3, "action_dim": 2},
+    "train": {"steps": 4, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 0, "ema_decay": 0.9, "log_every": 1,
+              "checkpoint_every": 2},
+    "policy": {"video_steps": 3, "action_steps": 2, "execute_steps": 2},
+}  # fmt: skip
+
+
+def experiment(**changes: Any) -> ExperimentConfig:
+    """`VALUES` with changed fields: experiment(stage="video", train={"steps": 9})."""
+    values = dict(VALUES)
+    for name, change in changes.items():
+        values[name] = {**values.get(name, {}), **change} if isinstance(change, dict) else change
+    return experiment_from(values)
+
+
+def params(config: ExperimentConfig, seed: int = 0) -> dict:
+    """Random parameters in which nothing is zero: not the tokenizer's basis, nor the modulations' last layers."""
+    values = jax.jit(VideoActionModel(config).init)(jax.random.key(seed))
+    random = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.endswith("modulation/up/kernel"):
+            return np.float32(0.1) * random.standard_normal(leaf.shape, np.float32)
+        return np.asarray(leaf)
+
+    values = jax.tree_util.tree_map_with_path(fill, values)
+    for part in values["tokenizer"].values():
+        features = part["mean"].shape[0]
+        part["basis"] = random.standard_normal((features, CHANNELS)).astype(np.float32) / features**0.5
+        part["scale"] = np.full(CHANNELS, 0.5, np.float32)
+    return values
+
+
+def batch(config: ExperimentConfig, size: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """What the loader makes of `size` windows; nothing is padded."""
+    data, decoder, random = config.data, config.decoder, np.random.default_rng(seed)
+    return {
+        "video": random.integers(0, 256, (size, data.num_frames, *data.image_size, 3), np.uint8),
+        "video_mask": np.ones((size, data.num_frames), bool),
+        "text": random.standard_normal((size, config.text.rows, config.text.width)).astype(np.float32),
+        "proprio": random.standard_normal((size, 1, decoder.proprio_dim)).astype(np.float32),
+        "actions": random.standard_normal((size, data.action_horizon, decoder.action_dim)).astype(np.float32),
+        "action_mask": np.ones((size, data.action_horizon), bool),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseFrames:
+    """Frames of smooth random colours, a function of the seed."""
+
+    length: int
+    seed: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def take(self, indices):
+        random = np.random.default_rng(self.seed)
+        coarse = random.integers(0, 256, (self.length, SIZE[0] // 8, SIZE[1] // 8, 3), np.uint8)
+        return np.kron(coarse[list(indices)], np.ones((1, 8, 8, 1), np.uint8))
+
+
+def episode(length: int, seed: int, hz: float = 10.0) -> Episode:
+    random = np.random.default_rng(seed)
+    return Episode(
+        name=f"episode {seed}",
+        timestamps=np.arange(length) / hz,
+        frames=NoiseFrames(length, seed),
+        instruction=f"do task {seed % 2}",
+        proprio=random.standard_normal((length, 3)).astype(np.float32),
+        actions=random.standard_normal((length, 2)).astype(np.float32),
+    )

@@ -1,0 +1,64 @@
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mimic_video.config import TrainConfig
+from mimic_video.training.optimizer import make_optimizer, make_schedule
+
+BASE = TrainConfig(steps=1000, warmup_steps=100, learning_rate=2.0, final_fraction=0.2)
+
+
+def rates(steps, **changes):
+    schedule = make_schedule(dataclasses.replace(BASE, **changes))
+    return [float(schedule(step)) for step in steps]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
+def test_warm_up_from_a_millionth_of_the_peak(schedule):
+    expected = [2e-6, 2 * (1e-6 + (1 - 1e-6) / 4), 2 * (1e-6 + (1 - 1e-6) * 0.99), 2.0]
+    np.testing.assert_allclose(rates([0, 25, 99, 100], schedule=schedule), expected, rtol=1e-4, atol=2e-7)
+
+
+@pytest.mark.parametrize(("schedule", "values"), [  # after 0, 1/4, 1/2 and all of the 900 steps that follow the warm-up
+    ("constant", [2.0, 2.0, 2.0, 2.0]),
+    ("linear", [2.0, 1.6, 1.2, 0.4]),
+    ("cosine", [2.0, 0.4 + 1.6 * (1 + math.cos(math.pi / 4)) / 2, 1.2, 0.4]),
+])  # fmt: skip
+def test_after_the_warm_up(schedule, values):
+    np.testing.assert_allclose(rates([100, 325, 550, 1000], schedule=schedule), values, rtol=1e-4)
+    np.testing.assert_allclose(rates([0, 500, 1000], schedule=schedule, warmup_steps=0), [values[0], values[2], values[3]], rtol=1e-4)
+
+
+def test_the_published_schedule():  # SPEC 4.4
+    schedule = make_schedule(TrainConfig(steps=500_000, warmup_steps=1000, learning_rate=1e-4, schedule="linear"))
+    for step in (1000, 14_112, 51_212, 500_000):
+        np.testing.assert_allclose(schedule(step), 1e-4 * (0.2 + 0.8 * (500_000 - step) / 499_000), rtol=1e-5)
+    for step in (0, 400, 999):
+        np.testing.assert_allclose(schedule(step), 1e-4 * (1e-6 + (1 - 1e-6) * step / 1000), rtol=1e-4, atol=1e-11)
+
+
+def test_adamw_behind_global_clipping():
+    config = TrainConfig(steps=10, warmup_steps=0, learning_rate=0.1, weight_decay=0.5, clip_norm=10.0, betas=(0.9, 0.99))
+    optimizer = make_optimizer(config)
+    params = {"kernel": np.array([[1.0, -2.0]]), "bias": np.array([3.0])}
+    gradients = [{"kernel": np.array([[30.0, 0.0]]), "bias": np.array([-40.0])},  # norm 50: scaled by 1/5
+                 {"kernel": np.array([[1.0, 2.0]]), "bias": np.array([0.5])}]  # fmt: skip
+    ours = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    state, update = optimizer.init(ours), jax.jit(optimizer.update)
+    m = {name: 0.0 for name in params}
+    v = {name: 0.0 for name in params}
+    for step, gradient in enumerate(gradients, start=1):
+        updates, state = update(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), gradient), state, ours)
+        ours = optax.apply_updates(ours, updates)
+        for name, value in gradient.items():
+            value = value / 5 if step == 1 else value
+            m[name], v[name] = 0.9 * m[name] + 0.1 * value, 0.99 * v[name] + 0.01 * value**2
+            adam = m[name] / (1 - 0.9**step) / (np.sqrt(v[name] / (1 - 0.99**step)) + 1e-8)
+            params[name] = params[name] - 0.1 * (adam + 0.5 * params[name])  # the bias decays too
+    for name, value in params.items():
+        np.testing.assert_allclose(ours[name], value, rtol=1e-5)
