@@ -15,7 +15,7 @@ import ml_collections
 
 from mimic_video.config import ExperimentConfig, to_dict
 
-TASKS = ("drawer-open-v3", "button-press-topdown-v3")
+TASKS = ("drawer-open-v3", "drawer-close-v3")
 
 
 def get_config(stage: str = "action") -> ml_collections.ConfigDict:
@@ -64,12 +64,12 @@ def get_config(stage: str = "action") -> ml_collections.ConfigDict:
     config.train.validate_every = 200
     config.train.checkpoint_every = 200
     if stage == "video":
-        config.train.steps = 1200
+        config.train.steps = 1000
         config.train.batch_size = 16
         config.train.clip_norm = 100.0  # the loss carries the published factor of 100
     else:
         config.backbone_run = "runs/quickstart/video"
-        config.train.steps = 1200
+        config.train.steps = 1000
         config.train.batch_size = 16
         config.train.clip_norm = 10.0
         config.train.action_draws = 4

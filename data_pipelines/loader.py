@@ -75,7 +75,7 @@ class WindowDataset(Sequence[dict]):
     def __len__(self) -> int:
         return len(self._anchor_of)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> dict:  # type: ignore[override]  # no slices
         """One window: `instruction` (str) and the arrays of `video_window`, and of `action_window` if it has actions."""
         episode, anchor = self.episodes[self._episode_of[index]], self._anchor_of[index]
         sample = {"instruction": episode.instruction, **video_window(episode, anchor, self._config)}

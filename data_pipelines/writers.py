@@ -73,7 +73,7 @@ def write_rlds(directory: str | os.PathLike, name: str, splits: Mapping[str, Ite
 def _write(directory: Path, name: str, splits: Mapping[str, Iterable[Episode]], control_hz: float, image_size: tuple[int, int],
            jpeg_quality: int, description: str) -> None:
     # Not a GeneratorBasedBuilder: it shuffles through memory, and beyond 1 GB through files that it needs TensorFlow to open.
-    writer, dims = None, None
+    writer, dims = None, _Dims(None, None)
     for split, episodes in splits.items():
         first, episodes = _peek(split, episodes)
         if writer is None:
@@ -133,7 +133,7 @@ def _example(episode: Episode, control_hz: float, image_size: tuple[int, int], j
     last = len(episode) - 1
     steps = []
     for k, frame in enumerate(frames):
-        step = {
+        step: dict[str, Any] = {
             "observation": {"image_primary": _jpeg(frame, jpeg_quality)},
             "language_instruction": episode.instruction,
             "is_first": k == 0,

@@ -126,7 +126,8 @@ def main(config: ExperimentConfig) -> None:
         values = {"video": evaluate_video, "action": evaluate_policy}[config.stage](config, run)
     checkpoints.write_json(run / "evaluation.json", values | {"seconds": time.perf_counter() - start})
     for task, row in values.get("success", {}).items():
-        print(f"{task}: {row['successes']}/{row['episodes']} = {row['rate']:.2f}, 95 % interval {row['low']:.2f} to {row['high']:.2f}")
+        interval = f"95 % interval {row['low']:.2f} to {row['high']:.2f}"
+        print(f"{task}: {row['successes']}/{row['episodes']} = {row['rate']:.2f}, {interval}")
 
 
 if __name__ == "__main__":

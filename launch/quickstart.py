@@ -28,7 +28,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIG = "configs/quickstart.py"
 BACKBONES = ("trained", "untrained")
 SEEDS = (0, 1)  # of stage 2, for either backbone
-EPISODES = {"videos": 120, "demonstrations": 20, "validation": 10}  # per task
+EPISODES = {"videos": 100, "demonstrations": 20, "validation": 10}  # per task
 SMOKE_EPISODES = {"videos": 3, "demonstrations": 2, "validation": 1}
 SMOKE_SETTINGS = {
     "train.steps": 6, "train.warmup_steps": 2, "train.log_every": 2, "train.validate_every": 3, "train.checkpoint_every": 3,

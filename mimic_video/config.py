@@ -289,7 +289,7 @@ def unknown_field_message(path: str, known: list[str]) -> str:
     return f"unknown config field '{path}'; did you mean '{nearest[0]}'?"
 
 
-def field_paths(config_class: type, prefix: str = "") -> list[str]:
+def field_paths(config_class: Any, prefix: str = "") -> list[str]:
     """Every dotted field name under a configuration class."""
     paths = []
     for name, hint in typing.get_type_hints(config_class).items():
@@ -297,7 +297,7 @@ def field_paths(config_class: type, prefix: str = "") -> list[str]:
     return paths
 
 
-def _build(config_class: type, values: Mapping[str, Any], path: str) -> Any:
+def _build(config_class: Any, values: Mapping[str, Any], path: str) -> Any:
     hints = typing.get_type_hints(config_class)
     for name in values:
         if name not in hints:

@@ -140,7 +140,8 @@ class Normalizer:
     @classmethod
     def _build(cls, shift, scale, low, high, key: str) -> Self:
         shape = np.shape(shift)
-        return cls(*(np.broadcast_to(np.asarray(value, np.float32), shape) for value in (shift, scale, low, high)), key)
+        shift, scale, low, high = (np.broadcast_to(np.asarray(value, np.float32), shape) for value in (shift, scale, low, high))
+        return cls(shift, scale, low, high, key)
 
     def normalize(self, values: np.ndarray) -> np.ndarray:
         """Raw units (..., H, d) → float32 normalised units of the same shape. Raises ValueError for another (H, d)."""

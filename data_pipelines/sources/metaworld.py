@@ -11,6 +11,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -111,7 +112,8 @@ def _expert(task: str) -> Callable[[np.ndarray], np.ndarray]:
     """The scripted expert: simulator state (39,) → float32 action (4,) in [−1, 1]. Call once an environment exists."""
     from metaworld.policies import ENV_POLICY_MAP  # only now: the environment has settled how MuJoCo draws
 
-    expert = ENV_POLICY_MAP[task]()
+    make_expert: Any = ENV_POLICY_MAP[task]
+    expert = make_expert()
 
     def act(state: np.ndarray) -> np.ndarray:
         with warnings.catch_warnings():

@@ -92,7 +92,7 @@ class RldsSource(Sequence[Episode]):
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: int) -> Episode:
+    def __getitem__(self, index: int) -> Episode:  # type: ignore[override]  # no slices
         """The episode, its images still encoded. Raises IndexError, or DatasetError if its record cannot be read."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.name} has {len(self)} episodes; index {index} is out of range")

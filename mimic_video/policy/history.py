@@ -19,7 +19,8 @@ class FrameHistory:
         self._stride = round(control_hz / video_hz)
         if self._stride < 1 or not np.isclose(self._stride * video_hz, control_hz, rtol=1e-6):
             raise ValueError(f"control_hz={control_hz:g} is not a whole multiple of video_hz={video_hz:g}")
-        self._frames = collections.deque(maxlen=(past_frames - 1) * self._stride + 1)
+        self._length = (past_frames - 1) * self._stride + 1
+        self._frames: collections.deque[np.ndarray] = collections.deque(maxlen=self._length)
 
     def reset(self) -> None:
         """Forgets everything: the next frame starts an episode."""
@@ -29,8 +30,7 @@ class FrameHistory:
         """Adds the frame of one control step: uint8 (..., H, W, 3). It is kept by reference, not copied."""
         if self._frames and frame.shape != self._frames[-1].shape:
             raise ValueError(f"frame has shape {frame.shape}; this history holds frames of shape {self._frames[-1].shape}")
-        missing = 0 if self._frames else self._frames.maxlen - 1
-        self._frames.extend([frame] * (missing + 1))
+        self._frames.extend([frame] * (1 if self._frames else self._length))
 
     def window(self) -> np.ndarray:
         """uint8 (..., past_frames, H, W, 3), oldest first. Raises RuntimeError before the first frame."""

@@ -26,7 +26,8 @@ class Policy:
     def __init__(self, config: ExperimentConfig, params: Params, normalizers: dict[str, Normalizer], seed: int = 0):
         self.config = config
         self.normalizers, self._params, self._seed = normalizers, params, seed
-        self._encode_text, self._text = make_text_encoder(config.text), {}
+        self._encode_text = make_text_encoder(config.text)
+        self._text: dict[str, np.ndarray] = {}
         self._plan = jax.jit(VideoActionModel(config).sample_actions)
 
     @classmethod

@@ -47,7 +47,8 @@ def test_a_rescaled_sample_of_the_noise_level_is_the_point_on_the_path():  # SPE
 
 
 def sigmas(**changes):
-    return np.asarray(jax.jit(matching.sample_video_sigma, static_argnums=(1, 2))(jax.random.key(0), SAMPLES, NoiseConfig(**changes)))
+    sample = jax.jit(matching.sample_video_sigma, static_argnums=(1, 2))
+    return np.asarray(sample(jax.random.key(0), SAMPLES, NoiseConfig(**changes)))
 
 
 def test_the_body_of_the_noise_levels_is_log_normal_around_four():

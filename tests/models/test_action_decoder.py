@@ -43,7 +43,7 @@ def run(decoder):
 
 def inputs(batch=2):
     return [random(batch, 2, 3), random(batch, 5, 2, seed=1), jnp.linspace(0.2, 0.9, batch), jnp.linspace(0.5, 0.99, batch),
-            random(batch, 7, CONTEXT, seed=2)]  # fmt: skip
+            random(batch, 2, 2, 3, CONTEXT, seed=2)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("horizon", "parameters"), [(15, 498_990_730), (60, 499_036_810)])
@@ -95,22 +95,37 @@ def test_time_features_are_as_exact_as_in_float64(width, compiled):
 
 def test_the_context_is_that_of_each_blocks_cross_attention(decoder):
     state, graphdef = decoder
-    hidden = 3 * random(2, 7, CONTEXT) + 1
+    hidden = 3 * random(2, 2, 2, 3, CONTEXT) + 1
 
     @jax.jit
     def both(hidden):
         model = nnx.merge(graphdef, state)
         blocks, block_state = nnx.split(model.blocks)
-        again = [nnx.merge(blocks, jax.tree.map(lambda leaf: leaf[i], block_state)).cross_attn.keys_values(model.context_norm(hidden))
-                 for i in range(CONFIG.num_blocks)]  # fmt: skip
-        return model.encode_context(hidden), again
+
+        def block(index):
+            return nnx.merge(blocks, jax.tree.map(lambda leaf: leaf[index], block_state))
+
+        context = model.context_norm(hidden).reshape(2, 12, CONTEXT)  # t-major, then row by row
+        return model.encode_context(hidden), [block(i).cross_attn.keys_values(context) for i in range(CONFIG.num_blocks)]
 
     (keys, values), again = both(hidden)
-    assert keys.shape == (3, 2, 7, 2, 8)
+    assert keys.shape == (3, 2, 12, 2, 8)
     for i, (key, value) in enumerate(again):
         np.testing.assert_allclose(keys[i], key, atol=1e-6)
         np.testing.assert_allclose(values[i], value, atol=1e-6)
     assert np.abs(keys[0] - keys[1]).max() > 0.1
+
+
+@pytest.mark.parametrize("positions", [False, True])
+def test_positions_of_video_tokens_count_if_they_are_asked_for(decoder, positions):
+    """The same tokens in another order are the same context in another order, unless positions are added."""
+    state, _ = decoder
+    graphdef, _ = abstract(dataclasses.replace(CONFIG, context_positions=positions), CONTEXT)  # positions have no parameters
+    hidden = random(1, 2, 2, 3, CONTEXT)
+    encode = jax.jit(lambda hidden: nnx.merge(graphdef, state).encode_context(hidden)[1].reshape(3, 2, 2, 3, 16))
+    for axis in (1, 2, 3):
+        difference = np.abs(encode(jnp.flip(hidden, axis)) - jnp.flip(encode(hidden), axis)).max()
+        assert difference > 0.1 if positions else difference < 1e-5
 
 
 def test_a_context_serves_every_action_time(decoder, run):
@@ -169,15 +184,17 @@ def test_another_number_of_tokens(decoder, observed, acted):
         model = nnx.merge(graphdef, state)
         return model(random(2, observed, 3), random(2, acted, 2), time, video_time, model.encode_context(hidden))
 
-    with pytest.raises(ValueError, match=f"{observed} proprioception and {acted} action tokens; the decoder was built for 2 and 5"):
+    with pytest.raises(ValueError, match=f"{observed} proprioception and {acted} action tokens; .* built for 2 and 5"):
         jax.eval_shape(call)
 
 
 def test_initial_values(decoder):  # SPEC 6.4
     model = nnx.merge(decoder[1], decoder[0])
-    for layer, bias in ((model.time_embedding.action_proj, 0), (model.time_embedding.video_proj, 0),
-                        (model.time_embedding.action_rank, 0.382050174), (model.time_embedding.video_rank, 0.382050174)):
-        np.testing.assert_allclose(layer.bias[...], bias, rtol=1e-6)
+    time = model.time_embedding
+    for layer in (time.action_proj, time.video_proj):
+        np.testing.assert_array_equal(layer.bias[...], 0)
+    for layer in (time.action_rank, time.video_rank):
+        np.testing.assert_allclose(layer.bias[...], 0.382050174, rtol=1e-6)
     for token in (model.position_embedding, model.proprio_mask_token):
         assert 0.3 < np.abs(np.asarray(token[...])).max() <= 0.75  # 3 standard deviations of 1/√16
     np.testing.assert_array_equal(model.context_norm.scale[...], 1)

@@ -36,9 +36,9 @@ def test_norms(scale):
 
 
 def test_norms_of_bfloat16_work_in_float32_inside():
-    x = jnp.asarray(random(4, 64) + 30, jnp.bfloat16)  # bfloat16 statistics would lose the deviations
-    norms = ((layers.layer_norm, numpy_layer_norm), (layers.RMSNorm(64), numpy_rms_norm), (layers.LayerNorm(64), numpy_layer_norm))
-    for module, reference in norms:
+    x = jnp.asarray(random(4, 64) + 30, jnp.bfloat16)  # in bfloat16 the deviations would be lost
+    affine, rms = layers.LayerNorm(64), layers.RMSNorm(64)
+    for module, reference in ((layers.layer_norm, numpy_layer_norm), (affine, numpy_layer_norm), (rms, numpy_rms_norm)):
         y = module(x)
         assert y.dtype == jnp.bfloat16
         np.testing.assert_allclose(y.astype(jnp.float32), reference(x.astype(jnp.float32)), rtol=2**-8, atol=1e-6)
@@ -89,7 +89,11 @@ def test_blocks_run_in_order_up_to_the_stop(stop):
     expected = x
     for kernel, bias in list(zip(np.asarray(blocks.kernel[...]), extra, strict=True))[:stop]:
         expected = np.tanh(expected @ kernel) + bias
-    got = layers.scan_blocks(blocks, lambda block, x, bias: jnp.tanh(block(x)) + bias, jnp.asarray(x), jnp.asarray(extra), stop=stop)
+
+    def apply(block, x, bias):
+        return jnp.tanh(block(x)) + bias
+
+    got = layers.scan_blocks(blocks, apply, jnp.asarray(x), jnp.asarray(extra), stop=stop)
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 

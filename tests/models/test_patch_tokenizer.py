@@ -48,7 +48,8 @@ def test_a_prefix_of_the_frames_gives_the_prefix_of_the_latents(fitted):
 def test_a_pixel_belongs_to_one_latent(fitted):
     tokenizer, video = fitted[0], np.zeros((1, 9, 16, 24, 3), np.float32)
     before = np.asarray(tokenizer.encode(video))
-    for (frame, row, column), owner in {(0, 7, 8): (0, 0, 1), (1, 8, 0): (1, 1, 0), (4, 0, 23): (1, 0, 2), (5, 15, 15): (2, 1, 1)}.items():
+    owners = {(0, 7, 8): (0, 0, 1), (1, 8, 0): (1, 1, 0), (4, 0, 23): (1, 0, 2), (5, 15, 15): (2, 1, 1)}
+    for (frame, row, column), owner in owners.items():
         changed = video.copy()
         changed[0, frame, row, column] = 1
         where = np.argwhere(np.abs(np.asarray(tokenizer.encode(changed)) - before).max(-1) > 1e-6)

@@ -86,7 +86,7 @@ def test_mesh_axes(sizes, expected):
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (2, 2, 1), (16, 1, 1), (-1, 16, 1)])
 def test_axes_that_do_not_multiply_to_the_devices(sizes):
-    with pytest.raises(ConfigError, match="config field 'mesh' is .* must multiply to the 8 devices"):
+    with pytest.raises(ConfigError, match=r"config field 'mesh' is .* must multiply to the 8 devices"):
         make_mesh(MeshConfig(*sizes))
 
 
@@ -95,4 +95,3 @@ def test_a_dimension_that_cannot_be_split_is_named():
     tree = {"decoder": {"blocks": {"mlp": {"down": {"kernel": np.zeros((2, 16, 12))}}}}}
     with pytest.raises(ConfigError, match=r"'mesh\.fsdp' is 8, .*decoder/blocks/mlp/down/kernel.*\(2, 16, 12\)"):
         place(tree, mesh)
-    assert shardings({"decoder": {"other": {"kernel": np.zeros((2, 13))}}}, mesh)["decoder"]["other"]["kernel"].spec == PartitionSpec()
