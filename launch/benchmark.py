@@ -1,10 +1,11 @@
-"""Measures training steps and action chunks of an experiment on random data; prints one JSON object.
+"""Measures the training step of either stage and action chunks of an experiment, on random data; prints one JSON object.
 
-    python launch/benchmark.py --config=configs/quickstart.py:action [--batch_sizes=1,20]
+    python launch/benchmark.py --config=configs/quickstart.py [--batch_sizes=1,20]
 
 Each time is of one call up to the arrival of its result; compilation is reported apart.
 """
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -74,7 +75,7 @@ def main(config: ExperimentConfig) -> None:
     device = jax.devices()[0]
     print(json.dumps({
         "devices": f"{jax.device_count()} x {device.device_kind}",
-        f"{config.stage}_training": training(config),
+        **{f"{stage}_training": training(dataclasses.replace(config, stage=stage)) for stage in ("video", "action")},
         **{f"chunk_for_{size}": chunks(config, int(size)) for size in _BATCH_SIZES.value},
     }, indent=2))  # fmt: skip
 

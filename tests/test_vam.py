@@ -160,7 +160,7 @@ def test_the_backbone_sees_the_true_video_noised_behind_the_observed_frames(para
 
     def hidden(params, clean, x_tau, time, text):
         seen.update(clean=clean, x_tau=x_tau)
-        return jnp.zeros((len(clean), 3, 1, 2, 16))
+        return jnp.zeros((len(clean), 6, 16))
 
     vam._hidden = hidden
     _, time = vam.hidden_of_noised_video(params, batch["video"], batch["text"], KEY)
@@ -181,7 +181,7 @@ def test_the_observed_frames_reach_the_backbone_clean(params):
     hidden = jax.jit(vam._hidden)
     time, text = jnp.asarray([0.3, 0.9]), jnp.asarray(batch["text"])
     reference = hidden(params, clean, noise, time, text)
-    assert reference.shape == (2, 3, 1, 2, 16)
+    assert reference.shape == (2, 3 * 2, 16)
     np.testing.assert_array_equal(hidden(params, clean, noise.at[:, :2].set(7.0), time, text), reference)
     assert np.abs(hidden(params, clean, noise.at[:, 2].add(1.0), time, text) - reference).max() > 1e-3
     assert np.abs(hidden(params, clean.at[:, 1].add(1.0), noise, time, text) - reference).max() > 1e-3
@@ -223,7 +223,7 @@ def test_stop_step_zero_is_one_partial_pass_on_pure_noise(params):
     backbone = vam.module("backbone", params)
     mask = np.float32([[1, 1, 0]] * 2)
     expected = backbone.hidden(jnp.asarray(inputs), jnp.asarray(times), jnp.asarray(batch["text"]), jnp.asarray(mask), stop=1)
-    np.testing.assert_allclose(hidden, expected.reshape(2, 3, 1, 2, 16), atol=1e-5)
+    np.testing.assert_allclose(hidden, expected.reshape(2, 6, 16), atol=1e-5)
 
 
 def test_stop_step_one_is_an_euler_step_away(params):
@@ -279,7 +279,7 @@ def test_every_observation_matters_to_the_actions(params, name):
 def test_euler_steps_of_the_action_flow(params):
     """An answer of 2 at every one of the steps leads from the noise to the noise less 2."""
     vam = Recording(ACTION, answer=2.0)
-    actions = vam.decode_actions(params, jnp.zeros((2, 3, 1, 2, 16)), jnp.full(2, 0.5), jnp.zeros((2, 1, 3)), KEY)
+    actions = vam.decode_actions(params, jnp.zeros((2, 6, 16)), jnp.full(2, 0.5), jnp.zeros((2, 1, 3)), KEY)
     np.testing.assert_allclose(actions, jax.random.normal(KEY, (2, 4, 2)) - 2, atol=1e-5)
 
 

@@ -120,9 +120,20 @@ def test_attention_module(padding):
     np.testing.assert_allclose(module(x, module.keys_values(context)), expected, atol=1e-5)
 
 
-def test_rotations_are_applied_to_queries_and_keys_but_not_values():
+def test_rotations_follow_the_norms_of_queries_and_keys_and_leave_values():
     module, x = Attention(8, 2, nnx.Rngs(0)), random(1, 4, 8)
-    plain = module(x, module.keys_values(x))
-    flipped = module(x, module.keys_values(x, lambda heads: -heads), lambda heads: -heads)
-    np.testing.assert_allclose(flipped, plain, atol=1e-6)
-    assert np.abs(module(x, module.keys_values(x, lambda heads: -heads)) - plain).max() > 1e-3
+    module.q_norm.scale[...], module.k_norm.scale[...] = jnp.asarray(random(4, seed=2)), jnp.asarray(random(4, seed=3))
+    q, k, v = ((x @ np.asarray(layer.kernel[...])).reshape(1, 4, 2, 4) for layer in (module.q_proj, module.k_proj, module.v_proj))
+    q, k = numpy_rms_norm(q) * random(4, seed=2), numpy_rms_norm(k) * random(4, seed=3)
+    expected = numpy_attention(q[..., ::-1], -k, v).reshape(1, 4, 8) @ np.asarray(module.out_proj.kernel[...])
+    got = module(x, module.keys_values(x, lambda heads: -heads), lambda heads: heads[..., ::-1])
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_keys_are_rotated_after_their_norm():
+    module, x = Attention(8, 2, nnx.Rngs(0)), random(1, 4, 8)
+    module.k_norm.scale[...] = jnp.asarray(random(4, seed=3))
+    keys, values = module.keys_values(x)
+    rotated, same = module.keys_values(x, lambda heads: heads[..., ::-1])
+    np.testing.assert_allclose(rotated, keys[..., ::-1], atol=1e-6)
+    np.testing.assert_array_equal(same, values)
