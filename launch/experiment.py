@@ -1,5 +1,6 @@
 """The `--config=FILE.py[:ARG] [--config.FIELD=VALUE ...]` of every launch script."""
 
+import pathlib
 import sys
 from collections.abc import Callable
 
@@ -19,7 +20,9 @@ def run(main: Callable[[ExperimentConfig], None], expected_errors: tuple[type[Ex
     """
     known = field_paths(ExperimentConfig)
     for argument in sys.argv[1:]:
-        name = argument.lstrip("-").split("=")[0]
+        name, _, value = argument.lstrip("-").partition("=")
+        if name == "config" and not pathlib.Path(value.split(":")[0]).is_file():
+            sys.exit(f"error: --config: there is no file {value.split(':')[0]}")
         if name.startswith("config.") and name.removeprefix("config.") not in known:
             sys.exit(f"error: {unknown_field_message(name.removeprefix('config.'), known)}")
     flags.mark_flag_as_required("config")

@@ -22,4 +22,4 @@ fi
 
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 echo "installing mimic-video-jax[$extra] into $venv"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[$extra]"
+"$venv/bin/python" -m pip install -qq --disable-pip-version-check --editable ".[$extra]"

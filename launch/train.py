@@ -55,7 +55,6 @@ def initial_params(config: ExperimentConfig, windows: WindowDataset) -> Params:
     params = VideoActionModel(config).init(jax.random.key(config.seed))
     if config.stage == "action" and config.backbone_run:
         run = pathlib.Path(config.backbone_run)
-        checkpoints.require_same_model(checkpoints.read_config(run), config, _BACKBONE_FIELDS, run)
         pretrained, step = checkpoints.load_params(run)
         print(f"backbone: step {step} of {run}")
         return params | {name: pretrained[name] for name in ("tokenizer", "backbone")}
@@ -64,7 +63,14 @@ def initial_params(config: ExperimentConfig, windows: WindowDataset) -> Params:
 
 def main(config: ExperimentConfig) -> None:
     run = pathlib.Path(_WORKDIR.value)
+    if config.stage == "action" and config.backbone_run:
+        backbone = pathlib.Path(config.backbone_run)
+        checkpoints.require_same_model(checkpoints.read_config(backbone), config, _BACKBONE_FIELDS, backbone)
+        checkpoints.require_checkpoint(backbone)
     windows = open_windows(config, config.data.train_split)
+    encode_text = make_text_encoder(config.text)
+    for instruction in {episode.instruction for episode in windows.episodes}:
+        encode_text(instruction)  # so that one that does not fit is an error now
     checkpoints.write_config(run, config)
     normalizers = None
     if config.stage == "action":
@@ -75,7 +81,7 @@ def main(config: ExperimentConfig) -> None:
 
     def batches(windows: WindowDataset, seed: int, start_step: int):
         return make_batches(
-            windows, batch_size=config.train.batch_size, seed=seed, start_step=start_step, text=make_text_encoder(config.text),
+            windows, batch_size=config.train.batch_size, seed=seed, start_step=start_step, text=encode_text,
             normalizers=normalizers, process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
 

@@ -187,6 +187,8 @@ class TrainConfig:
         _require_positive(self, "steps", "batch_size", "learning_rate", "clip_norm", "action_draws", "log_every",
                           "checkpoint_every", "keep_checkpoints")
         _require(0 <= self.warmup_steps < self.steps, "train.warmup_steps", self.warmup_steps, f"0 to steps-1={self.steps - 1}")
+        _require(all(0 <= beta < 1 for beta in self.betas), "train.betas", self.betas, "two decays of at least 0 and below 1")
+        _require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "zero or more")
         _require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "0 (off) or a decay below 1")
         _require(0 <= self.final_fraction <= 1, "train.final_fraction", self.final_fraction, "a fraction")
         _require(self.validate_every >= 0, "train.validate_every", self.validate_every, "0 (off) or a number of steps")
@@ -260,6 +262,14 @@ class ExperimentConfig:
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self):
+        _require(self.seed >= 0, "seed", self.seed, "zero or more")
+        _require(self.decoder.obs_horizon == 1, "decoder.obs_horizon", self.decoder.obs_horizon, "1, what a window has")
+        _require(self.backbone.latent_channels == 16, "backbone.latent_channels", self.backbone.latent_channels,
+                 "16, the tokenizer's")
+        _, rows, columns = self.backbone.patch
+        _, height, width = self.data.latent_shape
+        _require(height % rows == 0 and width % columns == 0, "backbone.patch", self.backbone.patch,
+                 f"a divisor of the {height}x{width} latent pixels")
         _require(self.text.width == self.backbone.text_width, "text.width", self.text.width,
                  f"backbone.text_width={self.backbone.text_width}")
         _require(self.decoder.action_horizon == self.data.action_horizon, "decoder.action_horizon", self.decoder.action_horizon,

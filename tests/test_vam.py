@@ -292,6 +292,15 @@ def test_a_sampled_video_continues_the_observed_frames(params):
     assert (video[:, 5:] != again[:, 5:]).mean() > 0.5
 
 
+def test_a_video_takes_every_step_and_a_final_clean_pass(params):
+    vam, batch = Recording(VIDEO), tiny.batch(VIDEO, 2)
+    with jax.disable_jit():
+        vam.sample_video(params, observed(batch), batch["text"], KEY)
+    sigmas = [(80 ** (1 / 7) + i / 3 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(4)]
+    times = [[CLEAN, CLEAN, sigma / (1 + sigma)] for sigma in sigmas]
+    np.testing.assert_allclose([asked["times"][1] for asked in vam.asked], times, rtol=1e-5)
+
+
 def test_pixels_survive_the_whole_8_bit_range(params):
     """A basis of unit vectors makes the tokenizer's first sixteen pixel values of a frame come back exactly."""
     vam = VideoActionModel(VIDEO)

@@ -47,6 +47,8 @@ def solve_video(
     Returns:
         The sample at sigmas[stop].
     """
+    if stop == 0:
+        return x
     coefficients = adams_bashforth_coefficients(sigmas)[:stop].astype(np.float32)
 
     def step(carry, inputs):

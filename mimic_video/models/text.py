@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Float
 
-from mimic_video.config import TextConfig
+from mimic_video.config import ConfigError, TextConfig
 
 
 class TextEncoder(Protocol):
@@ -23,10 +23,10 @@ class HashTextEncoder:
         self._rows, self._width = config.rows, config.width
 
     def __call__(self, instruction: str) -> Float[np.ndarray, "rows width"]:
-        """Raises ValueError if the instruction has more words than `text.rows`."""
+        """Raises ConfigError if the instruction has more words than `text.rows`."""
         words = re.findall(r"\w+", instruction.lower())
         if len(words) > self._rows:
-            raise ValueError(f"instruction {instruction!r} has {len(words)} words; text.rows is {self._rows}")
+            raise ConfigError(f"instruction {instruction!r} has {len(words)} words; text.rows is {self._rows}")
         features = np.zeros((self._rows, self._width), np.float32)
         for row, word in enumerate(words):
             seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little")

@@ -73,6 +73,13 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     os.replace(partial, path)
 
 
+def require_checkpoint(run: pathlib.Path) -> None:
+    """Raises RunError unless the run has a complete checkpoint."""
+    folder = pathlib.Path(run) / "checkpoints"
+    if not folder.is_dir() or not any(path.name.isdigit() for path in folder.iterdir()):
+        raise RunError(f"{run} has no complete checkpoint")
+
+
 def open_checkpoints(run: pathlib.Path, keep: int) -> ocp.CheckpointManager:
     """The manager of a run's checkpoints. Saves are asynchronous and appear under their step only when complete."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
@@ -127,10 +134,9 @@ def load_params(run: pathlib.Path) -> tuple[Params, int]:
     """
     run = pathlib.Path(run)
     config, frozen = read_config(run), load_frozen(run)
+    require_checkpoint(run)
     with open_checkpoints(run, config.train.keep_checkpoints) as manager:
         step = manager.latest_step()
-        if step is None:
-            raise RunError(f"{run} has no complete checkpoint")
         item = "ema" if config.train.ema_decay else "params"
         target = ocp.args.StandardRestore(split_params(_abstract_params(config), config.stage)[0])
         return frozen | manager.restore(step, args=ocp.args.Composite(**{item: target}))[item], step

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from mimic_video.config import ExperimentConfig
 from mimic_video.training import checkpoints
 from mimic_video.training.metrics import MetricWriter
-from mimic_video.training.sharding import global_batch, make_mesh
+from mimic_video.training.sharding import global_batch, make_mesh, require_divisible
 from mimic_video.training.steps import (
     TrainState,
     abstract_state,
@@ -40,7 +40,7 @@ def train(
     """Trains `config.stage` in the directory `run`, resuming from its newest checkpoint if it has one.
 
     Args:
-        init: all parameters at the start: called only for a new run.
+        init: all parameters at the start: called unless there is a checkpoint.
         batches: step → the batches from that step on, this process's part; a function of (seed, step) alone.
         validation: fixed batches that validation errors are averaged over.
 
@@ -53,10 +53,12 @@ def train(
     """
     checkpoints.write_config(run, config)
     mesh, vam = make_mesh(config.mesh), VideoActionModel(config)
+    require_divisible(config.train.batch_size, mesh)
     with checkpoints.open_checkpoints(run, config.train.keep_checkpoints) as manager:
         if manager.latest_step() is None:
             trained, frozen = split_params(init(), config.stage)
             checkpoints.save_frozen(run, frozen)
+            frozen = checkpoints.load_frozen(run)  # what an earlier start of this run kept, if there was one
             state = place(make_state(config, trained), mesh)
         else:
             frozen = checkpoints.load_frozen(run)

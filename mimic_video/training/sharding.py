@@ -37,6 +37,13 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     return jax.make_mesh(sizes, ("data", "fsdp", "sequence"), axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def require_divisible(batch_size: int, mesh: Mesh) -> None:
+    """Raises ConfigError unless a batch can be split over the data and fsdp axes."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % parts:
+        raise ConfigError(f"config field 'train.batch_size' is {batch_size}; expected a multiple of mesh data x fsdp = {parts}")
+
+
 def path_name(path: tuple[Any, ...]) -> str:
     """'backbone/blocks/mlp/up/kernel' from a JAX key path."""
     return jax.tree_util.keystr(path, simple=True, separator="/")

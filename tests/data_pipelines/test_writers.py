@@ -1,4 +1,7 @@
 import dataclasses
+import importlib.util
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -34,11 +37,20 @@ def test_plain_tfds_reads_it(rlds):
 
 
 def test_tfds_with_tensorflow_reads_it(rlds):
-    pytest.importorskip("tensorflow")
+    if importlib.util.find_spec("tensorflow") is None:
+        pytest.skip("TensorFlow is not installed")
     # `as_dataset` of ArrayRecord is not implemented in tfds itself; its features must still decode under TensorFlow.
-    source = tfds.builder_from_directory(rlds).as_data_source("train", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-    example = tfds.builder_from_directory(rlds).info.features.deserialize_example(source[0])
-    assert [int(step["is_last"]) for step in example["steps"]] == 11 * [0] + [1]
+    # In a process of its own: TensorFlow does not survive being imported after some of the other tests' libraries.
+    script = f"""
+import tensorflow
+import tensorflow_datasets as tfds
+builder = tfds.builder_from_directory({str(rlds)!r})
+source = builder.as_data_source("train", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+example = builder.info.features.deserialize_example(source[0])
+print([int(step["is_last"]) for step in example["steps"]])
+"""
+    child = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert child.stdout.splitlines()[-1] == str(11 * [0] + [1])
 
 
 def test_action_free(tmp_path, make_episode):

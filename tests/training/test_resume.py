@@ -140,7 +140,6 @@ def test_a_finished_run_stays_as_it_is(command, video_run):
     assert {path: path.read_bytes() for path in files} == files
 
 
-@pytest.mark.xfail(strict=True, reason="the second start trains on a new init, but frozen/ keeps the first one's")
 def test_a_run_without_a_checkpoint_starts_again_on_the_frozen_parameters_it_kept(monkeypatch, tmp_path):
     """The backbone's run may have moved on in between; what is trained on has to be what a policy will load."""
     config, used = tiny.experiment(), []
