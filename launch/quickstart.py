@@ -61,20 +61,20 @@ def phases(work: pathlib.Path, smoke: bool) -> list[Phase]:
     counts = [f"--{name}={count}" for name, count in (SMOKE_EPISODES if smoke else EPISODES).items()]
     result = [
         Phase("collect demonstrations", 85, ["launch/collect.py", f"--config={CONFIG}", f"--out={work / 'data'}", *counts]),
-        Phase("stage 1: train the video backbone", 190, script("train", "video", work / "video")),
-        Phase("predict held-out video", 20, script("evaluate", "video", work / "video")),
+        Phase("stage 1: train the video backbone", 200, script("train", "video", work / "video")),
+        Phase("predict held-out video", 12, script("evaluate", "video", work / "video")),
     ]
     for backbone in BACKBONES:
         for seed in seeds(smoke):
             run, name = policy_run(work, backbone, seed), f"{backbone} backbone, seed {seed}"
             start = {"backbone_run": work / "video" if backbone == "trained" else "", "seed": seed}
-            result.append(Phase(f"stage 2: train the action decoder ({name})", 140, script("train", "action", run, **start)))
-            result.append(Phase(f"act in the simulator ({name})", 35, script("evaluate", "action", run, **start)))
-    result.append(Phase("act in the simulator (scripted expert)", 30, script("evaluate", "action", work / "expert", "--expert")))
+            result.append(Phase(f"stage 2: train the action decoder ({name})", 150, script("train", "action", run, **start)))
+            result.append(Phase(f"act in the simulator ({name})", 30, script("evaluate", "action", run, **start)))
+    result.append(Phase("act in the simulator (scripted expert)", 10, script("evaluate", "action", work / "expert", "--expert")))
     policies = [f"--policy={backbone} backbone=" + ",".join(str(policy_run(work, backbone, seed)) for seed in seeds(smoke))
                 for backbone in BACKBONES]  # fmt: skip
     places = [f"--out={work / 'report.html'}", f"--video={work / 'video'}", f"--expert={work / 'expert'}"]
-    result.append(Phase("write the report", 10, ["launch/report.py", *places, *policies]))
+    result.append(Phase("write the report", 3, ["launch/report.py", *places, *policies]))
     return result
 
 
