@@ -10,7 +10,7 @@ import difflib
 import math
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 
 class ConfigError(ValueError):
@@ -48,6 +48,8 @@ class DataConfig:
     control_hz: float = 5.0
     action_delay: float = 0.2  # seconds
     normalization: Literal["identity", "variance", "squash", "squash_hard"] = "variance"  # of actions and proprio (SPEC 7.1)
+    raw_action_dims: tuple[int, ...] = ()  # dimensions that are not normalised: 6-D rotations
+    raw_proprio_dims: tuple[int, ...] = ()
     frame_cache_mb: int = 512  # decoded frames kept in host memory
 
     def __post_init__(self):
@@ -75,25 +77,31 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """Video ↔ latents. `pca` is fitted to data; it keeps the Wan VAE's shape contract (SPEC 1.1) at no training cost."""
+    """Video ↔ latents: the Wan 2.1 VAE (SPEC 1), or `pca`, which is fitted to data and keeps its shape contract."""
 
-    kind: Literal["pca"] = "pca"
-    fit_windows: int = 512  # windows that the PCA basis is fitted on
+    kind: Literal["pca", "wan"] = "pca"
+    fit_windows: int = 512  # pca: windows that the basis is fitted on
+    width: int = 96  # wan: channels of the first stage
+    chunk_latents: int = 1  # wan: latent frames coded in one pass; bounds memory, changes nothing else
 
     def __post_init__(self):
-        _require_positive(self, "fit_windows")
+        _require_positive(self, "fit_windows", "width", "chunk_latents")
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """Instruction → rows of text features. `hash` is an offline stand-in: one fixed random row per word."""
+    """Instruction → rows of text features: a T5 encoder (SPEC 2), or `hash`, one fixed random row per word, as a stand-in."""
 
-    kind: Literal["hash"] = "hash"
+    kind: Literal["hash", "t5"] = "hash"
     rows: int = 512
     width: int = 1024
+    model: str = ""  # t5: folder of the encoder and its tokenizer, or their Hugging Face name
+    cache: str = ""  # t5: folder that keeps features of prompts; empty for none
+    precision: Literal["float32", "bfloat16"] = "float32"  # t5: of the encoder
 
     def __post_init__(self):
         _require_positive(self, "rows", "width")
+        _require(self.kind != "t5" or bool(self.model), "text.model", self.model, "a T5 folder or name, since text.kind is 't5'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +155,22 @@ class ActionDecoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CompatConfig:
+    """Roundings of the published system that its released weights were trained with (SPEC 12). All off unless asked for."""
+
+    bfloat16_rope: bool = False  # the backbone's rotary frequencies and angles (SPEC 3.4)
+    bfloat16_times: bool = False  # the backbone's flow times (SPEC 4.1)
+    bfloat16_latent_statistics: bool = False  # the Wan VAE's means and scales (SPEC 1.3)
+    bfloat16_low_dim: bool = False  # proprioception, actions and their normaliser (SPEC 7.1)
+    bfloat16_action_state: bool = False  # the action sampler's state after each step (SPEC 7)
+
+    @classmethod
+    def published(cls) -> Self:
+        """All on."""
+        return cls(**{field.name: True for field in dataclasses.fields(cls)})
+
+
+@dataclasses.dataclass(frozen=True)
 class NoiseConfig:
     """Distribution of the video noise level σ = τ/(1−τ) in training (SPEC 4.2)."""
 
@@ -171,11 +195,13 @@ class TrainConfig:
     learning_rate: float = 1.778e-4
     warmup_steps: int = 1000
     schedule: Literal["constant", "cosine", "linear"] = "constant"  # after the warm-up
-    final_fraction: float = 0.2  # of the peak rate, reached at `steps` by cosine and linear
+    final_fraction: float = 0.2  # of the peak rate, reached by cosine and linear at the end
+    schedule_steps: int = 0  # where that end is; 0 for `steps`
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.1
     clip_norm: float = 10.0
-    ema_decay: float = 0.0  # 0 switches the moving average off
+    ema_decay: float = 0.0  # of a moving average with a constant horizon; 0 for none
+    ema_std: float = 0.0  # of a power-function average, as a share of training so far; 0 for none (SPEC 4.4)
     average_generated_only: bool = True  # False: conditioned latent frames stay in the video loss's denominator (SPEC 4.2)
     action_draws: int = 1  # action noise draws that share one backbone forward
     log_every: int = 50
@@ -189,9 +215,19 @@ class TrainConfig:
         _require(0 <= self.warmup_steps < self.steps, "train.warmup_steps", self.warmup_steps, f"0 to steps-1={self.steps - 1}")
         _require(all(0 <= beta < 1 for beta in self.betas), "train.betas", self.betas, "two decays of at least 0 and below 1")
         _require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "zero or more")
+        end = self.schedule_steps or self.steps
+        _require(self.warmup_steps < end, "train.schedule_steps", self.schedule_steps,
+                 f"0, or more than warmup_steps={self.warmup_steps}")
         _require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "0 (off) or a decay below 1")
+        _require(0 <= self.ema_std < 0.28, "train.ema_std", self.ema_std, "0 (off) or a share below 0.28")
+        _require(not (self.ema_decay and self.ema_std), "train.ema_std", self.ema_std, "0, since ema_decay is set too")
         _require(0 <= self.final_fraction <= 1, "train.final_fraction", self.final_fraction, "a fraction")
         _require(self.validate_every >= 0, "train.validate_every", self.validate_every, "0 (off) or a number of steps")
+
+    @property
+    def keeps_average(self) -> bool:
+        """Whether a moving average of the parameters is kept, and used for inference."""
+        return bool(self.ema_decay or self.ema_std)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,13 +250,17 @@ class PolicyConfig:
 
     video_steps: int = 35  # length of the video noise grid
     stop_step: int = 0  # video denoising steps before the hidden state is read; 0 is one partial forward on pure noise
+    stop_time: float = 0.0  # video flow time τ_v at which it is read instead, in (0, 1]; 0 for `stop_step`
     action_steps: int = 10  # Euler steps of the action flow
     execute_steps: int = 5  # actions executed before planning again
+    noise: Literal["jax", "numpy"] = "jax"  # numpy: the published stream, which is the same at every query (SPEC 5, 7)
 
     def __post_init__(self):
         _require_positive(self, "video_steps", "action_steps", "execute_steps")
         _require(0 <= self.stop_step <= self.video_steps, "policy.stop_step", self.stop_step,
                  f"0 to video_steps={self.video_steps}")
+        _require(0 <= self.stop_time <= 1, "policy.stop_time", self.stop_time, "a flow time in (0, 1], or 0 for stop_step")
+        _require(not (self.stop_step and self.stop_time), "policy.stop_time", self.stop_time, "0, since stop_step is set too")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,6 +295,7 @@ class ExperimentConfig:
     text: TextConfig = TextConfig()
     backbone: VideoDiTConfig = VideoDiTConfig()
     decoder: ActionDecoderConfig = ActionDecoderConfig()
+    compat: CompatConfig = CompatConfig()
     noise: NoiseConfig = NoiseConfig()
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
@@ -272,6 +313,10 @@ class ExperimentConfig:
                  f"a divisor of the {height}x{width} latent pixels")
         _require(self.text.width == self.backbone.text_width, "text.width", self.text.width,
                  f"backbone.text_width={self.backbone.text_width}")
+        for name, width in (("action", self.decoder.action_dim), ("proprio", self.decoder.proprio_dim)):
+            dims = getattr(self.data, f"raw_{name}_dims")
+            _require(all(0 <= dim < width for dim in dims), f"data.raw_{name}_dims", dims,
+                     f"dimensions below decoder.{name}_dim={width}")
         _require(self.decoder.action_horizon == self.data.action_horizon, "decoder.action_horizon", self.decoder.action_horizon,
                  f"data.action_horizon={self.data.action_horizon}")
         _require(self.policy.execute_steps <= self.decoder.action_horizon, "policy.execute_steps", self.policy.execute_steps,

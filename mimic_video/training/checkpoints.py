@@ -137,7 +137,7 @@ def load_params(run: pathlib.Path) -> tuple[Params, int]:
     require_checkpoint(run)
     with open_checkpoints(run, config.train.keep_checkpoints) as manager:
         step = manager.latest_step()
-        item = "ema" if config.train.ema_decay else "params"
+        item = "ema" if config.train.keeps_average else "params"
         target = ocp.args.StandardRestore(split_params(_abstract_params(config), config.stage)[0])
         return frozen | manager.restore(step, args=ocp.args.Composite(**{item: target}))[item], step
 
