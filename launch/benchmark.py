@@ -66,9 +66,10 @@ def training(config: ExperimentConfig) -> dict[str, float]:
 
 def chunks(config: ExperimentConfig, size: int) -> dict[str, float]:
     vam, batch = VideoActionModel(config), random_batch(config, size)
-    params, key, plan = vam.init(jax.random.key(0)), jax.random.key(0), jax.jit(vam.sample_actions)
+    params, noise = vam.init(jax.random.key(0)), vam.draw_noise(jax.random.key(0), size)
+    plan = jax.jit(vam.sample_actions)
     past = batch["video"][:, : config.data.past_frames]
-    return timed(lambda: plan(params, past, batch["proprio"], batch["text"], key))
+    return timed(lambda: plan(params, past, batch["proprio"], batch["text"], noise))
 
 
 def main(config: ExperimentConfig) -> None:

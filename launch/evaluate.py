@@ -71,8 +71,10 @@ def evaluate_video(config: ExperimentConfig, run: pathlib.Path) -> dict:
     windows = held_out_windows(config, config.data.video_dataset, actions=False)
     chosen = [windows[int(i)] for i in np.linspace(0, len(windows) - 1, _VIDEO_SAMPLES)]
     real = np.stack([window["video"] for window in chosen])
-    text = np.stack([make_text_encoder(config.text)(window["instruction"]) for window in chosen])
-    predicted = np.asarray(jax.jit(vam.sample_video)(params, real[:, :past], text, jax.random.key(config.seed)))
+    encode_text = make_text_encoder(config.text)
+    text = np.stack([encode_text(window["instruction"]) for window in chosen])
+    noise = vam.draw_noise(jax.random.key(config.seed), len(chosen))["video"]
+    predicted = np.asarray(jax.jit(vam.sample_video)(params, real[:, :past], text, noise))
     mask = np.stack([window["video_mask"] for window in chosen])[:, past:]
     repeated = np.repeat(real[:, past - 1 : past], config.data.future_frames, axis=1)
     for i in range(min(_RECORDED.value, len(chosen))):

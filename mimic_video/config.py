@@ -203,6 +203,7 @@ class TrainConfig:
     ema_decay: float = 0.0  # of a moving average with a constant horizon; 0 for none
     ema_std: float = 0.0  # of a power-function average, as a share of training so far; 0 for none (SPEC 4.4)
     average_generated_only: bool = True  # False: conditioned latent frames stay in the video loss's denominator (SPEC 4.2)
+    mask_padding: bool = True  # False: frames and actions beyond an episode's end count in the loss, as published
     action_draws: int = 1  # action noise draws that share one backbone forward
     log_every: int = 50
     validate_every: int = 0  # 0 switches validation off

@@ -4,6 +4,7 @@
 {"tokenizer", "backbone", "decoder"} or the part of it that the method needs.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ Params = dict[str, Any]
 Batch = dict[str, Array]
 Metrics = dict[str, Float[Array, ""]]
 Latents = Float[Array, "b t h w c"]
+Noise = dict[str, Float[Array, "b ..."]]  # standard normal: "video" as latents, "actions" (b a m)
 
 VIDEO_LOSS_SCALE, ACTION_LOSS_SCALE = 100.0, 10.0  # as published (SPEC 4.2, 7); metrics report unscaled errors
 
@@ -31,21 +33,21 @@ class VideoActionModel:
     def __init__(self, config: ExperimentConfig):
         self.config = config
         make = {
-            "tokenizer": lambda rngs: PatchTokenizer(),
-            "backbone": lambda rngs: VideoDiT(config.backbone, rngs),
+            "tokenizer": lambda rngs: _make_tokenizer(config, rngs),
+            "backbone": lambda rngs: VideoDiT(config.backbone, rngs, config.compat),
             "decoder": lambda rngs: ActionDecoder(config.decoder, config.backbone.width, rngs),
         }
         self._make = make
         self._graphdefs = {name: nnx.split(nnx.eval_shape(make[name], nnx.Rngs(0)))[0] for name in make}
 
     def init(self, key: jax.Array) -> Params:
-        """Random parameters, float32; the tokenizer still has to be fitted or loaded."""
+        """Random parameters, float32. A tokenizer has to be fitted or loaded to be of use."""
         keys = dict(zip(self._make, jax.random.split(key, len(self._make)), strict=True))
         return {name: nnx.to_pure_dict(nnx.state(make(nnx.Rngs(keys[name])), nnx.Param)) for name, make in self._make.items()}
 
     def module(self, name: str, params: Params) -> Any:
         """The named network with its parameters in the configured precision."""
-        dtype = jnp.dtype(self.config.precision) if name != "tokenizer" else jnp.float32
+        dtype = self._dtype(name)
         cast = jax.tree.map(lambda leaf: leaf.astype(dtype), params[name])
         return nnx.merge(self._graphdefs[name], nnx.State(cast))
 
@@ -53,11 +55,12 @@ class VideoActionModel:
 
     def encode_video(self, params: Params, video: UInt8[Array, "b f h w 3"]) -> Latents:
         """8-bit RGB frames → latents; a prefix of the frames gives the prefix of the latents."""
-        return jax.lax.stop_gradient(self.module("tokenizer", params).encode(video.astype(jnp.float32) / 127.5 - 1))
+        video = (video.astype(jnp.float32) / 127.5 - 1).astype(self._dtype("tokenizer"))
+        return jax.lax.stop_gradient(self.module("tokenizer", params).encode(video)).astype(jnp.float32)
 
     def decode_video(self, params: Params, latents: Latents) -> UInt8[Array, "b f h w 3"]:
         """Latents → 8-bit RGB frames."""
-        video = self.module("tokenizer", params).decode(latents)
+        video = self.module("tokenizer", params).decode(latents.astype(self._dtype("tokenizer"))).astype(jnp.float32)
         return jnp.clip(jnp.round((video + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
     # Training.
@@ -69,7 +72,7 @@ class VideoActionModel:
             batch: `video` uint8 (b f H W 3), `video_mask` bool (b f), `text` (b rows width).
 
         Returns:
-            The loss to differentiate, and metrics; padded frames take no part.
+            The loss to differentiate, and metrics; unless configured otherwise, padded frames take no part.
         """
         data = self.config.data
         count_key, sigma_key, noise_key = jax.random.split(key, 3)
@@ -81,7 +84,7 @@ class VideoActionModel:
         inputs, times = matching.frame_replacement(latents, matching.interpolate(latents, noise, time), time, mask)
         velocity = self._video_velocity(params, inputs, times, batch["text"], mask)
         error = (velocity - (noise - latents)) ** 2
-        valid = self._latent_mask(batch["video_mask"])
+        valid = self._valid(self._latent_mask(batch["video_mask"]))
         generated = matching.weighted_mean(error, valid * (1 - mask))
         if self.config.train.average_generated_only:
             loss = generated
@@ -108,7 +111,7 @@ class VideoActionModel:
             dropped = jax.random.bernoulli(drop_key, self.config.decoder.proprio_dropout, (len(actions),))
             noised = matching.interpolate(actions, noise, time)
             velocity = self._action_velocity(decoder, batch["proprio"], noised, time, video_time, context, dropped)
-            return matching.weighted_mean((velocity - (noise - actions)) ** 2, batch["action_mask"].astype(jnp.float32))
+            return matching.weighted_mean((velocity - (noise - actions)) ** 2, self._valid(batch["action_mask"]))
 
         loss = jnp.mean(jax.vmap(draw)(jax.random.split(draws_key, self.config.train.action_draws)))
         return ACTION_LOSS_SCALE * loss, {"action_mse": loss}
@@ -121,93 +124,147 @@ class VideoActionModel:
         latents = self.encode_video(params, video)
         time = matching.flow_time(matching.sample_video_sigma(sigma_key, len(latents), self.config.noise))
         noised = matching.interpolate(latents, jax.random.normal(noise_key, latents.shape), time)
-        return self._hidden(params, latents, noised, time, text), time
+        mask = matching.condition_mask(jnp.full(len(latents), self.config.data.past_latents), latents.shape[1])
+        return self._hidden(params, latents, mask, noised, time, text), time
 
-    # Sampling.
+    # Sampling. Noise is an argument, so that a sample is a function of it whatever drew it.
+
+    def draw_noise(self, key: jax.Array, batch: int) -> Noise:
+        """Noise for `batch` samples of a window and of its action chunk."""
+        video_key, action_key = jax.random.split(key)
+        shapes = self._noise_shapes(batch)
+        return {"video": jax.random.normal(video_key, shapes["video"]), "actions": jax.random.normal(action_key, shapes["actions"])}
+
+    def published_noise(self, seed: int, batch: int) -> Noise:
+        """As `draw_noise`, from NumPy's `RandomState` streams of the published system (SPEC 5, 7). Not to be compiled."""
+        return {name: matching.numpy_noise(seed, shape) for name, shape in self._noise_shapes(batch).items()}
 
     def sample_video(
-        self, params: Params, past_video: UInt8[Array, "b f h w 3"], text: Array, key: jax.Array
+        self,
+        params: Params,
+        past_video: UInt8[Array, "b f h w 3"],
+        text: Array,
+        noise: Latents,
+        negative_text: Array | None = None,
+        guidance: float = 0.0,
     ) -> UInt8[Array, "b g h w 3"]:
-        """A whole window of video that continues the observed frames, by the full solver and its final clean pass (SPEC 5)."""
-        clean, mask, sigmas = self._observed(params, past_video)
-        x = self._denoise(params, clean, mask, text, key, sigmas, len(sigmas) - 1)
-        return self.decode_video(params, self._predict_x0(params, clean, mask, text, x, jnp.float32(sigmas[-1])))
+        """A whole window of video that continues the observed frames, by the full solver and its final clean pass (SPEC 5).
+
+        Args:
+            past_video: 1 + 4n frames of any supported size.
+            noise: of the whole window's latents; its shape says how long that is.
+            negative_text: rows of the prompt to move away from; None for no guidance, at half the cost.
+            guidance: g in x̂₀ + g·(x̂₀ − x̂₀(negative prompt)), one less than the scale of other codes (SPEC 2).
+        """
+        sigmas = solvers.karras_sigmas(self.config.policy.video_steps)
+        clean, mask = self._observed(params, past_video, noise.shape[1])
+        predict_x0 = self._denoiser(params, clean, mask, text, negative_text, guidance)
+        x = solvers.solve_video(predict_x0, sigmas[0] * noise, sigmas)
+        return self.decode_video(params, predict_x0(x, jnp.float32(sigmas[-1])))
 
     def sample_hidden(
-        self, params: Params, past_video: UInt8[Array, "b f h w 3"], text: Array, key: jax.Array
+        self, params: Params, past_video: UInt8[Array, "b f h w 3"], text: Array, noise: Latents
     ) -> tuple[Float[Array, "b k d"], Float[Array, " b"]]:
-        """Hidden states at the policy's stop step of the video sampler (SPEC 5.1), and the flow time τ_v there.
+        """Hidden states where the policy stops the video sampler (SPEC 5.1), and the flow time τ_v there.
 
         Stop step 0 is a single pass through the first `hidden_block` blocks, on pure noise.
         """
-        stop = self.config.policy.stop_step
-        clean, mask, sigmas = self._observed(params, past_video)
-        x = self._denoise(params, clean, mask, text, key, sigmas, stop)
-        time = jnp.full(len(clean), sigmas[stop] / (1 + sigmas[stop]), jnp.float32)
-        return self._hidden(params, clean, (1 - time[0]) * x, time, text), time
+        policy = self.config.policy
+        sigmas = solvers.karras_sigmas(policy.video_steps)[: policy.stop_step + 1]
+        stop_time = sigmas[-1] / (1 + sigmas[-1])
+        if policy.stop_time:
+            sigmas, stop_time = solvers.sigmas_until(solvers.karras_sigmas(policy.video_steps), policy.stop_time), policy.stop_time
+        clean, mask = self._observed(params, past_video, noise.shape[1])
+        time = jnp.full(len(clean), stop_time, jnp.float32)
+        if len(sigmas) == 1:
+            x_tau = stop_time * noise
+        else:
+            x_tau = (1 - stop_time) * solvers.solve_video(self._denoiser(params, clean, mask, text), sigmas[0] * noise, sigmas)
+        return self._hidden(params, clean, mask, x_tau, time, text), time
 
     def sample_actions(
-        self, params: Params, past_video: UInt8[Array, "b f h w 3"], proprio: Float[Array, "b o p"], text: Array, key: jax.Array
+        self, params: Params, past_video: UInt8[Array, "b f h w 3"], proprio: Float[Array, "b o p"], text: Array, noise: Noise
     ) -> Float[Array, "b a m"]:
         """Normalised action chunks: one partial video pass, then the action flow over a context encoded once."""
-        video_key, action_key = jax.random.split(key)
-        hidden, video_time = self.sample_hidden(params, past_video, text, video_key)
-        return self.decode_actions(params, hidden, video_time, proprio, action_key)
+        hidden, video_time = self.sample_hidden(params, past_video, text, noise["video"])
+        return self.decode_actions(params, hidden, video_time, proprio, noise["actions"])
 
     def decode_actions(
-        self, params: Params, hidden: Float[Array, "b k d"], video_time: Float[Array, " b"], proprio: Array, key: jax.Array
+        self, params: Params, hidden: Float[Array, "b k d"], video_time: Float[Array, " b"], proprio: Array, noise: Array
     ) -> Float[Array, "b a m"]:
         """The action flow from noise to a normalised chunk, by Euler steps."""
-        config = self.config.decoder
         decoder = self.module("decoder", params)
-        context = decoder.encode_context(hidden)
+        context = decoder.encode_context(hidden.astype(self._dtype("decoder")))
 
         def velocity(x: Array, time: Float[Array, ""]) -> Array:
             return self._action_velocity(decoder, proprio, x, jnp.full(len(x), time), video_time, context)
 
-        noise = jax.random.normal(key, (len(hidden), config.action_horizon, config.action_dim))
-        return solvers.solve_euler(velocity, noise, self.config.policy.action_steps)
+        state = jnp.bfloat16 if self.config.compat.bfloat16_action_state else jnp.float32
+        return solvers.solve_euler(velocity, noise, self.config.policy.action_steps, state)
 
     # Internals. Mathematics is float32, networks run in the configured precision.
 
+    def _dtype(self, name: str) -> jnp.dtype:
+        exact = name == "tokenizer" and self.config.tokenizer.kind == "pca"  # its scales span orders of magnitude
+        return jnp.dtype(jnp.float32 if exact else self.config.precision)
+
+    def _noise_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        data, decoder = self.config.data, self.config.decoder
+        return {
+            "video": (batch, *data.latent_shape, self.config.backbone.latent_channels),
+            "actions": (batch, decoder.action_horizon, decoder.action_dim),
+        }
+
     def _video_velocity(self, params: Params, inputs: Latents, times: Array, text: Array, mask: Array) -> Latents:
-        dtype = jnp.dtype(self.config.precision)
+        dtype = self._dtype("backbone")
         return self.module("backbone", params)(inputs.astype(dtype), times, text.astype(dtype), mask).astype(jnp.float32)
 
-    def _hidden(self, params: Params, clean: Latents, x_tau: Latents, time: Array, text: Array) -> Float[Array, "b k d"]:
-        dtype = jnp.dtype(self.config.precision)
-        mask = self._past_mask(clean)
+    def _hidden(self, params: Params, clean: Latents, mask: Array, x_tau: Latents, time: Array, text: Array) -> Float[Array, "b k d"]:
+        dtype = self._dtype("backbone")
         inputs, times = matching.frame_replacement(clean, x_tau, time, mask)
         backbone = self.module("backbone", params)
         hidden = backbone.hidden(inputs.astype(dtype), times, text.astype(dtype), mask, stop=self.config.backbone.hidden_block)
         return hidden.reshape(len(hidden), -1, hidden.shape[-1])
 
     def _action_velocity(self, decoder: ActionDecoder, proprio, x_tau, time, video_time, context: Context, dropped=None) -> Array:
-        dtype = jnp.dtype(self.config.precision)
+        dtype = self._dtype("decoder")
         scaled = matching.scale_to_unit_variance(x_tau, time).astype(dtype)
         return decoder(proprio.astype(dtype), scaled, time, video_time, context, dropped).astype(jnp.float32)
 
-    def _past_mask(self, latents: Latents) -> Float[Array, "b t"]:
-        return matching.condition_mask(jnp.full(len(latents), self.config.data.past_latents), latents.shape[1])
+    def _valid(self, mask: Array) -> Float[Array, "b n"]:
+        """Weights in the loss of what a data mask calls real or padded."""
+        return mask.astype(jnp.float32) if self.config.train.mask_padding else jnp.ones(mask.shape)
 
-    def _latent_mask(self, video_mask: Array) -> Float[Array, "b t"]:
-        """1 for latent frames all of whose pixel frames are real."""
+    def _latent_mask(self, video_mask: Array) -> Array:
+        """True for latent frames all of whose pixel frames are real."""
         groups = video_mask[:, 1:].reshape(len(video_mask), -1, 4).all(axis=-1)
-        return jnp.concatenate([video_mask[:, :1], groups], axis=1).astype(jnp.float32)
+        return jnp.concatenate([video_mask[:, :1], groups], axis=1)
 
-    def _observed(self, params: Params, past_video: Array) -> tuple[Latents, Float[Array, "b t"], Array]:
+    def _observed(self, params: Params, past_video: Array, frames: int) -> tuple[Latents, Float[Array, "b t"]]:
+        """Latents of the observed frames with zeros up to `frames` latent frames, and the mask of the observed ones."""
         past = self.encode_video(params, past_video)
-        missing = self.config.data.latent_shape[0] - past.shape[1]
-        clean = jnp.pad(past, [(0, 0), (0, missing), (0, 0), (0, 0), (0, 0)])
-        return clean, self._past_mask(clean), solvers.karras_sigmas(self.config.policy.video_steps)
+        clean = jnp.pad(past, [(0, 0), (0, frames - past.shape[1]), (0, 0), (0, 0), (0, 0)])
+        return clean, matching.condition_mask(jnp.full(len(past), past.shape[1]), frames)
 
-    def _predict_x0(self, params: Params, clean: Latents, mask: Array, text: Array, x: Latents, sigma: Array) -> Latents:
-        time = jnp.full(len(x), matching.flow_time(sigma))
-        x_tau = (1 - time[0]) * x
-        inputs, times = matching.frame_replacement(clean, x_tau, time, mask)
-        velocity = self._video_velocity(params, inputs, times, text, mask)
-        return jnp.where(mask[..., None, None, None] > 0, clean, matching.denoised(x_tau, velocity, time))
+    def _denoiser(
+        self, params: Params, clean: Latents, mask: Array, text: Array, negative_text: Array | None = None, guidance: float = 0.0
+    ) -> Callable[[Latents, Float[Array, ""]], Latents]:
+        """(x, σ) → x̂₀, with the observed frames given (SPEC 4.1)."""
 
-    def _denoise(self, params: Params, clean, mask, text, key, sigmas, stop: int) -> Latents:
-        x = sigmas[0] * jax.random.normal(key, clean.shape)
-        return solvers.solve_video(lambda x, sigma: self._predict_x0(params, clean, mask, text, x, sigma), x, sigmas, stop)
+        def predict_x0(x: Latents, sigma: Float[Array, ""]) -> Latents:
+            time = jnp.full(len(x), matching.flow_time(sigma))
+            x_tau = (1 - time[0]) * x
+            inputs, times = matching.frame_replacement(clean, x_tau, time, mask)
+            velocity = self._video_velocity(params, inputs, times, text, mask)
+            if negative_text is not None:  # guides by velocities, in which x̂₀ is linear
+                velocity += guidance * (velocity - self._video_velocity(params, inputs, times, negative_text, mask))
+            return jnp.where(mask[..., None, None, None] > 0, clean, matching.denoised(x_tau, velocity, time))
+
+        return predict_x0
+
+
+def _make_tokenizer(config: ExperimentConfig, rngs: nnx.Rngs) -> nnx.Module:
+    if config.tokenizer.kind == "pca":
+        return PatchTokenizer()
+    from mimic_video.models.wan_vae import WanVAE
+    return WanVAE(config.tokenizer, rngs, config.compat)

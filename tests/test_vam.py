@@ -158,7 +158,7 @@ def test_proprioception_is_dropped_as_often_as_configured(params):
 def test_the_backbone_sees_the_true_video_noised_behind_the_observed_frames(params):
     vam, batch, seen = VideoActionModel(ACTION), tiny.batch(ACTION, 32), {}
 
-    def hidden(params, clean, x_tau, time, text):
+    def hidden(params, clean, mask, x_tau, time, text):
         seen.update(clean=clean, x_tau=x_tau)
         return jnp.zeros((len(clean), 6, 16))
 
@@ -178,7 +178,8 @@ def test_the_observed_frames_reach_the_backbone_clean(params):
     vam = VideoActionModel(ACTION)
     clean = vam.encode_video(params, batch["video"])
     noise = jax.random.normal(KEY, clean.shape)
-    hidden = jax.jit(vam._hidden)
+    mask = jnp.ones((2, 3)).at[:, 2:].set(0.0)
+    hidden = jax.jit(lambda params, clean, *rest: vam._hidden(params, clean, mask, *rest))
     time, text = jnp.asarray([0.3, 0.9]), jnp.asarray(batch["text"])
     reference = hidden(params, clean, noise, time, text)
     assert reference.shape == (2, 3 * 2, 16)
@@ -209,16 +210,19 @@ def observed(batch):
     return batch["video"][:, :5]
 
 
+def noise(key=KEY, size=2):
+    return VideoActionModel(ACTION).draw_noise(key, size)
+
+
 def test_stop_step_zero_is_one_partial_pass_on_pure_noise(params):
     assert ACTION.policy.stop_step == 0
     vam, batch = VideoActionModel(ACTION), tiny.batch(ACTION, 2)
     blocks = jax.tree.map(lambda leaf: np.concatenate([leaf[:1], np.full_like(leaf[1:], np.nan)]), params["backbone"]["blocks"])
     partial = params | {"backbone": params["backbone"] | {"blocks": blocks}}
-    hidden, time = compiled(ACTION, "sample_hidden")(partial, observed(batch), batch["text"], KEY)
+    hidden, time = compiled(ACTION, "sample_hidden")(partial, observed(batch), batch["text"], noise()["video"])
     np.testing.assert_allclose(time, 80 / 81, rtol=1e-6)
     past = np.asarray(vam.encode_video(params, observed(batch)))
-    noise = np.asarray(jax.random.normal(KEY, (2, 3, 2, 4, 16)))
-    inputs = np.concatenate([past, 80 / 81 * noise[:, 2:]], axis=1)  # unit noise, as the network sees σ = 80
+    inputs = np.concatenate([past, 80 / 81 * np.asarray(noise()["video"])[:, 2:]], axis=1)  # unit noise, as the network sees σ = 80
     times = np.float32([[CLEAN, CLEAN, 80 / 81]] * 2)
     backbone = vam.module("backbone", params)
     mask = np.float32([[1, 1, 0]] * 2)
@@ -228,32 +232,33 @@ def test_stop_step_zero_is_one_partial_pass_on_pure_noise(params):
 
 def test_stop_step_one_is_an_euler_step_away(params):
     vam, batch, seen = Recording(tiny.experiment(policy={"stop_step": 1}), answer=0.5), tiny.batch(ACTION, 2), {}
-    vam._hidden = lambda params, clean, x_tau, time, text: seen.update(x_tau=x_tau)
-    _, time = vam.sample_hidden(params, observed(batch), batch["text"], KEY)
+    vam._hidden = lambda params, clean, mask, x_tau, time, text: seen.update(x_tau=x_tau)
+    _, time = vam.sample_hidden(params, observed(batch), batch["text"], noise()["video"])
     sigma = (80 ** (1 / 7) + (0.002 ** (1 / 7) - 80 ** (1 / 7)) / 3) ** 7  # the second of three steps
     np.testing.assert_allclose(time, sigma / (1 + sigma), rtol=1e-6)
-    noise = np.asarray(jax.random.normal(KEY, (2, 3, 2, 4, 16)), np.float64)[:, 2]
-    x0 = 80 / 81 * noise - 80 / 81 * 0.5
-    x = sigma / 80 * (80 * noise) + (1 - sigma / 80) * x0
+    start = np.asarray(noise()["video"], np.float64)[:, 2]
+    x0 = 80 / 81 * start - 80 / 81 * 0.5
+    x = sigma / 80 * (80 * start) + (1 - sigma / 80) * x0
     np.testing.assert_allclose(seen["x_tau"][:, 2], x / (1 + sigma), atol=1e-4)
 
 
 @pytest.mark.parametrize("stop", [2, 3])
 def test_later_stops_run(params, stop):
     config, batch = tiny.experiment(policy={"stop_step": stop}), tiny.batch(ACTION, 2)
-    hidden, time = compiled(config, "sample_hidden")(params, observed(batch), batch["text"], KEY)
+    hidden, time = compiled(config, "sample_hidden")(params, observed(batch), batch["text"], noise()["video"])
     assert np.isfinite(hidden).all()
     if stop == config.policy.video_steps:
         np.testing.assert_allclose(time, 0.002 / 1.002, rtol=1e-5)
-    other = compiled(ACTION, "sample_hidden")(params, observed(batch), batch["text"], KEY)[0]
+    other = compiled(ACTION, "sample_hidden")(params, observed(batch), batch["text"], noise()["video"])[0]
     assert np.abs(hidden - other).max() > 1e-3
 
 
 def sample(params, batch, key=KEY, config=ACTION):
-    return np.asarray(compiled(config, "sample_actions")(params, observed(batch), batch["proprio"], batch["text"], key))
+    drawn = noise(key, len(batch["proprio"]))
+    return np.asarray(compiled(config, "sample_actions")(params, observed(batch), batch["proprio"], batch["text"], drawn))
 
 
-def test_actions_are_a_function_of_the_key(params):
+def test_actions_are_a_function_of_the_noise(params):
     batch = tiny.batch(ACTION, 3)
     actions = sample(params, batch)
     assert actions.shape == (3, 4, 2) and actions.dtype == np.float32 and np.isfinite(actions).all()
@@ -279,23 +284,23 @@ def test_every_observation_matters_to_the_actions(params, name):
 def test_euler_steps_of_the_action_flow(params):
     """An answer of 2 at every one of the steps leads from the noise to the noise less 2."""
     vam = Recording(ACTION, answer=2.0)
-    actions = vam.decode_actions(params, jnp.zeros((2, 6, 16)), jnp.full(2, 0.5), jnp.zeros((2, 1, 3)), KEY)
-    np.testing.assert_allclose(actions, jax.random.normal(KEY, (2, 4, 2)) - 2, atol=1e-5)
+    actions = vam.decode_actions(params, jnp.zeros((2, 6, 16)), jnp.full(2, 0.5), jnp.zeros((2, 1, 3)), noise()["actions"])
+    np.testing.assert_allclose(actions, noise()["actions"] - 2, atol=1e-5)
 
 
 def test_a_sampled_video_continues_the_observed_frames(params):
     batch, vam = tiny.batch(VIDEO, 2), VideoActionModel(VIDEO)
-    video = np.asarray(compiled(VIDEO, "sample_video")(params, observed(batch), batch["text"], KEY))
+    video = np.asarray(compiled(VIDEO, "sample_video")(params, observed(batch), batch["text"], noise()["video"]))
     assert video.shape == (2, 9, *tiny.SIZE, 3) and video.dtype == np.uint8
     np.testing.assert_array_equal(video[:, :5], vam.decode_video(params, vam.encode_video(params, observed(batch))))
-    again = compiled(VIDEO, "sample_video")(params, observed(batch), batch["text"], jax.random.key(8))
+    again = compiled(VIDEO, "sample_video")(params, observed(batch), batch["text"], noise(jax.random.key(8))["video"])
     assert (video[:, 5:] != again[:, 5:]).mean() > 0.5
 
 
 def test_a_video_takes_every_step_and_a_final_clean_pass(params):
     vam, batch = Recording(VIDEO), tiny.batch(VIDEO, 2)
     with jax.disable_jit():
-        vam.sample_video(params, observed(batch), batch["text"], KEY)
+        vam.sample_video(params, observed(batch), batch["text"], noise()["video"])
     sigmas = [(80 ** (1 / 7) + i / 3 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(4)]
     times = [[CLEAN, CLEAN, sigma / (1 + sigma)] for sigma in sigmas]
     np.testing.assert_allclose([asked["times"][1] for asked in vam.asked], times, rtol=1e-5)
@@ -312,7 +317,89 @@ def test_pixels_survive_the_whole_8_bit_range(params):
     np.testing.assert_array_equal(decoded.reshape(-1)[:16], video.reshape(-1)[:16])
 
 
+def test_a_stop_time_on_the_grid_is_that_stop_step(params):
+    sigma = (80 ** (1 / 7) + (0.002 ** (1 / 7) - 80 ** (1 / 7)) / 3) ** 7
+    batch = tiny.batch(ACTION, 2)
+    results = [compiled(tiny.experiment(policy=policy), "sample_hidden")(params, observed(batch), batch["text"], noise()["video"])
+               for policy in ({"stop_step": 1}, {"stop_time": sigma / (1 + sigma)})]  # fmt: skip
+    np.testing.assert_allclose(results[0][0], results[1][0], atol=1e-5)
+    np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-6)
+
+
+def test_stop_time_one_reads_the_noise_itself(params):
+    vam, batch, seen = Recording(tiny.experiment(policy={"stop_time": 1.0})), tiny.batch(ACTION, 2), {}
+    vam._hidden = lambda params, clean, mask, x_tau, time, text: seen.update(x_tau=x_tau)
+    _, time = vam.sample_hidden(params, observed(batch), batch["text"], noise()["video"])
+    np.testing.assert_array_equal(time, 1.0)
+    np.testing.assert_array_equal(seen["x_tau"], noise()["video"])
+
+
+def test_guidance_moves_away_from_the_negative_prompt(params):
+    """Estimates are linear in velocities: with a velocity that answers the text, x̂₀ + g·(x̂₀ − x̂₀(negative))."""
+
+    class TextVelocity(Recording):
+        def _video_velocity(self, params, inputs, times, text, mask):
+            return super()._video_velocity(params, inputs, times, text, mask) + text.mean(axis=(1, 2))[:, None, None, None, None]
+
+    batch, positive, negative = tiny.batch(VIDEO, 2), np.full((2, 4, 8), 0.5, np.float32), np.full((2, 4, 8), 0.2, np.float32)
+    vam = TextVelocity(VIDEO)
+    clean, mask = vam._observed(params, observed(batch), 3)
+    x = 80 * noise()["video"]
+    estimates = {g: vam._denoiser(params, clean, mask, positive, negative, g)(x, jnp.float32(80.0)) for g in (0.0, 2.0)}
+    np.testing.assert_array_equal(estimates[2.0][:, :2], clean[:, :2])
+    difference = (estimates[2.0] - estimates[0.0])[:, 2]
+    np.testing.assert_allclose(difference, -80 / 81 * 2.0 * 0.3, atol=1e-5)
+    videos = [compiled(VIDEO, "sample_video")(params, observed(batch), batch["text"], noise()["video"], *guided)
+              for guided in ((), (batch["text"][::-1], 3.0))]  # fmt: skip
+    assert (videos[0] != videos[1])[:, 5:].mean() > 0.05
+
+
+def test_windows_of_other_lengths_and_sizes(params):
+    video = np.random.default_rng(0).integers(0, 256, (1, 1, 32, 16, 3), np.uint8)
+    text, start = tiny.batch(VIDEO, 1)["text"], np.random.default_rng(1).standard_normal((1, 4, 4, 2, 16)).astype(np.float32)
+    sampled = compiled(VIDEO, "sample_video")(params, video, text, start)
+    assert sampled.shape == (1, 13, 32, 16, 3)
+
+
+def test_published_noise_has_one_stream_a_part():
+    vam = VideoActionModel(ACTION)
+    drawn = vam.published_noise(0, 2)
+    assert {name: part.shape for name, part in drawn.items()} == {name: part.shape for name, part in noise().items()}
+    np.testing.assert_allclose(drawn["video"][0, 0, 0, 0, 0], 1.76405, atol=5e-6)
+    np.testing.assert_allclose(drawn["actions"][0, 0], [1.76405, 0.40016], atol=5e-6)
+
+
+def test_padding_counts_in_the_loss_if_asked_to(params):
+    batch = tiny.batch(ACTION, 2)
+    padded = batch | {"action_mask": batch["action_mask"] & (np.arange(4) < 2), "video_mask": batch["video_mask"] & False}
+    for stage, name in (("video", "video_loss"), ("action", "action_loss")):
+        counted = tiny.experiment(stage=stage, train={"mask_padding": False})
+        losses = [compiled(counted, name)(params, values, KEY)[0] for values in (batch, padded)]
+        assert losses[0] == losses[1]
+
+
 # Precision.
+
+
+def test_compat_switches_change_what_they_name(params):
+    """Each on its own, by little; none of them anything else."""
+    batch, exact = tiny.batch(ACTION, 2), sample(params, tiny.batch(ACTION, 2))
+    for name in ("bfloat16_rope", "bfloat16_times", "bfloat16_action_state"):
+        config = tiny.experiment(compat={name: True})
+        assert 0 < np.abs(sample(params, batch, config=config) - exact).max() < 0.05, name
+    for name in ("bfloat16_low_dim", "bfloat16_latent_statistics"):  # of the normaliser, of another tokenizer
+        np.testing.assert_array_equal(sample(params, batch, config=tiny.experiment(compat={name: True})), exact)
+
+
+def test_a_context_computed_once_is_the_naive_decoding(params):
+    """SPEC 6.2: keys and values for all Euler steps at once, or anew at each of them."""
+    vam, batch = VideoActionModel(ACTION), tiny.batch(ACTION, 2)
+    hidden, time = compiled(ACTION, "sample_hidden")(params, observed(batch), batch["text"], noise()["video"])
+    decoder, x = vam.module("decoder", params), noise()["actions"]
+    step = jax.jit(lambda x, at: vam._action_velocity(decoder, batch["proprio"], x, at, time, decoder.encode_context(hidden)))
+    for at in (1.0, 0.5):
+        x = x - step(x, jnp.full(2, at)) / 2
+    np.testing.assert_allclose(vam.decode_actions(params, hidden, time, batch["proprio"], noise()["actions"]), x, atol=1e-5)
 
 
 def test_bfloat16_stays_close_to_float32(params):

@@ -7,6 +7,7 @@ video network's raw output is that velocity, and its input is x_τ itself.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from mimic_video.config import NoiseConfig
@@ -72,3 +73,14 @@ def weighted_mean(values: Float[Array, "b n ..."], weights: Float[Array, "b n"])
     """Mean of `values` over everything whose weight is 1; weights cover the first two axes. 0 if there is nothing."""
     per_weight = jnp.mean(values.reshape(*weights.shape, -1), axis=-1)
     return jnp.sum(per_weight * weights) / jnp.maximum(jnp.sum(weights), 1)
+
+
+def numpy_noise(seed: int, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
+    """Standard normal float32 noise from the stream that the published code draws from (SPEC 5, 7).
+
+    Args:
+        shape: channels last. PyTorch's video has its channels on the second axis, and the stream is drawn in that order.
+    """
+    channels_second = (shape[0], shape[-1], *shape[1:-1]) if len(shape) == 5 else shape
+    noise = np.random.RandomState(seed).standard_normal(channels_second).astype(np.float32)
+    return np.moveaxis(noise, 1, -1) if len(shape) == 5 else noise

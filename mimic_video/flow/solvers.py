@@ -16,6 +16,12 @@ def karras_sigmas(steps: int) -> Float[np.ndarray, " steps_plus_one"]:
     return (SIGMA_MAX ** (1 / RHO) + ramp * (SIGMA_MIN ** (1 / RHO) - SIGMA_MAX ** (1 / RHO))) ** RHO
 
 
+def sigmas_until(sigmas: Float[np.ndarray, " n"], time: float) -> Float[np.ndarray, " m"]:
+    """The levels of a grid that lie above flow time `time`, in (0, 1], and then that one: a grid whose last step stops there."""
+    sigma = time / (1 - time) if time < 1 else np.inf
+    return np.append(sigmas[sigmas > sigma * (1 + 1e-9)], sigma)
+
+
 def adams_bashforth_coefficients(sigmas: Float[np.ndarray, " n"]) -> Float[np.ndarray, "n_minus_one 3"]:
     """Rows (a, b, c) of the update x ← a·x + b·x̂₀ + c·x̂₀(previous step) from σᵢ to σᵢ₊₁.
 
@@ -33,23 +39,17 @@ def adams_bashforth_coefficients(sigmas: Float[np.ndarray, " n"]) -> Float[np.nd
     return np.asarray(rows)
 
 
-def solve_video(
-    predict_x0: Callable[[Array, Float[Array, ""]], Array], x: Array, sigmas: Float[np.ndarray, " n"], stop: int
-) -> Array:
-    """Runs the first `stop` steps of the video sampler.
+def solve_video(predict_x0: Callable[[Array, Float[Array, ""]], Array], x: Array, sigmas: Float[np.ndarray, " n"]) -> Array:
+    """Takes a sample at noise level sigmas[0] to sigmas[-1] in len(sigmas) − 1 steps.
 
     Args:
         predict_x0: (x, σ) → data estimate, with x = x₀ + σ·ε.
         x: the sample at sigmas[0].
-        sigmas: from `karras_sigmas`.
-        stop: number of steps, 0 to len(sigmas) − 1.
-
-    Returns:
-        The sample at sigmas[stop].
+        sigmas: from `karras_sigmas` or `sigmas_until`, or a leading part of one.
     """
-    if stop == 0:
+    if len(sigmas) == 1:
         return x
-    coefficients = adams_bashforth_coefficients(sigmas)[:stop].astype(np.float32)
+    coefficients = adams_bashforth_coefficients(sigmas).astype(np.float32)
 
     def step(carry, inputs):
         x, previous = carry
@@ -57,14 +57,17 @@ def solve_video(
         x0 = predict_x0(x, sigma)
         return (a * x + b * x0 + c * previous, x0), None
 
-    inputs = (jnp.asarray(sigmas[:stop], jnp.float32), tuple(jnp.asarray(coefficients.T)))
+    inputs = (jnp.asarray(sigmas[:-1], jnp.float32), tuple(jnp.asarray(coefficients.T)))
     return jax.lax.scan(step, (x, jnp.zeros_like(x)), inputs)[0][0]
 
 
-def solve_euler(velocity: Callable[[Array, Float[Array, ""]], Array], x: Array, steps: int) -> Array:
-    """Euler steps of equal length from flow time 1 to 0 (SPEC 7)."""
+def solve_euler(
+    velocity: Callable[[Array, Float[Array, ""]], Array], x: Array, steps: int, state_dtype: jnp.dtype = jnp.float32
+) -> Array:
+    """Euler steps of equal length from flow time 1 to 0 (SPEC 7); the state is kept in `state_dtype` between them."""
 
     def step(x, time):
-        return x - velocity(x, time) / steps, None
+        y = x.astype(jnp.float32)
+        return (y - velocity(y, time) / steps).astype(state_dtype), None
 
-    return jax.lax.scan(step, x, jnp.asarray(1 - np.arange(steps) / steps, jnp.float32))[0]
+    return jax.lax.scan(step, x.astype(state_dtype), jnp.asarray(1 - np.arange(steps) / steps, jnp.float32))[0].astype(jnp.float32)

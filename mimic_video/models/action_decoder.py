@@ -16,9 +16,11 @@ from mimic_video.models.layers import (
     LayerNorm,
     Modulation,
     RMSNorm,
+    gelu,
     linear,
     modulate,
     scan_blocks,
+    silu,
     stack_blocks,
     truncated_normal,
 )
@@ -71,7 +73,7 @@ class Embedder(nnx.Module):
 
     def __call__(self, x: Float[Array, "b s m"]) -> Tokens:
         for layer in self.layers[:-1]:
-            x = jax.nn.gelu(layer(x), approximate=False)
+            x = gelu(layer(x))
         x = self.layers[-1](x)
         return x / math.sqrt(x.shape[-1])
 
@@ -90,8 +92,8 @@ class PairTimeEmbedding(nnx.Module):
     def __call__(self, times: Float[Array, "b s"], video_time: Float[Array, " b"], dtype: jnp.dtype) -> tuple[Array, Array]:
         """Normalised embedding (b, s, rank) and the modulation term shared by all blocks (b, s, 3·width)."""
         width = self.action_proj.in_features
-        action = jax.nn.silu(self.action_proj(time_features(times, width).astype(dtype)))
-        video = jax.nn.silu(self.video_proj(time_features(video_time[:, None], width).astype(dtype)))
+        action = silu(self.action_proj(time_features(times, width).astype(dtype)))
+        video = silu(self.video_proj(time_features(video_time[:, None], width).astype(dtype)))
         z = self.action_rank(action) * self.video_rank(video) - self.action_rank.bias[...] * self.video_rank.bias[...]
         return self.norm(z), self.shared_proj(z)
 

@@ -71,6 +71,16 @@ class RMSNorm(nnx.Module):
         return (y * self.scale[...]).astype(x.dtype)
 
 
+def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x · sigmoid(x), computed in float32."""
+    return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype)
+
+
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The exact (erf) GELU, computed in float32."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
+
+
 class Modulation(nnx.Module):
     """AdaLN-LoRA: `parts` vectors per token from the normalised time embedding, plus a term shared by all blocks (SPEC 3.6)."""
 
@@ -80,7 +90,7 @@ class Modulation(nnx.Module):
         self.up = linear(rank, parts * width, rngs, init=nnx.initializers.zeros)
 
     def __call__(self, time: Float[Array, "*b e"], shared: Float[Array, "*b n"]) -> list[Float[Array, "*b d"]]:
-        low_rank = self.up(self.down(jax.nn.silu(time)))
+        low_rank = self.up(self.down(silu(time)))
         return jnp.split(low_rank + shared[..., : low_rank.shape[-1]], self.parts, axis=-1)
 
 
@@ -96,7 +106,7 @@ class MLP(nnx.Module):
         self.down = linear(hidden, width, rngs)
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        return self.down(jax.nn.gelu(self.up(x), approximate=False))
+        return self.down(gelu(self.up(x)))
 
 
 def stack_blocks(make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:

@@ -5,22 +5,39 @@ import numpy as np
 from jaxtyping import Array, Float
 
 
+def rope_frequencies(size: int, stretch: float, *, bfloat16: bool = False) -> Float[np.ndarray, " size_half"]:
+    """Radians per position of an axis that has `size` dimensions of each head; its base period is stretched by `stretch`^(n/(n−2)).
+
+    Args:
+        bfloat16: rounds every intermediate result, as the published code does after casting its buffers (SPEC 3.4).
+    """
+    base = 10000.0 * stretch ** (size / (size - 2)) if size > 2 else 10000.0
+    exponents = np.arange(0, size, 2) / size
+    if not bfloat16:
+        return base**-exponents
+    return _round(1 / _round(np.float32(_round(base)) ** _round(exponents)))
+
+
 def rope_angles(
-    grid: tuple[int, int, int], head_dim: int, ratio: tuple[float, float, float]
+    grid: tuple[int, int, int], head_dim: int, ratio: tuple[float, float, float], *, bfloat16: bool = False
 ) -> Float[np.ndarray, "s half_head"]:
     """Rotation angles in radians of every token of a (t, h, w) grid, tokens in t-major order.
 
     A head's dimensions are split between the axes: two times head_dim // 6 each for height and width, the rest for time.
-    The base period of an axis of n dimensions is stretched by ratio^(n/(n−2)).
+    With `bfloat16` frequencies and angles are rounded; released weights were trained with such features (SPEC 3.4).
     """
     spatial = head_dim // 6 * 2
     positions = np.indices(grid).reshape(3, -1)
     angles = []
     for position, size, stretch in zip(positions, (head_dim - 2 * spatial, spatial, spatial), ratio, strict=True):
-        base = 10000.0 * stretch ** (size / (size - 2)) if size > 2 else 10000.0
-        frequencies = base ** (-np.arange(0, size, 2) / size)
-        angles.append(position[:, None] * frequencies)
-    return np.concatenate(angles, axis=-1).astype(np.float32)
+        angles.append(position[:, None] * rope_frequencies(size, stretch, bfloat16=bfloat16))
+    angles = np.concatenate(angles, axis=-1).astype(np.float32)
+    return _round(angles) if bfloat16 else angles
+
+
+def _round(values: np.ndarray | float) -> Float[np.ndarray, "..."]:
+    """Float32 values rounded to the nearest bfloat16."""
+    return np.asarray(values, np.float32).astype(jnp.bfloat16).astype(np.float32)
 
 
 def rotate(x: Float[Array, "b s n k"], angles: Float[Array, "s half"]) -> Float[Array, "b s n k"]:

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from mimic_video.config import VideoDiTConfig
+from mimic_video.config import CompatConfig, VideoDiTConfig
 from mimic_video.models.attention import Attention
-from mimic_video.models.layers import MLP, Modulation, RMSNorm, linear, modulate, scan_blocks, stack_blocks
+from mimic_video.models.layers import MLP, Modulation, RMSNorm, linear, modulate, scan_blocks, silu, stack_blocks
 from mimic_video.models.rope import rope_angles, rotate
 
 Tokens = Float[Array, "b t n d"]  # n = patches of one latent frame, row by row
@@ -58,8 +58,8 @@ class VideoBlock(nnx.Module):
 class VideoDiT(nnx.Module):
     """Velocity of latent video under the flow, and the residual stream on the way to it."""
 
-    def __init__(self, config: VideoDiTConfig, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: VideoDiTConfig, rngs: nnx.Rngs, compat: CompatConfig = CompatConfig()):
+        self.config, self.compat = config, compat
         width, patch_size = config.width, math.prod(config.patch)
         self.patch_proj = linear((config.latent_channels + 2) * patch_size, width, rngs)
         self.time_in = linear(width, width, rngs)
@@ -88,26 +88,29 @@ class VideoDiT(nnx.Module):
             condition_mask: 1 for conditioned frames.
             padding_mask: 1 for latent pixels outside the picture; None for none.
         """
-        time, shared = self._time_embedding(times.astype(jnp.float32), latents.dtype)
+        time, shared = self._time_embedding(times, latents.dtype)
         x = self._patchify(latents, condition_mask, padding_mask)
         return self._run(x, time, shared, text, latents.shape, stop)
 
     def __call__(self, latents, times, text, condition_mask, padding_mask=None) -> Float[Array, "b t h w c"]:
         """The velocity ε − x₀ of every latent frame; arguments as for `hidden`."""
-        time, shared = self._time_embedding(times.astype(jnp.float32), latents.dtype)
+        time, shared = self._time_embedding(times, latents.dtype)
         x = self._patchify(latents, condition_mask, padding_mask)
         x = self._run(x, time, shared, text, latents.shape, self.config.num_blocks)
         shift, scale = (part[:, :, None] for part in self.final_modulation(time, shared))
         return self._unpatchify(self.final_proj(modulate(x, shift, scale)), latents.shape)
 
     def _time_embedding(self, times: Float[Array, "b t"], dtype: jnp.dtype) -> tuple[PerFrame, PerFrame]:
+        if self.compat.bfloat16_times:
+            times = times.astype(jnp.bfloat16)
         features = time_features(times, self.config.width).astype(dtype)
-        return self.time_norm(features), self.time_out(nnx.silu(self.time_in(features)))
+        return self.time_norm(features), self.time_out(silu(self.time_in(features)))
 
     def _run(self, x: Tokens, time: PerFrame, shared: PerFrame, text, latent_shape, stop: int) -> Tokens:
         config = self.config
         _, t, h, w, _ = latent_shape
-        angles = rope_angles((t, h // config.patch[1], w // config.patch[2]), config.width // config.num_heads, config.rope_ratio)
+        grid, head_dim = (t, h // config.patch[1], w // config.patch[2]), config.width // config.num_heads
+        angles = rope_angles(grid, head_dim, config.rope_ratio, bfloat16=self.compat.bfloat16_rope)
 
         def apply(block: VideoBlock, x: Tokens) -> Tokens:
             return block(x, time, shared, text, lambda heads: rotate(heads, angles))

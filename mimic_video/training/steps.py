@@ -10,7 +10,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mimic_video.config import ExperimentConfig
-from mimic_video.training.optimizer import make_optimizer, make_schedule
+from mimic_video.training.optimizer import average_decay, make_optimizer, make_schedule
 from mimic_video.training.sharding import BATCH, shardings
 from mimic_video.vam import Batch, Metrics, Params, VideoActionModel
 
@@ -40,7 +40,7 @@ def split_params(params: Params, stage: str) -> tuple[Params, Params]:
 
 def make_state(config: ExperimentConfig, params: Params) -> TrainState:
     """The state before the first step."""
-    ema = jax.tree.map(jnp.copy, params) if config.train.ema_decay else {}
+    ema = jax.tree.map(jnp.copy, params) if config.train.keeps_average else {}
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=make_optimizer(config.train).init(params), ema=ema)
 
 
@@ -76,7 +76,7 @@ def make_train_step(
         (value, metrics), grads = gradient(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = optax.incremental_update(params, state.ema, 1 - config.train.ema_decay) if state.ema else {}
+        ema = optax.incremental_update(params, state.ema, 1 - average_decay(config.train, state.step)) if state.ema else {}
         metrics |= {"loss": value, "grad_norm": optax.global_norm(grads), "learning_rate": schedule(state.step)}
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 

@@ -114,3 +114,21 @@ def test_weighted_mean():
     values[0, 1], values[1, :2] = 1e6, -1e6
     np.testing.assert_allclose(matching.weighted_mean(values, weights), expected, rtol=1e-5)
     np.testing.assert_allclose(matching.weighted_mean(values, np.zeros((2, 3), np.float32)), 0.0)
+
+
+def test_the_published_noise_stream():  # SPEC 5
+    video = matching.numpy_noise(0, (1, 2, 3, 5, 4))
+    assert video.shape == (1, 2, 3, 5, 4) and video.dtype == np.float32
+    np.testing.assert_allclose(video[0, 0, 0, :, 0], [1.76405, 0.40016, 0.97874, 2.24089, 1.86756], atol=5e-6)
+    stream = np.random.RandomState(0).standard_normal(120).astype(np.float32).reshape(1, 4, 2, 3, 5)  # channels second
+    np.testing.assert_array_equal(video, stream.transpose(0, 2, 3, 4, 1))
+    np.testing.assert_array_equal(matching.numpy_noise(3, (2, 5, 7)).ravel(), np.random.RandomState(3).randn(70).astype(np.float32))
+
+
+def test_the_published_loss_weight_is_an_error_of_velocities():  # SPEC 4.2
+    x0, noise, output = random(3, 2, 4), random(3, 2, 4, seed=1), random(3, 2, 4, seed=2)
+    for sigma in (0.01, 1.0, 80.0):
+        time = matching.flow_time(jnp.full(3, sigma))
+        x_tau = matching.interpolate(x0, noise, time)
+        published = (1 + sigma) ** 2 / sigma**2 * (x0 - matching.denoised(x_tau, output, time)) ** 2
+        np.testing.assert_allclose(published, (output - (noise - x0)) ** 2, rtol=1e-2 if sigma < 1 else 1e-4, atol=1e-4)

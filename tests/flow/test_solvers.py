@@ -27,7 +27,7 @@ def test_published_trajectory(steps):
     def predict(x, sigma):
         return 0.1 * x / (1 + sigma)
 
-    x = jax.jit(lambda x: solvers.solve_video(predict, x, solvers.karras_sigmas(35), steps))(jnp.float32(GOLDEN[0]))
+    x = jax.jit(lambda x: solvers.solve_video(predict, x, solvers.karras_sigmas(35)[: steps + 1]))(jnp.float32(GOLDEN[0]))
     np.testing.assert_allclose(x, GOLDEN[steps], rtol=2e-6)
 
 
@@ -43,7 +43,7 @@ def test_published_trajectory_in_float64():
 @pytest.mark.parametrize("steps", [1, 4, 35])
 def test_data_that_is_known_stays_on_its_straight_path(steps):
     x0, noise, sigmas = jnp.asarray([2.0, -1.0]), jnp.asarray([0.5, 3.0]), solvers.karras_sigmas(35)
-    x = solvers.solve_video(lambda x, sigma: x0, x0 + sigmas[0] * noise, sigmas, steps)
+    x = solvers.solve_video(lambda x, sigma: x0, x0 + sigmas[0] * noise, sigmas[: steps + 1])
     np.testing.assert_allclose(x, x0 + sigmas[steps] * noise, rtol=2e-5)
 
 
@@ -59,7 +59,7 @@ def test_later_steps_are_exact_for_estimates_linear_in_log_noise():
 def test_the_estimate_is_asked_for_at_every_noise_level_in_turn():
     sigmas, asked = solvers.karras_sigmas(5), []
     with jax.disable_jit():
-        solvers.solve_video(lambda x, sigma: asked.append(float(sigma)) or x, jnp.ones(1), sigmas, 4)
+        solvers.solve_video(lambda x, sigma: asked.append(float(sigma)) or x, jnp.ones(1), sigmas[:5])
     np.testing.assert_allclose(asked, sigmas[:4], rtol=1e-6)
 
 
@@ -76,3 +76,24 @@ def test_euler_asks_from_pure_noise_down():
         x = solvers.solve_euler(lambda x, time: asked.append(float(time)) or time, jnp.zeros(()), 10)
     np.testing.assert_allclose(asked, [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1], rtol=1e-6)
     np.testing.assert_allclose(x, -0.55, rtol=1e-5)
+
+
+def test_a_grid_that_stops_at_a_flow_time():
+    grid = solvers.karras_sigmas(35)
+    for step in (1, 10, 35):
+        time = grid[step] / (1 + grid[step])
+        np.testing.assert_allclose(solvers.sigmas_until(grid, time), grid[: step + 1], rtol=1e-9)
+    np.testing.assert_allclose(solvers.sigmas_until(grid, 0.98), [*grid[:4], 49.0])  # 49.29 is the last level above
+    np.testing.assert_array_equal(solvers.sigmas_until(grid, 1.0), [np.inf])
+    np.testing.assert_allclose(solvers.sigmas_until(grid, 0.99), [99.0])
+
+
+def test_a_state_in_bfloat16_is_rounded_after_every_step():
+    x, times = np.float32([1.234567, -0.7654321]), []
+    rounded = x.astype(jnp.bfloat16)
+    for step in range(4):
+        rounded = (rounded.astype(np.float32) - (0.3 + step) / np.float32(4)).astype(jnp.bfloat16)
+    velocity = lambda y, time: times.append(y.dtype) or 0.3 + (1 - time) * 4  # noqa: E731
+    result = solvers.solve_euler(velocity, jnp.asarray(x), 4, jnp.bfloat16)
+    assert result.dtype == jnp.float32 and set(times) == {np.dtype(np.float32)}
+    np.testing.assert_array_equal(result, rounded.astype(np.float32))

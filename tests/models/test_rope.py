@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from mimic_video.models.rope import rope_angles, rotate
+from mimic_video.models.rope import rope_angles, rope_frequencies, rotate
 
 RATIO = (1.0, 3.0, 3.0)
-# SPEC 3.4 lists the published frequencies after their rounding to bfloat16, which moves them by up to 2.1%.
+# SPEC 3.4: the published frequencies after their rounding to bfloat16, which moves them by up to 2.1%.
 TEMPORAL = [1, .66015625, .431640625, .28515625, .1884765625, .123046875, .08056640625, .05322265625, .03515625, .0233154296875,
             .01513671875, .010009765625, .006500244140625, .004364013671875, .002838134765625, .00185394287109375,
             .00124359130859375, .000804901123046875, .00054168701171875, .0003528594970703125, .00022983551025390625,
@@ -29,6 +29,18 @@ def test_published_frequencies():
     np.testing.assert_array_equal(np.concatenate([angles[0], time[22:], row[:22], row[43:], column[:43]]), 0)
     np.testing.assert_allclose(time[:22], 10000.0 ** (-np.arange(22) / 22), rtol=1e-6)
     np.testing.assert_allclose(row[22:43], 31694.019 ** (-np.arange(21) / 21), rtol=1e-6)
+
+
+def test_published_roundings_are_bit_exact():
+    np.testing.assert_array_equal(rope_frequencies(44, 1.0, bfloat16=True), np.float32(TEMPORAL))
+    np.testing.assert_array_equal(rope_frequencies(42, 3.0, bfloat16=True), np.float32(SPATIAL))
+    angles = rope_angles((16, 30, 40), 128, RATIO, bfloat16=True).reshape(16, 30, 40, 64)
+    torch = pytest.importorskip("torch")  # the published code multiplies bfloat16 positions and frequencies
+    for axis, count, frequencies, part in ((0, 16, TEMPORAL, slice(0, 22)), (1, 30, SPATIAL, slice(22, 43)),
+                                           (2, 40, SPATIAL, slice(43, 64))):  # fmt: skip
+        expected = torch.outer(torch.arange(count, dtype=torch.bfloat16), torch.tensor(frequencies, dtype=torch.bfloat16))
+        found = np.moveaxis(angles, axis, 0)[:, 0, 0, part]
+        np.testing.assert_array_equal(found, expected.float().numpy())
 
 
 def test_positions_count_patches_in_time_major_order():

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from mimic_video.config import TrainConfig
-from mimic_video.training.optimizer import make_optimizer, make_schedule
+from mimic_video.training.optimizer import average_decay, make_optimizer, make_schedule, power_average_exponent
 
 BASE = TrainConfig(steps=1000, warmup_steps=100, learning_rate=2.0, final_fraction=0.2)
 
@@ -63,3 +63,26 @@ def test_adamw_behind_global_clipping():
             params[name] = params[name] - 0.1 * (adam + 0.5 * params[name])  # the bias decays too
     for name, value in params.items():
         np.testing.assert_allclose(ours[name], value, rtol=1e-5)
+
+
+def test_a_schedule_may_be_longer_than_the_run():
+    long, short = (make_schedule(TrainConfig(steps=steps, warmup_steps=1000, schedule="linear", schedule_steps=500_000))
+                   for steps in (500_000, 14_112))  # fmt: skip
+    for step in (10, 1000, 14_112):
+        assert short(step) == long(step)
+
+
+def test_power_function_average():
+    assert abs(power_average_exponent(0.1) - 6.9372) < 1e-4  # SPEC 4.4
+    for std in (0.05, 0.1, 0.25):  # the deviation of the density (γ+1)·xᵞ on [0, 1]
+        gamma = power_average_exponent(std)
+        mean, square = (gamma + 1) / (gamma + 2), (gamma + 1) / (gamma + 3)
+        np.testing.assert_allclose(math.sqrt(square - mean**2), std, rtol=1e-9)
+    config = dataclasses.replace(BASE, ema_std=0.1)
+    decays = [float(average_decay(config, jnp.asarray(step))) for step in range(400)]
+    np.testing.assert_allclose(decays, [(1 - 1 / (n + 1)) ** 7.9372 for n in range(400)], atol=1e-6)
+    average = 0.0
+    for step, decay in enumerate(decays):
+        average = decay * average + (1 - decay) * step
+    weights = np.arange(1, 401) ** 7.9372 - np.arange(400) ** 7.9372  # as ∫ tᵞ over each step
+    np.testing.assert_allclose(average, np.arange(400) @ weights / weights.sum(), rtol=1e-6)
