@@ -43,7 +43,7 @@ def save_statistics(path: str | os.PathLike, statistics: Mapping[str, Statistics
 
 
 def load_statistics(path: str | os.PathLike) -> dict[str, Statistics]:
-    """Reads what `save_statistics` wrote, or a published file.
+    """Reads what `save_statistics` wrote.
 
     Raises:
         FileNotFoundError: naming the path.

@@ -26,6 +26,7 @@ from mimic_video.config import ExperimentConfig
 from mimic_video.evaluation.metaworld import MetaworldFactory
 from mimic_video.evaluation.offline import action_errors, psnr
 from mimic_video.evaluation.rollouts import EpisodeResult, run_rollouts, success_table
+from mimic_video.media import write_video
 from mimic_video.models.text import make_text_encoder
 from mimic_video.policy.policy import Policy
 from mimic_video.training import checkpoints
@@ -36,22 +37,13 @@ _EXPERT = flags.DEFINE_bool("expert", False, "Evaluate the scripted expert inste
 _RECORDED = flags.DEFINE_integer("recorded", 4, "Episodes per task, or video samples, kept as GIF", lower_bound=0)
 
 _VIDEO_SAMPLES = 16
-_MODEL_FIELDS = ("data.image_size", "data.past_frames", "data.future_frames", "tokenizer", "text", "backbone", "decoder")
+_POLICY_FIELDS = ("data.image_size", "data.past_frames", "data.future_frames", *checkpoints.MODEL_FIELDS, "decoder")
 
 
 def held_out_windows(config: ExperimentConfig, directory: str, actions: bool) -> WindowDataset:
     source = RldsSource(directory, config.data.validation_split)
     check_dataset(source, config)
     return WindowDataset(source, config.data, actions=actions)
-
-
-def save_gif(path: pathlib.Path, frames: np.ndarray, hz: float) -> None:
-    """Writes uint8 (f, h, w, 3) as an endlessly repeating GIF, enlarged to at least 192 pixels."""
-    factor = -(-192 // min(frames.shape[1:3]))
-    size = (frames.shape[2] * factor, frames.shape[1] * factor)
-    images = [Image.fromarray(frame).resize(size, Image.NEAREST) for frame in frames]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / hz), loop=0)
 
 
 def save_strip(path: pathlib.Path, real: np.ndarray, predicted: np.ndarray) -> None:
@@ -73,12 +65,12 @@ def evaluate_video(config: ExperimentConfig, run: pathlib.Path) -> dict:
     real = np.stack([window["video"] for window in chosen])
     encode_text = make_text_encoder(config.text)
     text = np.stack([encode_text(window["instruction"]) for window in chosen])
-    noise = vam.draw_noise(jax.random.key(config.seed), len(chosen))["video"]
+    noise = vam.policy_noise(config.seed, len(chosen))["video"]
     predicted = np.asarray(jax.jit(vam.sample_video)(params, real[:, :past], text, noise))
     mask = np.stack([window["video_mask"] for window in chosen])[:, past:]
     repeated = np.repeat(real[:, past - 1 : past], config.data.future_frames, axis=1)
     for i in range(min(_RECORDED.value, len(chosen))):
-        save_gif(run / "videos" / f"{i:02d}.gif", np.concatenate([real[i], predicted[i]], axis=2), config.data.video_hz / 2)
+        write_video(run / "videos" / f"{i:02d}.gif", np.concatenate([real[i], predicted[i]], axis=2), config.data.video_hz / 2)
     save_strip(run / "videos" / "strip.png", real[:4, past - 1 :: 3], predicted[:4, past - 1 :: 3])
     return {
         "checkpoint_step": step,
@@ -89,7 +81,7 @@ def evaluate_video(config: ExperimentConfig, run: pathlib.Path) -> dict:
 
 
 def evaluate_policy(config: ExperimentConfig, run: pathlib.Path) -> dict:
-    checkpoints.require_same_model(checkpoints.read_config(run), config, _MODEL_FIELDS, run)
+    checkpoints.require_same_model(checkpoints.read_config(run), config, _POLICY_FIELDS, run)
     policy = Policy.load(run, config)
     windows = held_out_windows(config, config.data.action_dataset, actions=True)
     samples = [windows[index] for index in range(0, len(windows), 4)]
@@ -99,7 +91,7 @@ def evaluate_policy(config: ExperimentConfig, run: pathlib.Path) -> dict:
     for result in results:
         if result.frames is not None:
             outcome = "success" if result.success else "failure"
-            save_gif(run / "rollouts" / f"{result.task}_{result.seed}_{outcome}.gif", result.frames, config.data.control_hz)
+            write_video(run / "rollouts" / f"{result.task}_{result.seed}_{outcome}.gif", result.frames, config.data.control_hz)
     return {"open_loop": open_loop, **closed_loop(results, config)}
 
 

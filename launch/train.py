@@ -27,7 +27,7 @@ from mimic_video.vam import Params, VideoActionModel
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory", required=True)
 _VALIDATION_BATCHES = 4
-_BACKBONE_FIELDS = ("data.image_size", "data.past_frames", "data.future_frames", "data.video_hz", "tokenizer", "text", "backbone")
+_BACKBONE_FIELDS = ("data.image_size", "data.past_frames", "data.future_frames", "data.video_hz", *checkpoints.MODEL_FIELDS)
 
 
 def open_windows(config: ExperimentConfig, split: str) -> WindowDataset:

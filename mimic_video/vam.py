@@ -37,7 +37,7 @@ class VideoActionModel:
             "backbone": lambda rngs: VideoDiT(config.backbone, rngs, config.compat),
             "decoder": lambda rngs: ActionDecoder(config.decoder, config.backbone.width, rngs),
         }
-        self._make = make
+        self._make, self._draw_noise = make, jax.jit(self.draw_noise, static_argnums=1)
         self._graphdefs = {name: nnx.split(nnx.eval_shape(make[name], nnx.Rngs(0)))[0] for name in make}
 
     def init(self, key: jax.Array) -> Params:
@@ -133,11 +133,16 @@ class VideoActionModel:
         """Noise for `batch` samples of a window and of its action chunk."""
         video_key, action_key = jax.random.split(key)
         shapes = self._noise_shapes(batch)
-        return {"video": jax.random.normal(video_key, shapes["video"]), "actions": jax.random.normal(action_key, shapes["actions"])}
+        return {
+            "video": jax.random.normal(video_key, shapes["video"]),
+            "actions": jax.random.normal(action_key, shapes["actions"]),
+        }
 
-    def published_noise(self, seed: int, batch: int) -> Noise:
-        """As `draw_noise`, from NumPy's `RandomState` streams of the published system (SPEC 5, 7). Not to be compiled."""
-        return {name: matching.numpy_noise(seed, shape) for name, shape in self._noise_shapes(batch).items()}
+    def policy_noise(self, seed: int, batch: int, query: int = 0) -> Noise:
+        """Noise as `policy.noise` has it: of (seed, query), or the published streams, which start anew at every query."""
+        if self.config.policy.noise == "numpy":
+            return {name: matching.numpy_noise(seed, shape) for name, shape in self._noise_shapes(batch).items()}
+        return self._draw_noise(jax.random.fold_in(jax.random.key(seed), query), batch)
 
     def sample_video(
         self,
@@ -169,11 +174,9 @@ class VideoActionModel:
 
         Stop step 0 is a single pass through the first `hidden_block` blocks, on pure noise.
         """
-        policy = self.config.policy
-        sigmas = solvers.karras_sigmas(policy.video_steps)[: policy.stop_step + 1]
-        stop_time = sigmas[-1] / (1 + sigmas[-1])
-        if policy.stop_time:
-            sigmas, stop_time = solvers.sigmas_until(solvers.karras_sigmas(policy.video_steps), policy.stop_time), policy.stop_time
+        policy, grid = self.config.policy, solvers.karras_sigmas(self.config.policy.video_steps)
+        stop_time = policy.stop_time or matching.flow_time(grid[policy.stop_step])
+        sigmas = solvers.sigmas_until(grid, policy.stop_time) if policy.stop_time else grid[: policy.stop_step + 1]
         clean, mask = self._observed(params, past_video, noise.shape[1])
         time = jnp.full(len(clean), stop_time, jnp.float32)
         if len(sigmas) == 1:
@@ -219,7 +222,7 @@ class VideoActionModel:
         dtype = self._dtype("backbone")
         return self.module("backbone", params)(inputs.astype(dtype), times, text.astype(dtype), mask).astype(jnp.float32)
 
-    def _hidden(self, params: Params, clean: Latents, mask: Array, x_tau: Latents, time: Array, text: Array) -> Float[Array, "b k d"]:
+    def _hidden(self, params: Params, clean: Latents, mask, x_tau: Latents, time, text) -> Float[Array, "b k d"]:
         dtype = self._dtype("backbone")
         inputs, times = matching.frame_replacement(clean, x_tau, time, mask)
         backbone = self.module("backbone", params)

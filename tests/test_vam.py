@@ -222,7 +222,8 @@ def test_stop_step_zero_is_one_partial_pass_on_pure_noise(params):
     hidden, time = compiled(ACTION, "sample_hidden")(partial, observed(batch), batch["text"], noise()["video"])
     np.testing.assert_allclose(time, 80 / 81, rtol=1e-6)
     past = np.asarray(vam.encode_video(params, observed(batch)))
-    inputs = np.concatenate([past, 80 / 81 * np.asarray(noise()["video"])[:, 2:]], axis=1)  # unit noise, as the network sees σ = 80
+    generated = 80 / 81 * np.asarray(noise()["video"])[:, 2:]  # unit noise, as the network sees σ = 80
+    inputs = np.concatenate([past, generated], axis=1)
     times = np.float32([[CLEAN, CLEAN, 80 / 81]] * 2)
     backbone = vam.module("backbone", params)
     mask = np.float32([[1, 1, 0]] * 2)
@@ -362,8 +363,7 @@ def test_windows_of_other_lengths_and_sizes(params):
 
 
 def test_published_noise_has_one_stream_a_part():
-    vam = VideoActionModel(ACTION)
-    drawn = vam.published_noise(0, 2)
+    drawn = VideoActionModel(tiny.experiment(policy={"noise": "numpy"})).policy_noise(0, 2, query=5)
     assert {name: part.shape for name, part in drawn.items()} == {name: part.shape for name, part in noise().items()}
     np.testing.assert_allclose(drawn["video"][0, 0, 0, 0, 0], 1.76405, atol=5e-6)
     np.testing.assert_allclose(drawn["actions"][0, 0], [1.76405, 0.40016], atol=5e-6)

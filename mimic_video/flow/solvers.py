@@ -70,4 +70,5 @@ def solve_euler(
         y = x.astype(jnp.float32)
         return (y - velocity(y, time) / steps).astype(state_dtype), None
 
-    return jax.lax.scan(step, x.astype(state_dtype), jnp.asarray(1 - np.arange(steps) / steps, jnp.float32))[0].astype(jnp.float32)
+    times = jnp.asarray(1 - np.arange(steps) / steps, jnp.float32)
+    return jax.lax.scan(step, x.astype(state_dtype), times)[0].astype(jnp.float32)

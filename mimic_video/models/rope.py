@@ -6,9 +6,11 @@ from jaxtyping import Array, Float
 
 
 def rope_frequencies(size: int, stretch: float, *, bfloat16: bool = False) -> Float[np.ndarray, " size_half"]:
-    """Radians per position of an axis that has `size` dimensions of each head; its base period is stretched by `stretch`^(n/(n−2)).
+    """Radians per position along an axis.
 
     Args:
+        size: dimensions n of each head that belong to the axis.
+        stretch: the base period is 10000 · stretch^(n/(n−2)).
         bfloat16: rounds every intermediate result, as the published code does after casting its buffers (SPEC 3.4).
     """
     base = 10000.0 * stretch ** (size / (size - 2)) if size > 2 else 10000.0

@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import jax
@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 from mimic_video.config import ExperimentConfig
 from mimic_video.models.text import make_text_encoder
 from mimic_video.training import checkpoints
-from mimic_video.transforms import Normalizer, from_json
+from mimic_video.transforms import Normalizer, Statistics, from_json
 from mimic_video.vam import Params, VideoActionModel
 
 
@@ -28,7 +28,8 @@ class Policy:
         self.normalizers, self._params, self._seed = normalizers, params, seed
         self._encode_text = make_text_encoder(config.text)
         self._text: dict[str, np.ndarray] = {}
-        self._plan = jax.jit(VideoActionModel(config).sample_actions)
+        self._vam = VideoActionModel(config)
+        self._plan = jax.jit(self._vam.sample_actions)
 
     @classmethod
     def load(cls, run: str | pathlib.Path, config: ExperimentConfig | None = None) -> Self:
@@ -61,7 +62,7 @@ class Policy:
             images: the last `data.past_frames` frames at `data.video_hz`, the current one last.
             proprio: current proprioception in raw units.
             instructions: one per robot.
-            query: counts the plans of an episode, so that their noise differs.
+            query: counts the plans of an episode, so that their noise differs (unless it is the published one).
 
         Raises:
             ValueError: naming the argument, if a shape or dtype is not the one the policy was trained on.
@@ -79,12 +80,15 @@ class Policy:
         for instruction in set(instructions) - self._text.keys():
             self._text[instruction] = self._encode_text(instruction)
         text = np.stack([self._text[instruction] for instruction in instructions])
-        key = jax.random.fold_in(jax.random.key(self._seed), query)
+        noise = self._vam.policy_noise(self._seed, batch, query)
         normalised = self.normalizers["proprio"].normalize(proprio[:, None])
-        actions = self._plan(self._params, jnp.asarray(images), normalised, text, key)
+        actions = self._plan(self._params, jnp.asarray(images), normalised, text, noise)
         return self.normalizers["action"].unnormalize(np.asarray(actions))
 
 
-def make_normalizers(statistics, config: ExperimentConfig) -> dict[str, Normalizer]:
-    """Normalisers of "action" and "proprio" in the mode that the experiment is configured with."""
-    return {key: Normalizer.from_statistics(entry, config.data.normalization, key) for key, entry in statistics.items()}
+def make_normalizers(statistics: Mapping[str, Statistics], config: ExperimentConfig) -> dict[str, Normalizer]:
+    """Normalisers of "action" and "proprio" as the experiment configures them."""
+    raw = {"action": config.data.raw_action_dims, "proprio": config.data.raw_proprio_dims}
+    dtype = jnp.bfloat16 if config.compat.bfloat16_low_dim else np.float32
+    return {key: Normalizer.from_statistics(entry, config.data.normalization, key, raw_dims=raw[key], dtype=dtype)
+            for key, entry in statistics.items()}  # fmt: skip

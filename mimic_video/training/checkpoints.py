@@ -3,14 +3,15 @@
     run/config.json        the resolved configuration
     run/statistics.json    normalisation statistics (stage `action`)
     run/frozen/            parameters that the stage reads but does not train
-    run/checkpoints/N/     orbax items after N steps: params, train_state, and ema when it is on
+    run/checkpoints/N/     orbax items after N steps: params, train_state, and ema when it is on; of converted weights, params
     run/metrics.jsonl, run/tensorboard/
 """
 
 import json
 import os
 import pathlib
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
@@ -18,10 +19,14 @@ import orbax.checkpoint as ocp
 from mimic_video.config import ConfigError, ExperimentConfig, experiment_from, to_dict
 from mimic_video.training.sharding import path_name
 from mimic_video.training.steps import TrainState, split_params
+from mimic_video.transforms import Statistics, to_json
 from mimic_video.vam import Params, VideoActionModel
 
-_MAY_CHANGE = ("train.log_every", "train.validate_every", "train.checkpoint_every", "train.keep_checkpoints",
-               "mesh.", "policy.", "evaluation.")  # fmt: skip
+Precision = Literal["configured", "stored", "float32", "bfloat16"]
+
+_MAY_CHANGE = ("train.log_every", "train.validate_every", "train.checkpoint_every", "train.keep_checkpoints", "text.model",
+               "text.cache", "tokenizer.chunk_latents", "mesh.", "policy.", "evaluation.")  # fmt: skip
+MODEL_FIELDS = ("tokenizer.kind", "tokenizer.width", "text.kind", "text.rows", "text.width", "backbone")  # of a backbone's weights
 
 
 class RunError(RuntimeError):
@@ -75,9 +80,15 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 def require_checkpoint(run: pathlib.Path) -> None:
     """Raises RunError unless the run has a complete checkpoint."""
+    _newest_checkpoint(run)
+
+
+def _newest_checkpoint(run: pathlib.Path) -> pathlib.Path:
     folder = pathlib.Path(run) / "checkpoints"
-    if not folder.is_dir() or not any(path.name.isdigit() for path in folder.iterdir()):
+    complete = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    if not complete:
         raise RunError(f"{run} has no complete checkpoint")
+    return max(complete, key=lambda path: int(path.name))
 
 
 def open_checkpoints(run: pathlib.Path, keep: int) -> ocp.CheckpointManager:
@@ -95,10 +106,18 @@ def save(manager: ocp.CheckpointManager, state: TrainState) -> None:
 
 
 def restore(manager: ocp.CheckpointManager, state: TrainState) -> TrainState | None:
-    """The newest checkpoint, straight into the shardings of `state` (arrays, or `abstract_state`); None if there is none."""
+    """The newest checkpoint, straight into the shardings of `state` (arrays, or `abstract_state`); None if there is none.
+
+    Raises:
+        RunError: if the checkpoint holds converted weights, which training cannot continue from.
+    """
     step = manager.latest_step()
     if step is None:
         return None
+    if not (manager.directory / str(step) / "train_state").exists():
+        run = manager.directory.parent
+        raise RunError(f"{run} holds converted weights without optimizer state, so training cannot continue in it; "
+                       f"start from them with --config.backbone_run={run} and another --workdir")  # fmt: skip
     targets = {"params": state.params, "train_state": {"step": state.step, "opt_state": state.opt_state}}
     if state.ema:
         targets["ema"] = state.ema
@@ -112,41 +131,92 @@ def save_frozen(run: pathlib.Path, frozen: Params) -> None:
     """Keeps the parameters that a stage does not train, once per run."""
     path = (run / "frozen").absolute()
     if not path.exists():
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(path, frozen)
+        with ocp.Checkpointer(_tree_handler()) as checkpointer:
+            checkpointer.save(path, args=ocp.args.StandardSave(frozen))
 
 
-def load_frozen(run: pathlib.Path) -> Params:
-    """What `save_frozen` kept, on one device. Raises RunError before it has."""
-    path = (pathlib.Path(run) / "frozen").absolute()
+def save_converted(
+    run: pathlib.Path, config: ExperimentConfig, params: Params, statistics: Mapping[str, Statistics] | None = None
+) -> None:
+    """Writes converted weights as a run directory that everything but the continuation of training reads.
+
+    Args:
+        run: absent or empty.
+        params: NumPy or JAX arrays of every network that `config.stage` reads or trains; they are stored in their dtype.
+        statistics: of "action" and "proprio"; given for stage `action`, and only there.
+
+    Raises:
+        RunError: if the directory holds something.
+        ValueError: if `statistics` do not go with the stage.
+    """
+    run = pathlib.Path(run)
+    if run.exists() and any(run.iterdir()):
+        raise RunError(f"{run} is not empty; converted weights go to a directory of their own")
+    if (statistics is None) == (config.stage == "action"):
+        raise ValueError(f"statistics are {'missing' if statistics is None else 'given'} for stage '{config.stage}'")
+    # Orbax copies NumPy arrays before it writes them, but not JAX arrays; and those alias aligned NumPy arrays on CPU.
+    trained, frozen = split_params(jax.tree.map(lambda leaf: jax.device_put(leaf, may_alias=True), params), config.stage)
+    run.mkdir(parents=True, exist_ok=True)
+    save_frozen(run, frozen)
+    with ocp.CheckpointManager((run / "checkpoints").absolute(), item_handlers={"params": _tree_handler()}) as manager:
+        manager.save(0, args=ocp.args.Composite(params=ocp.args.StandardSave(trained)))
+    if statistics is not None:
+        write_json(run / "statistics.json", to_json(statistics))
+    write_config(run, config)  # the last, so that what an interruption leaves is not a run
+
+
+def load_frozen(run: pathlib.Path, precision: Precision = "configured") -> Params:
+    """What `save_frozen` kept, on one device; `precision` as for `load_params`. Raises RunError before it has."""
+    path = pathlib.Path(run) / "frozen"
     if not path.exists():
         raise RunError(f"{run} has no {path.name} parameters: its training has not started")
     config = read_config(run)
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path, split_params(_abstract_params(config), config.stage)[1])
+    return _load_tree(path, split_params(_abstract_params(config, precision), config.stage)[1], precision)
 
 
-def load_params(run: pathlib.Path) -> tuple[Params, int]:
+def load_params(run: pathlib.Path, precision: Precision = "configured") -> tuple[Params, int]:
     """Parameters of a run for inference (the moving average where there is one), on one device; and the step they are from.
+
+    Args:
+        precision: "configured" for what `config.precision` computes in, "stored" for what is on disk, or a dtype.
 
     Raises:
         RunError: if the run has no complete checkpoint.
     """
-    run = pathlib.Path(run)
-    config, frozen = read_config(run), load_frozen(run)
-    require_checkpoint(run)
-    with open_checkpoints(run, config.train.keep_checkpoints) as manager:
-        step = manager.latest_step()
-        item = "ema" if config.train.keeps_average else "params"
-        target = ocp.args.StandardRestore(split_params(_abstract_params(config), config.stage)[0])
-        return frozen | manager.restore(step, args=ocp.args.Composite(**{item: target}))[item], step
+    config, frozen = read_config(run), load_frozen(run, precision)
+    checkpoint = _newest_checkpoint(run)
+    average = checkpoint / "ema"
+    target = split_params(_abstract_params(config, precision), config.stage)[0]
+    trained = _load_tree(average if average.exists() else checkpoint / "params", target, precision)
+    return frozen | trained, int(checkpoint.name)
 
 
-def _abstract_params(config: ExperimentConfig) -> Params:
+def _load_tree(path: pathlib.Path, target: Params, precision: Precision) -> Params:
+    with ocp.Checkpointer(_tree_handler()) as checkpointer:
+        if precision == "stored":
+            stored = _flat(checkpointer.metadata(path.absolute()).item_metadata.tree)
+            target = jax.tree_util.tree_map_with_path(
+                lambda key, leaf: leaf.update(dtype=stored[path_name(key).replace("/", ".")].dtype), target
+            )
+        return checkpointer.restore(path.absolute(), args=ocp.args.StandardRestore(target))
+
+
+def _tree_handler() -> ocp.StandardCheckpointHandler:
+    """Buffers of at most a gigabyte: by default, compressed copies of everything are in memory before the first is written."""
+    return ocp.StandardCheckpointHandler(save_concurrent_gb=1, restore_concurrent_gb=1)
+
+
+def _abstract_params(config: ExperimentConfig, precision: Precision) -> Params:
     """Shapes of all parameters, on the first device whatever mesh they were trained on."""
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = jax.eval_shape(VideoActionModel(config).init, jax.random.key(0))
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+    vam = VideoActionModel(config)
+    shapes = jax.eval_shape(vam.init, jax.random.key(0))
+
+    def one(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        dtype = {"configured": vam._dtype(path[0].key), "stored": leaf.dtype}.get(precision, precision)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(one, shapes)
 
 
 def _abstract(tree: Any) -> Any:

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from mimic_video.config import VideoDiTConfig
+from mimic_video.models.rope import rope_angles, rotate
 from mimic_video.models.video_dit import VideoDiT, time_features
 
 CONFIG = VideoDiTConfig(width=16, num_blocks=3, num_heads=2, mlp_ratio=2.0, text_width=6, adaln_lora_dim=4, latent_channels=3,
@@ -99,6 +100,30 @@ def test_an_early_exit_does_not_read_later_blocks(state, hidden, stop):
     assert np.isfinite(result).all()
     if stop:
         assert np.isnan(hidden(poisoned(stop - 1), *inputs(), stop=stop)).all()
+
+
+def test_an_early_exit_is_the_full_pass_bit_for_bit(graphdef, state, hidden):
+    """Of a pass that goes on to the velocity and keeps the residual stream after every block on its way."""
+
+    @jax.jit
+    def full(state, latents, times, text, mask):
+        model = nnx.merge(graphdef, state)
+        time, shared = model._time_embedding(times, latents.dtype)
+        x = model._patchify(latents, mask, None)
+        blocks, block_state = nnx.split(model.blocks)
+        angles = rope_angles((2, 2, 3), 8, CONFIG.rope_ratio)
+
+        def body(x, block):
+            y = nnx.merge(blocks, block)(x, time, shared, text, lambda heads: rotate(heads, angles))
+            return y, y
+
+        last, states = jax.lax.scan(body, x, block_state)
+        return jnp.concatenate([x[None], states]), last
+
+    states, last = full(state, *inputs())
+    np.testing.assert_array_equal(states[-1], last)
+    for stop in range(4):
+        np.testing.assert_array_equal(hidden(state, *inputs(), stop=stop), states[stop])
 
 
 def test_every_input_matters_from_the_start_and_only_to_its_own_sample(state, velocity):

@@ -1,0 +1,79 @@
+"""Fills `text.cache` with the T5 features of prompts, so that neither training nor a robot's machine has to run the text model.
+
+    python launch/precompute_text.py --config=configs/EXPERIMENT.py --config.text.cache=runs/text --device=cuda
+    python launch/precompute_text.py --config=configs/EXPERIMENT.py --config.text.cache=runs/text --prompts=prompts.txt
+
+Embeds every instruction of the datasets that the experiment names, in all of their splits, and every line of --prompts. What the
+cache has already is skipped, so the same command continues after an interruption. The cache may be copied to other machines.
+"""
+
+import pathlib
+import time
+from collections.abc import Iterator
+
+import experiment
+import tensorflow_datasets as tfds
+from absl import flags
+from tqdm import tqdm
+
+from data_pipelines.sources.rlds import DatasetError, RldsSource
+from mimic_video.config import ConfigError, ExperimentConfig
+from mimic_video.models.text import T5TextEncoder
+
+_PROMPTS = flags.DEFINE_string("prompts", None, "UTF-8 file of further prompts, one per line; blank lines are skipped")
+_BATCH = flags.DEFINE_integer("batch", 32, "Prompts that are encoded at once", lower_bound=1)
+_DEVICE = flags.DEFINE_string("device", "cpu", "PyTorch device of the text model, e.g. cuda")
+
+
+def dataset_prompts(directory: str, train_split: str) -> Iterator[str]:
+    """The instruction of every episode, with a progress bar per split. Raises DatasetError as RldsSource does."""
+    RldsSource(directory, train_split)  # names what is wrong with a folder that tfds cannot open
+    for split in tfds.builder_from_directory(directory).info.splits:
+        source = RldsSource(directory, split)
+        for index in tqdm(range(len(source)), desc=source.name, unit="episode"):
+            yield source[index].instruction
+
+
+def file_prompts(path: pathlib.Path) -> Iterator[str]:
+    """The lines of a file without the spaces around them. Raises ConfigError if it cannot be read."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompts={path} cannot be read: {error}") from error
+    return (line.strip() for line in lines if line.strip())
+
+
+def find_prompts(config: ExperimentConfig) -> list[str]:
+    """Every prompt to embed, once."""
+    prompts: dict[str, None] = {}
+    datasets = [directory for directory in dict.fromkeys((config.data.video_dataset, config.data.action_dataset)) if directory]
+    if not datasets and not _PROMPTS.value:
+        raise ConfigError("there is nothing to embed: config fields 'data.video_dataset' and 'data.action_dataset' are empty and "
+                          "--prompts is not given")  # fmt: skip
+    if _PROMPTS.value:
+        prompts |= dict.fromkeys(file_prompts(pathlib.Path(_PROMPTS.value)))
+    for directory in datasets:
+        prompts |= dict.fromkeys(dataset_prompts(directory, config.data.train_split))
+    return list(prompts)
+
+
+def main(config: ExperimentConfig) -> None:
+    if config.text.kind != "t5":
+        raise ConfigError(f"config field 'text.kind' is {config.text.kind!r}; expected 't5', the encoder that has a cache")
+    if not config.text.cache:
+        raise ConfigError("config field 'text.cache' is empty; expected the folder to fill")
+    encoder, start = T5TextEncoder(config.text, _DEVICE.value), time.perf_counter()
+    prompts = find_prompts(config)
+    missing = sorted(encoder.missing(prompts), key=len)  # prompts of a batch are padded to its longest
+    cached = len(prompts) - len(missing)
+    print(f"{len(prompts)} prompts: {cached} are in {config.text.cache}, {len(missing)} to embed", flush=True)
+    with tqdm(total=len(missing), unit="prompt", disable=not missing) as progress:
+        for first in range(0, len(missing), _BATCH.value):
+            batch = missing[first : first + _BATCH.value]
+            encoder.add(batch)
+            progress.update(len(batch))
+    print(f"embedded {len(missing)} prompts in {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    experiment.run(main, (DatasetError,))
