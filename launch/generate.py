@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 
 from mimic_video.config import ExperimentConfig
-from mimic_video.media import MediaError, crop_to_shape, read_frames, write_video
+from mimic_video.media import MediaError, check_writable, crop_to_shape, read_frames, write_video
 from mimic_video.models.text import make_text_encoder
 from mimic_video.training import checkpoints
 from mimic_video.transforms import resize_images
@@ -41,6 +41,7 @@ def observed_frames(config: ExperimentConfig) -> np.ndarray:
 def main(config: ExperimentConfig) -> None:
     run = pathlib.Path(_WORKDIR.value)
     checkpoints.require_same_model(checkpoints.read_config(run), config, checkpoints.MODEL_FIELDS, run)
+    check_writable(_OUT.value, config.data.image_size)
     past = observed_frames(config)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, past_frames=past.shape[1]))
     encode_text, vam = make_text_encoder(config.text), VideoActionModel(config)
@@ -49,7 +50,7 @@ def main(config: ExperimentConfig) -> None:
     params, step = checkpoints.load_params(run)
     noise = vam.policy_noise(config.seed, 1)["video"]
     video = np.asarray(jax.jit(vam.sample_video)(params, past, text, noise, *guidance))[0]
-    video[: past.shape[1]] = past[0]  # as observed, not as the tokenizer sees it
+    video = np.concatenate([past[0], video[past.shape[1] :]])  # what was observed, not what the tokenizer makes of it
     write_video(_OUT.value, video, config.data.video_hz)
     print(f"wrote {len(video)} frames at {config.data.video_hz:g} Hz to {_OUT.value} (weights of step {step})")
 

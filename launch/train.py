@@ -51,11 +51,11 @@ def fit_tokenizer(config: ExperimentConfig, windows: WindowDataset) -> Params:
 
 
 def initial_params(config: ExperimentConfig, windows: WindowDataset) -> Params:
-    """Random networks; in stage `action` with a `backbone_run`, its tokenizer and backbone."""
+    """Random networks, and the tokenizer and backbone of a `backbone_run`."""
     params = VideoActionModel(config).init(jax.random.key(config.seed))
-    if config.stage == "action" and config.backbone_run:
+    if config.backbone_run:
         run = pathlib.Path(config.backbone_run)
-        pretrained, step = checkpoints.load_params(run)
+        pretrained, step = checkpoints.load_params(run, "float32" if config.stage == "video" else "configured")
         print(f"backbone: step {step} of {run}")
         return params | {name: pretrained[name] for name in ("tokenizer", "backbone")}
     return params | {"tokenizer": fit_tokenizer(config, windows)}
@@ -63,7 +63,9 @@ def initial_params(config: ExperimentConfig, windows: WindowDataset) -> Params:
 
 def main(config: ExperimentConfig) -> None:
     run = pathlib.Path(_WORKDIR.value)
-    if config.stage == "action" and config.backbone_run:
+    if config.tokenizer.kind == "wan" and not config.backbone_run:
+        raise ConfigError("config field 'backbone_run' is empty; expected a run with the weights of the Wan tokenizer")
+    if config.backbone_run:
         backbone = pathlib.Path(config.backbone_run)
         checkpoints.require_same_model(checkpoints.read_config(backbone), config, _BACKBONE_FIELDS, backbone)
         checkpoints.require_checkpoint(backbone)

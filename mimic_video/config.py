@@ -283,8 +283,8 @@ class EvaluationConfig:
 class ExperimentConfig:
     """One training run of one stage, and how its policy is evaluated.
 
-    Stage `video` trains the backbone; stage `action` trains the decoder on the frozen backbone of the run directory
-    `backbone_run` (an empty string keeps the backbone's random initialisation: the ablation).
+    Stage `video` trains the backbone, stage `action` the decoder on the frozen backbone. Tokenizer and backbone start as those
+    of the run directory `backbone_run`; with an empty string the backbone starts random, which in stage `action` it stays.
     """
 
     stage: Literal["video", "action"] = "action"

@@ -38,21 +38,16 @@ def read_frames(path: str | pathlib.Path, hz: float, count: int) -> Frames:
 
 
 def write_video(path: str | pathlib.Path, frames: Frames, hz: float) -> None:
-    """Writes an endlessly repeating GIF or an H.264 MP4, by the suffix of `path`.
-
-    Raises:
-        MediaError: for another suffix, or for MP4 frames with an odd number of rows or columns.
-    """
+    """Writes an endlessly repeating GIF or an H.264 MP4, by the suffix of `path`. Raises what `check_writable` does."""
     path = pathlib.Path(path)
+    check_writable(path, frames.shape[1:3])
     path.parent.mkdir(parents=True, exist_ok=True)
     height, width = frames.shape[1:3]
     if path.suffix == ".gif":
         factor = -(-_SMALLEST_GIF // min(height, width))
         images = [Image.fromarray(frame).resize((width * factor, height * factor), Image.Resampling.NEAREST) for frame in frames]
         images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / hz), loop=0)
-    elif path.suffix == ".mp4":
-        if height % 2 or width % 2:
-            raise MediaError(f"{path}: frames of {height}x{width} pixels; MP4 needs even numbers")
+    else:
         with _av().open(str(path), "w") as container:
             stream = container.add_stream("libx264", rate=fractions.Fraction(hz).limit_denominator(1000))
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
@@ -60,8 +55,17 @@ def write_video(path: str | pathlib.Path, frames: Frames, hz: float) -> None:
             for frame in frames:
                 container.mux(stream.encode(_av().VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
             container.mux(stream.encode())
-    else:
-        raise MediaError(f"{path} ends in {path.suffix!r}; expected .gif or .mp4")
+
+
+def check_writable(path: str | pathlib.Path, size: tuple[int, int]) -> None:
+    """Raises MediaError unless `write_video` can write frames of `size` there: MP4 needs PyAV and even sizes."""
+    suffix = pathlib.Path(path).suffix
+    if suffix not in (".gif", ".mp4"):
+        raise MediaError(f"{path} ends in {suffix!r}; expected .gif or .mp4")
+    if suffix == ".mp4":
+        _av()
+        if size[0] % 2 or size[1] % 2:
+            raise MediaError(f"{path}: frames of {size[0]}x{size[1]} pixels; MP4 needs even numbers")
 
 
 def crop_to_shape(frames: Frames, size: tuple[int, int]) -> Frames:

@@ -17,6 +17,7 @@ from mimic_video.flow import matching, solvers
 from mimic_video.models.action_decoder import ActionDecoder, Context
 from mimic_video.models.patch_tokenizer import PatchTokenizer
 from mimic_video.models.video_dit import VideoDiT
+from mimic_video.models.wan_vae import WanVAE
 
 Params = dict[str, Any]
 Batch = dict[str, Array]
@@ -32,8 +33,9 @@ class VideoActionModel:
 
     def __init__(self, config: ExperimentConfig):
         self.config = config
+        wan = config.tokenizer.kind == "wan"
         make = {
-            "tokenizer": lambda rngs: _make_tokenizer(config, rngs),
+            "tokenizer": lambda rngs: WanVAE(config.tokenizer, rngs, config.compat) if wan else PatchTokenizer(),
             "backbone": lambda rngs: VideoDiT(config.backbone, rngs, config.compat),
             "decoder": lambda rngs: ActionDecoder(config.decoder, config.backbone.width, rngs),
         }
@@ -264,10 +266,3 @@ class VideoActionModel:
             return jnp.where(mask[..., None, None, None] > 0, clean, matching.denoised(x_tau, velocity, time))
 
         return predict_x0
-
-
-def _make_tokenizer(config: ExperimentConfig, rngs: nnx.Rngs) -> nnx.Module:
-    if config.tokenizer.kind == "pca":
-        return PatchTokenizer()
-    from mimic_video.models.wan_vae import WanVAE
-    return WanVAE(config.tokenizer, rngs, config.compat)

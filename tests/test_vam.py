@@ -362,6 +362,18 @@ def test_windows_of_other_lengths_and_sizes(params):
     assert sampled.shape == (1, 13, 32, 16, 3)
 
 
+def test_the_wan_tokenizer_in_place_of_the_fitted_one():
+    config = tiny.experiment(stage="video", tokenizer={"kind": "wan", "width": 4}, precision="bfloat16")
+    vam, batch = VideoActionModel(config), tiny.batch(config, 1)
+    params = jax.jit(vam.init)(KEY)
+    latents = jax.jit(vam.encode_video)(params, batch["video"])
+    assert latents.shape == (1, 3, 2, 4, 16) and latents.dtype == jnp.float32
+    np.testing.assert_array_equal(np.asarray(latents.astype(jnp.bfloat16), np.float32), latents)  # as computed
+    assert np.isfinite(jax.jit(vam.video_loss)(params, batch, KEY)[0])
+    video = jax.jit(vam.sample_video)(params, observed(batch), batch["text"], noise(size=1)["video"])
+    assert video.shape == (1, 9, *tiny.SIZE, 3) and video.dtype == np.uint8
+
+
 def test_published_noise_has_one_stream_a_part():
     drawn = VideoActionModel(tiny.experiment(policy={"noise": "numpy"})).policy_noise(0, 2, query=5)
     assert {name: part.shape for name, part in drawn.items()} == {name: part.shape for name, part in noise().items()}

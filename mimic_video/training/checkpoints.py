@@ -26,7 +26,8 @@ Precision = Literal["configured", "stored", "float32", "bfloat16"]
 
 _MAY_CHANGE = ("train.log_every", "train.validate_every", "train.checkpoint_every", "train.keep_checkpoints", "text.model",
                "text.cache", "tokenizer.chunk_latents", "mesh.", "policy.", "evaluation.")  # fmt: skip
-MODEL_FIELDS = ("tokenizer.kind", "tokenizer.width", "text.kind", "text.rows", "text.width", "backbone")  # of a backbone's weights
+# What the weights of a tokenizer and backbone depend on.
+MODEL_FIELDS = ("tokenizer.kind", "tokenizer.width", "text.kind", "text.rows", "text.width", "backbone")
 
 
 class RunError(RuntimeError):
@@ -91,6 +92,12 @@ def _newest_checkpoint(run: pathlib.Path) -> pathlib.Path:
     return max(complete, key=lambda path: int(path.name))
 
 
+def require_empty(run: pathlib.Path) -> None:
+    """Raises RunError if there is anything in the directory."""
+    if run.exists() and any(run.iterdir()):
+        raise RunError(f"{run} is not empty; converted weights go to a directory of their own")
+
+
 def open_checkpoints(run: pathlib.Path, keep: int) -> ocp.CheckpointManager:
     """The manager of a run's checkpoints. Saves are asynchronous and appear under their step only when complete."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
@@ -150,8 +157,7 @@ def save_converted(
         ValueError: if `statistics` do not go with the stage.
     """
     run = pathlib.Path(run)
-    if run.exists() and any(run.iterdir()):
-        raise RunError(f"{run} is not empty; converted weights go to a directory of their own")
+    require_empty(run)
     if (statistics is None) == (config.stage == "action"):
         raise ValueError(f"statistics are {'missing' if statistics is None else 'given'} for stage '{config.stage}'")
     # Orbax copies NumPy arrays before it writes them, but not JAX arrays; and those alias aligned NumPy arrays on CPU.

@@ -1,0 +1,56 @@
+"""The 2B backbone at its full width and depth, on few tokens: bfloat16 against float32."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mimic_video.config import CompatConfig, VideoDiTConfig
+from mimic_video.models.video_dit import VideoDiT
+
+CONFIG = VideoDiTConfig()
+FRAMES, ROWS, COLUMNS, TEXT_ROWS = 2, 4, 6, 8
+
+
+def random_params(shapes):
+    """bfloat16 weights of the size that trained ones have, from one repeated pool: two billion fresh numbers take minutes."""
+    pool = np.random.default_rng(0).standard_normal(1_000_003).astype(np.float32)
+
+    def fill(path, leaf):
+        name = jax.tree_util.keystr(path)
+        if "scale" in name:
+            return np.ones(leaf.shape, jnp.bfloat16)
+        deviation = 0.5 if "modulation" in name and "up" in name else 1.0
+        return np.resize((deviation / math.sqrt(leaf.shape[-2]) * pool).astype(jnp.bfloat16), leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("blocks", "bound"), [(1, 0.01), (CONFIG.num_blocks, 0.03)], ids=["one block", "whole network"])
+def test_bfloat16_stays_close_to_float32(blocks, bound):
+    """`bound` is of the root mean square error relative to that of the float32 result."""
+    config = VideoDiTConfig(num_blocks=blocks, hidden_block=min(20, blocks))
+    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: VideoDiT(config, nnx.Rngs(0), CompatConfig.published())))
+    params = random_params(nnx.to_pure_dict(shapes))
+    if blocks == CONFIG.num_blocks:
+        assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 1_956_413_440
+    random = np.random.default_rng(1)
+    latents = random.standard_normal((1, FRAMES, ROWS, COLUMNS, 16)).astype(np.float32)
+    text = random.standard_normal((1, TEXT_ROWS, 1024)).astype(np.float32)
+    times, mask = np.float32([[1e-4, 0.9]]), np.float32([[1, 0]])
+
+    def run(dtype, params):
+        cast = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        model, arguments = nnx.merge(graphdef, nnx.State(cast)), (latents.astype(dtype), times, text.astype(dtype), mask)
+        return model.hidden(*map(jnp.asarray, arguments), stop=config.hidden_block), model(*map(jnp.asarray, arguments))
+
+    exact, rounded = (jax.tree.map(np.float32, jax.jit(run, static_argnums=0)(dtype, params)) for dtype in ("float32", "bfloat16"))
+    for name, reference, result in zip(("hidden", "velocity"), exact, rounded, strict=True):
+        assert np.isfinite(result).all() and 0.1 < reference.std() < 100
+        error = np.sqrt(np.mean((result - reference) ** 2)) / reference.std()
+        print(f"{blocks} blocks, {name}: relative error {error:.4f}")
+        assert 0 < error < bound
