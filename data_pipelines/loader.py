@@ -12,7 +12,7 @@ import numpy as np
 from data_pipelines.episode import Episode
 from data_pipelines.sources.rlds import DatasetError, RldsSource
 from data_pipelines.windows import TOLERANCE, action_times, action_window, anchors, video_times, video_window
-from mimic_video.config import DataConfig, ExperimentConfig
+from mimic_video.config import ConfigError, DataConfig, ExperimentConfig
 from mimic_video.transforms import Normalizer
 
 _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)  # whole batches; JPEG decoding releases the interpreter lock
@@ -30,6 +30,21 @@ def check_dataset(source: RldsSource, config: ExperimentConfig) -> None:
     if config.stage == "action":
         _require_equal(source, "action width", source.action_dim, "decoder.action_dim", config.decoder.action_dim)
         _require_equal(source, "proprio width", source.proprio_dim, "decoder.proprio_dim", config.decoder.proprio_dim)
+
+
+def open_windows(config: ExperimentConfig, split: str) -> "WindowDataset":
+    """The windows of one split of the dataset that the configured stage learns from.
+
+    Raises:
+        ConfigError: if the configuration names no dataset for the stage.
+        DatasetError: if the dataset or split is not there, or `check_dataset` or `WindowDataset` refuses it.
+    """
+    directory = {"video": config.data.video_dataset, "action": config.data.action_dataset}[config.stage]
+    if not directory:
+        raise ConfigError(f"config field 'data.{config.stage}_dataset' is empty; expected a prepared RLDS directory")
+    source = RldsSource(directory, split)
+    check_dataset(source, config)
+    return WindowDataset(source, config.data, actions=config.stage == "action")
 
 
 def _require_equal(source: RldsSource, what: str, found: object, field: str, wanted: object) -> None:

@@ -19,9 +19,9 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from data_pipelines.loader import WindowDataset, check_dataset
+from data_pipelines.loader import open_windows
 from data_pipelines.sources.metaworld import expert_steps
-from data_pipelines.sources.rlds import DatasetError, RldsSource
+from data_pipelines.sources.rlds import DatasetError
 from mimic_video.config import ExperimentConfig
 from mimic_video.evaluation.metaworld import MetaworldFactory
 from mimic_video.evaluation.offline import action_errors, psnr
@@ -40,12 +40,6 @@ _VIDEO_SAMPLES = 16
 _POLICY_FIELDS = ("data.image_size", "data.past_frames", "data.future_frames", *checkpoints.MODEL_FIELDS, "decoder")
 
 
-def held_out_windows(config: ExperimentConfig, directory: str, actions: bool) -> WindowDataset:
-    source = RldsSource(directory, config.data.validation_split)
-    check_dataset(source, config)
-    return WindowDataset(source, config.data, actions=actions)
-
-
 def save_strip(path: pathlib.Path, real: np.ndarray, predicted: np.ndarray) -> None:
     """Writes pairs of rows, real above predicted, one pair per sample of uint8 (n, f, h, w, 3)."""
     n, f, h, w, _ = real.shape
@@ -60,7 +54,7 @@ def evaluate_video(config: ExperimentConfig, run: pathlib.Path) -> dict:
     """Predictions of held-out futures, beside repeating the last observed frame."""
     params, step = checkpoints.load_params(run)
     vam, past = VideoActionModel(config), config.data.past_frames
-    windows = held_out_windows(config, config.data.video_dataset, actions=False)
+    windows = open_windows(config, config.data.validation_split)
     chosen = [windows[int(i)] for i in np.linspace(0, len(windows) - 1, _VIDEO_SAMPLES)]
     real = np.stack([window["video"] for window in chosen])
     encode_text = make_text_encoder(config.text)
@@ -83,7 +77,7 @@ def evaluate_video(config: ExperimentConfig, run: pathlib.Path) -> dict:
 def evaluate_policy(config: ExperimentConfig, run: pathlib.Path) -> dict:
     checkpoints.require_same_model(checkpoints.read_config(run), config, _POLICY_FIELDS, run)
     policy = Policy.load(run, config)
-    windows = held_out_windows(config, config.data.action_dataset, actions=True)
+    windows = open_windows(config, config.data.validation_split)
     samples = [windows[index] for index in range(0, len(windows), 4)]
     open_loop = action_errors(policy, samples, config.data.past_frames, policy.normalizers["action"])
     factory = functools.partial(MetaworldFactory, image_size=config.data.image_size)

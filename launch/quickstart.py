@@ -122,11 +122,12 @@ def summarise(work: pathlib.Path, smoke: bool) -> dict:
             "open_loop_rmse": [run["open_loop"]["rmse"] for run in runs],
         }  # fmt: skip
 
-    trained = pooled("trained")
+    results = {f"{backbone}_backbone": pooled(backbone) for backbone in BACKBONES}
+    trained = results["trained_backbone"]
     return {
         "success_rate": trained["success_rate"],
         "unseen_seeds": trained["per_training_seed"][0]["overall"]["episodes"],
-        **{f"{backbone}_backbone": pooled(backbone) for backbone in BACKBONES},
+        **results,
         "scripted_expert": evaluation(work / "expert")["success"],
         "seconds": sum(seconds for _, seconds in json.loads((work / "phases.json").read_text())),
     }

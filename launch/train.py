@@ -14,8 +14,8 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from data_pipelines.loader import WindowDataset, check_dataset, make_batches
-from data_pipelines.sources.rlds import DatasetError, RldsSource
+from data_pipelines.loader import WindowDataset, make_batches, open_windows
+from data_pipelines.sources.rlds import DatasetError
 from data_pipelines.statistics import action_statistics, load_statistics, save_statistics
 from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.models.patch_tokenizer import PatchTokenizer
@@ -28,16 +28,6 @@ from mimic_video.vam import Params, VideoActionModel
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory", required=True)
 _VALIDATION_BATCHES = 4
 _BACKBONE_FIELDS = ("data.image_size", "data.past_frames", "data.future_frames", "data.video_hz", *checkpoints.MODEL_FIELDS)
-
-
-def open_windows(config: ExperimentConfig, split: str) -> WindowDataset:
-    """The windows that the configured stage trains on."""
-    directory = {"video": config.data.video_dataset, "action": config.data.action_dataset}[config.stage]
-    if not directory:
-        raise ConfigError(f"config field 'data.{config.stage}_dataset' is empty; expected a prepared RLDS directory")
-    source = RldsSource(directory, split)
-    check_dataset(source, config)
-    return WindowDataset(source, config.data, actions=config.stage == "action")
 
 
 def fit_tokenizer(config: ExperimentConfig, windows: WindowDataset) -> Params:
