@@ -1,7 +1,7 @@
 """The one in-memory form of a trajectory, whatever it was read from."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -25,6 +25,7 @@ class Episode:
         name: where it came from, for error messages: dataset, split and index.
         timestamps: float64 (n,), seconds, strictly increasing.
         frames: n RGB frames of the primary camera.
+        further_cameras: the same of other cameras, by the names "secondary" and "wrist".
         instruction: the task in natural language.
         proprio: float32 (n, p) proprioception in raw units, or None when it was not recorded.
         actions: float32 (n, m), the action commanded at each step in raw units, or None for action-free video.
@@ -36,12 +37,14 @@ class Episode:
     instruction: str
     proprio: np.ndarray | None = None
     actions: np.ndarray | None = None
+    further_cameras: Mapping[str, Frames] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         n = len(self.timestamps)
         if n == 0 or np.any(np.diff(self.timestamps) <= 0):
             raise ValueError(f"{self.name}: timestamps must be non-empty and strictly increasing")
-        for field, values in (("frames", self.frames), ("proprio", self.proprio), ("actions", self.actions)):
+        fields = {"frames": self.frames, "proprio": self.proprio, "actions": self.actions, **self.further_cameras}
+        for field, values in fields.items():
             if values is not None and len(values) != n:
                 raise ValueError(f"{self.name}: {field} has {len(values)} steps, timestamps have {n}")
 

@@ -19,7 +19,10 @@ def pretrained(tmp_path_factory):
     """A run directory of bfloat16 weights of stage `video`, and those weights."""
     config = tiny.experiment(stage="video", **SETTINGS)
     params = tiny.params(config, seed=3)
-    params = {"tokenizer": params["tokenizer"], "backbone": jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params["backbone"])}
+    params = {
+        "tokenizer": params["tokenizer"],
+        "backbone": jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params["backbone"]),
+    }
     run = tmp_path_factory.mktemp("converted") / "run"
     checkpoints.save_converted(run, config, params)
     return run, params
