@@ -8,6 +8,7 @@ import ml_collections
 import pytest
 
 from mimic_video.config import (
+    CompatConfig,
     ConfigError,
     DataConfig,
     ExperimentConfig,
@@ -19,7 +20,7 @@ from mimic_video.config import (
     unknown_field_message,
 )
 
-QUICKSTART = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py"
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
 
 def changed() -> ExperimentConfig:
@@ -120,7 +121,15 @@ def test_ints_widen_to_floats_and_lists_to_tuples():
     ({"mesh": {"data": -1, "fsdp": -1}}, "mesh"),
     ({"mesh": {"fsdp": 0}}, "mesh"),
     ({"policy": {"stop_step": 36}}, "policy.stop_step"),
+    ({"policy": {"stop_time": 1.1}}, "policy.stop_time"),
+    ({"policy": {"stop_time": 0.9, "stop_step": 3}}, "policy.stop_time"),
     ({"text": {"width": 512}}, "text.width"),
+    ({"text": {"kind": "t5"}}, "text.model"),
+    ({"tokenizer": {"chunk_latents": 0}}, "TokenizerConfig.chunk_latents"),
+    ({"data": {"raw_action_dims": (3, 10)}}, "data.raw_action_dims"),
+    ({"train": {"ema_std": 0.3}}, "train.ema_std"),
+    ({"train": {"ema_std": 0.1, "ema_decay": 0.9}}, "train.ema_std"),
+    ({"train": {"schedule_steps": 500}}, "train.schedule_steps"),
     ({"decoder": {"action_horizon": 60}}, "decoder.action_horizon"),
     ({"policy": {"execute_steps": 16}}, "policy.execute_steps"),
 ])  # fmt: skip
@@ -135,9 +144,34 @@ def test_the_published_window():
     assert MeshConfig() == MeshConfig(data=-1, fsdp=1, sequence=1)
 
 
-@pytest.mark.parametrize("stage", ["video", "action"])
-def test_the_quickstart_is_valid(stage):
-    spec = importlib.util.spec_from_file_location("quickstart_config", QUICKSTART)
+def shipped(file, argument):
+    spec = importlib.util.spec_from_file_location("shipped_config", CONFIGS / file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert experiment_from(module.get_config(stage).to_dict()).stage == stage
+    return experiment_from(module.get_config(argument).to_dict())
+
+
+@pytest.mark.parametrize("stage", ["video", "action"])
+def test_the_quickstart_is_valid(stage):
+    assert shipped("quickstart.py", stage).stage == stage
+
+
+@pytest.mark.parametrize(("name", "stage", "blocks"), [
+    ("bridge", "action", 28), ("libero", "action", 28), ("cosmos", "video", 28), ("cosmos_14b", "video", 36),
+])  # fmt: skip
+def test_published_experiments(name, stage, blocks):
+    config = shipped("published.py", name)
+    assert (config.stage, config.backbone.num_blocks, config.backbone.text_width) == (stage, blocks, 1024)
+    assert config.compat == CompatConfig.published() and all(dataclasses.astuple(config.compat))
+    assert (config.tokenizer.kind, config.text.kind, config.precision) == ("wan", "t5", "bfloat16")
+    horizon, rate = {"libero": (60, 20.0)}.get(name, (15, 5.0))  # SPEC 8.4
+    assert (config.data.action_horizon, config.data.control_hz) == (horizon, rate)
+
+
+def test_no_compatibility_by_default():
+    assert not any(dataclasses.astuple(ExperimentConfig().compat))
+
+
+def test_an_unknown_published_experiment():
+    with pytest.raises(ValueError, match="fractal is unknown; expected bridge, libero, cosmos or cosmos_14b"):
+        shipped("published.py", "fractal")

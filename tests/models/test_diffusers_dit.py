@@ -17,7 +17,8 @@ from mimic_video.weights.published import import_params
 
 SMALL = {
     "in_channels": 17, "out_channels": 16, "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "mlp_ratio": 4.0,
-    "text_embed_dim": 8, "adaln_lora_dim": 4, "patch_size": (1, 2, 2), "rope_scale": (1.0, 3.0, 3.0), "extra_pos_embed_type": None,
+    "text_embed_dim": 8, "adaln_lora_dim": 4, "patch_size": (1, 2, 2), "rope_scale": (1.0, 3.0, 3.0),
+    "extra_pos_embed_type": None,
 }  # fmt: skip
 # (changed settings, (b, t, h, w) of the latents, text rows)
 CASES = {
@@ -87,14 +88,19 @@ def run_theirs(model, inputs, dtype):
     return np.moveaxis(torch.cat(outputs).float().numpy(), 1, -1)
 
 
-def run_ours(model, settings, inputs, dtype):
+def make_ours(model, settings, dtype):
+    """Our network with their weights: inputs → output, compiled."""
     config = video_dit_config(settings, hidden_block=1)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: VideoDiT(config, nnx.Rngs(0))))
     tensors = {name: parameter.float().numpy() for name, parameter in model.named_parameters()}
     params = import_params(tensors, DIFFUSERS_DIT_NAMES, nnx.to_pure_dict(state), dtype=dtype)
-    latents, times, text, condition, padding = inputs
-    inputs = (latents.astype(dtype), times, text.astype(dtype), condition, padding)
-    return np.float32(jax.jit(lambda params, inputs: nnx.merge(graphdef, nnx.State(params))(*inputs))(params, inputs))
+    network = jax.jit(lambda params, inputs: nnx.merge(graphdef, nnx.State(params))(*inputs))
+
+    def run(inputs):
+        latents, times, text, condition, padding = inputs
+        return np.float32(network(params, (latents.astype(dtype), times, text.astype(dtype), condition, padding)))
+
+    return run
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -102,7 +108,7 @@ def test_velocity_in_float32(case):
     changes, size, rows = CASES[case]
     settings = SMALL | changes
     model, inputs = make_theirs(settings, torch.float32), make_inputs(settings, size, rows)
-    expected, result = run_theirs(model, inputs, torch.float32), run_ours(model, settings, inputs, np.float32)
+    expected, result = run_theirs(model, inputs, torch.float32), make_ours(model, settings, np.float32)(inputs)
     assert 0.3 < expected.std() < 3
     np.testing.assert_allclose(result, expected, rtol=0, atol=1e-5)
 
@@ -110,7 +116,7 @@ def test_velocity_in_float32(case):
 def test_velocity_in_bfloat16():
     """Both round after every layer, not at the same places: the distance between them is that of either to float32."""
     model, inputs = make_theirs(SMALL, torch.bfloat16), make_inputs(SMALL, (2, 3, 4, 6), 5)
-    expected, result = run_theirs(model, inputs, torch.bfloat16), run_ours(model, SMALL, inputs, jnp.bfloat16)
+    expected, result = run_theirs(model, inputs, torch.bfloat16), make_ours(model, SMALL, jnp.bfloat16)(inputs)
     error = np.sqrt(np.mean((result - expected) ** 2)) / expected.std()
     assert 0 < error < 0.015
 
@@ -118,14 +124,15 @@ def test_velocity_in_bfloat16():
 def test_every_input_matters():
     """So that the comparison above would notice a mask or a time that is not used."""
     model, inputs = make_theirs(SMALL, torch.float32), make_inputs(SMALL, (2, 3, 4, 6), 5)
-    result = run_ours(model, SMALL, inputs, np.float32)
+    ours = make_ours(model, SMALL, np.float32)
+    result = ours(inputs)
     for index in range(len(inputs)):
         changed = [value * 0.5 if i == index else value for i, value in enumerate(inputs)]
-        assert np.abs(run_ours(model, SMALL, changed, np.float32) - result).max() > 1e-3
+        assert np.abs(ours(changed) - result).max() > 1e-3
 
 
 def test_settings_are_those_of_the_2b_model():
     released = SMALL | {"num_attention_heads": 16, "attention_head_dim": 128, "num_layers": 28, "text_embed_dim": 1024,
-                        "adaln_lora_dim": 256, "_class_name": "CosmosTransformer3DModel", "max_size": [128, 240, 240]}  # fmt: skip
+                        "adaln_lora_dim": 256, "_class_name": "CosmosTransformer3DModel"}  # fmt: skip
     config = video_dit_config(released, hidden_block=20)
     assert dataclasses.asdict(config) == dataclasses.asdict(type(config)())

@@ -103,3 +103,19 @@ def test_a_run_that_is_no_policy(tmp_path):
     checkpoints.write_config(tmp_path, tiny.experiment(stage="video"))
     with pytest.raises(checkpoints.RunError, match="stage 'video'; a policy needs stage 'action'"):
         Policy.load(tmp_path)
+
+
+def test_published_noise_makes_a_plan_a_function_of_the_observation(params):
+    config = tiny.experiment(policy={"noise": "numpy"})
+    policy = Policy(config, params, make_normalizers(STATISTICS, config))
+    plan = policy(*observation())
+    np.testing.assert_array_equal(policy(*observation(), query=3), plan)
+    assert np.abs(policy(*observation(seed=1)) - plan).max() > 1e-3
+
+
+def test_normalisers_as_configured():
+    config = tiny.experiment(data={"raw_action_dims": (1,)}, compat={"bfloat16_low_dim": True})
+    action, proprio = (make_normalizers(STATISTICS, config)[key] for key in ("action", "proprio"))
+    values = np.full((4, 2), 5.001, np.float32)
+    np.testing.assert_array_equal(action.normalize(values)[:, 1], 5.0)  # left as it is, but for its rounding
+    assert (np.abs(action.normalize(values)[:, 0]) < 1).all() and proprio.scale.shape == (1, 3)
