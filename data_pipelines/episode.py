@@ -2,9 +2,11 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
+
+POSE_DIM = 10  # [position 3 | rot6d 6 | gripper 1]
 
 
 class Frames(Protocol):
@@ -17,6 +19,9 @@ class Frames(Protocol):
         ...
 
 
+ActionLayout = Literal["vector", "delta", "pose"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Episode:
     """One trajectory of n time-aligned steps.
@@ -25,6 +30,9 @@ class Episode:
         name: where it came from, for error messages: dataset, split and index.
         timestamps: float64 (n,), seconds, strictly increasing.
         frames: n RGB frames of the primary camera.
+        action_layout: what actions are. "pose": absolute target poses [position | rot6d | gripper] as transforms.py has them,
+            with proprioception of the same form; windows interpolate them and make them relative to the current pose. "delta":
+            commanded steps of that form; "vector": anything else, joints for example. Those are taken as they are.
         further_cameras: the same of other cameras, by the names "secondary" and "wrist".
         instruction: the task in natural language.
         proprio: float32 (n, p) proprioception in raw units, or None when it was not recorded.
@@ -37,6 +45,7 @@ class Episode:
     instruction: str
     proprio: np.ndarray | None = None
     actions: np.ndarray | None = None
+    action_layout: ActionLayout = "vector"
     further_cameras: Mapping[str, Frames] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
@@ -47,6 +56,11 @@ class Episode:
         for field, values in fields.items():
             if values is not None and len(values) != n:
                 raise ValueError(f"{self.name}: {field} has {len(values)} steps, timestamps have {n}")
+        if self.action_layout == "pose" and self.actions is not None:
+            for field, values in (("actions", self.actions), ("proprio", self.proprio)):
+                if values is None or values.shape[1:] != (POSE_DIM,):
+                    found = "missing" if values is None else f"of width {values.shape[1]}"
+                    raise ValueError(f"{self.name}: {field} of a pose layout are {found}; expected width {POSE_DIM}")
 
     def __len__(self) -> int:
         return len(self.timestamps)

@@ -109,7 +109,7 @@ class Mixture:
         start = self._before[phase] + counts * (block - self._first_blocks[phase])
         datasets = np.random.default_rng((self._seed, block)).permutation(np.repeat(np.arange(len(counts)), counts))
         windows = np.empty(BLOCK, np.int64)
-        for dataset in np.flatnonzero(counts):
+        for dataset in np.flatnonzero(counts).tolist():
             epoch, position = np.divmod(start[dataset] + np.arange(counts[dataset]), self._sizes[dataset])
             windows[datasets == dataset] = shuffled(position, self._sizes[dataset], (self._seed, dataset), epoch)
         return datasets, windows

@@ -7,9 +7,11 @@ the episode read its first or last step, and the masks say so.
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.spatial.transform import Rotation, Slerp
 
-from data_pipelines.episode import Episode
+from data_pipelines.episode import POSE_DIM, Episode
 from mimic_video.config import DataConfig
+from mimic_video.transforms import matrix_from_rot6d, relative_poses, rot6d_from_matrix
 
 TOLERANCE = 1e-4  # seconds. Far below any step, far above the rounding of k / rate with a float32 rate
 
@@ -52,7 +54,8 @@ def action_windows(episode: Episode, anchors: Sequence[int] | np.ndarray, config
 
     Returns:
         proprio: float32 (k, 1, p) at the anchors, raw units.
-        actions: float32 (k, A, m) nearest to `action_times`, raw units.
+        actions: float32 (k, A, m) at `action_times`, raw units: the nearest ones, or for a "pose" layout interpolated ones as
+            seen from the pose at the anchor (SPEC 8.5).
         action_mask: bool (k, A), False where the requested time lies outside the episode.
 
     Raises:
@@ -61,10 +64,14 @@ def action_windows(episode: Episode, anchors: Sequence[int] | np.ndarray, config
     if episode.actions is None or episode.proprio is None:
         raise ValueError(f"{episode.name}: action windows need both actions and proprio")
     anchors = np.asarray(anchors)
-    times = action_times(episode.timestamps[anchors], config)
+    times, proprio = action_times(episode.timestamps[anchors], config), episode.proprio[anchors][:, None]
+    if episode.action_layout == "pose":
+        actions = relative_poses(proprio, poses_at(episode.timestamps, episode.actions, times))
+    else:
+        actions = episode.actions[nearest(episode.timestamps, times)]
     return {
-        "proprio": episode.proprio[anchors][:, None],
-        "actions": episode.actions[nearest(episode.timestamps, times)],
+        "proprio": proprio,
+        "actions": actions,
         "action_mask": inside(episode.timestamps, times),
     }
 
@@ -91,6 +98,22 @@ def linear(timestamps: np.ndarray, values: np.ndarray, times: np.ndarray) -> np.
     span = np.where(after > before, timestamps[after] - timestamps[before], 1.0)
     weight = np.clip((times - timestamps[before]) / span, 0.0, 1.0)[..., None]
     return ((1 - weight) * values[before] + weight * values[after]).astype(values.dtype)
+
+
+def poses_at(timestamps: np.ndarray, poses: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Pose vectors (n, 10) at `times` (...), constant outside the episode: float32 (..., 10) (SPEC 8.3).
+
+    Positions are interpolated linearly and rotations along the shortest arc; the gripper linearly, or if it is only ever 0 or 1
+    as the nearest step has it.
+    """
+    if len(timestamps) == 1:
+        return np.broadcast_to(poses[0], (*times.shape, POSE_DIM)).astype(np.float32)
+    turns = Slerp(timestamps, Rotation.from_matrix(matrix_from_rot6d(poses[:, 3:9])))
+    matrices = turns(np.clip(times, timestamps[0], timestamps[-1]).ravel()).as_matrix()
+    binary = np.isin(poses[:, 9:], (0, 1)).all()
+    gripper = poses[nearest(timestamps, times), 9:] if binary else linear(timestamps, poses[:, 9:], times)
+    rotation = rot6d_from_matrix(matrices).reshape(*times.shape, 6)
+    return np.concatenate([linear(timestamps, poses[:, :3], times), rotation, gripper], axis=-1).astype(np.float32)
 
 
 def _neighbours(timestamps: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,10 @@
 """Parameter names of the Wan 2.1 VAE ↔ our paths: as published, and as Hugging Face's diffusers has them (SPEC 1.4)."""
 
+from collections.abc import Iterator
+
 from mimic_video.weights.published import Names, Place
+
+Parts = tuple[tuple[str, str, str, int], ...]
 
 # Parts of a layer: our name, theirs as published and in diffusers, and trailing axes of length one that only theirs have.
 _RESIDUAL = (
@@ -24,8 +28,11 @@ _DOWN = {2: _RESAMPLING, 3: _WIDENING, 5: _RESAMPLING_TIME, 6: _WIDENING, 8: _RE
 _UP = {3: _RESAMPLING_TIME, 4: _WIDENING, 7: _RESAMPLING_TIME, 11: _RESAMPLING}
 
 
-def _layers():
-    """(our prefix, published prefix, diffusers prefix, parts) of everything in the network."""
+def _layers() -> Iterator[tuple[str, str, str, Parts]]:
+    """(our prefix, published prefix, diffusers prefix, parts) of everything in the network.
+
+    Our coders keep their three middle layers in the same list as the others: after the encoder's 11, before the decoder's 15.
+    """
     yield "", "", "", (("quant_conv", "conv1", "quant_conv", 3), ("post_quant_conv", "conv2", "post_quant_conv", 3))
     for coder, middle_at in (("encoder", 11), ("decoder", 0)):
         yield f"{coder}/", f"{coder}.", f"{coder}.", _ENDS

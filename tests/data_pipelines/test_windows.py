@@ -2,6 +2,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import tiny
 
 from data_pipelines.windows import (
     action_window,
@@ -10,8 +11,10 @@ from data_pipelines.windows import (
     inside,
     linear,
     nearest,
+    poses_at,
     video_window,
 )
+from mimic_video.config import DataConfig
 
 
 def frame_steps(window) -> list[int]:
@@ -114,3 +117,48 @@ def test_linear():
     np.testing.assert_allclose(got, [[0, 1], [0, 1], [2.5, 1], [10, 1], [20, 2], [30, 3]])
     assert got.dtype == np.float32
     np.testing.assert_allclose(linear(times[:1], values[:1], np.array([0.0, 5.0])), [[0, 1], [0, 1]])
+
+
+def pose(position, degrees, gripper):
+    """A pose turned about z."""
+    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    return [*position, c, -s, 0, s, c, 0, gripper]
+
+
+def test_poses_between_steps():
+    times = np.array([0.0, 1.0, 3.0])
+    poses = np.float32([pose([0, 0, 0], 0, 1), pose([1, 2, 3], 90, 0), pose([3, 2, 1], -170, 0)])
+    asked = np.array([[-1.0, 0.5], [0.75, 2.0], [3.0, 9.0]])
+    expected = [[pose([0, 0, 0], 0, 1), pose([0.5, 1, 1.5], 45, 1)],  # a tie goes to the earlier gripper
+                [pose([0.75, 1.5, 2.25], 67.5, 0), pose([2, 2, 2], 140, 0)],  # the short way round
+                [pose([3, 2, 1], -170, 0), pose([3, 2, 1], -170, 0)]]  # fmt: skip
+    np.testing.assert_allclose(poses_at(times, poses, asked), expected, atol=1e-6)
+    poses[:, 9] = [1.0, 0.5, 0.0]
+    np.testing.assert_allclose(poses_at(times, poses, asked)[..., 9], [[1.0, 0.75], [0.625, 0.25], [0.0, 0.0]], atol=1e-6)
+    np.testing.assert_array_equal(poses_at(times[:1], poses[:1], asked), np.broadcast_to(poses[0], (3, 2, 10)))
+
+
+def test_actions_of_a_pose_layout_are_seen_from_the_current_pose():
+    config = DataConfig(image_size=(16, 16), video_hz=5.0, control_hz=5.0, action_horizon=2, action_delay=0.2)
+    timestamps = np.arange(4) / 10  # twice the control rate
+    reached = np.float32([pose([k, 0, 0], 90, 0) for k in range(4)])
+    target = np.float32([pose([k, 1, 0], 90 + 10 * k, k % 2) for k in range(4)])
+    fields = {"timestamps": timestamps, "proprio": reached, "actions": target, "action_layout": "pose"}
+    episode = dataclasses.replace(tiny.episode(4, 0), **fields)
+    window = action_window(episode, 1, config)
+    np.testing.assert_array_equal(window["proprio"], reached[1:2])
+    # The hand's x is the base's y and its y the base's −x: two steps on, the target is at (3, 1) − (1, 0).
+    np.testing.assert_allclose(window["actions"][0], pose([1, -2, 0], 30, 1), atol=1e-6)
+    np.testing.assert_allclose(window["actions"][1], pose([1, -2, 0], 30, 1), atol=1e-6)  # beyond the end
+    np.testing.assert_array_equal(window["action_mask"], [True, False])
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"proprio": None}, "proprio of a pose layout are missing; expected width 10"),
+    ({"proprio": np.zeros((4, 9), np.float32)}, "proprio of a pose layout are of width 9"),
+    ({"actions": np.zeros((4, 7), np.float32)}, "actions of a pose layout are of width 7"),
+])  # fmt: skip
+def test_an_episode_with_another_layout_than_it_says(changes, message):
+    fields = {"proprio": np.zeros((4, 10), np.float32), "actions": np.zeros((4, 10), np.float32), "action_layout": "pose"}
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(tiny.episode(4, 0), **(fields | changes))
