@@ -8,14 +8,23 @@ EXTRAS = {
     # Meta-World pins the MuJoCo that works with it, but forgets packaging.
     "sim": ["metaworld==3.1.1", "packaging"],
     "report": ["matplotlib"],
+    # Published weights: .pt files, and repositories. Safetensors files need nothing.
+    "convert": ["torch", "huggingface-hub"],
+    # T5 features of instructions.
+    "text": ["torch", "transformers", "sentencepiece", "huggingface-hub", "safetensors"],
+    "video": ["av"],
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda13]>=0.10"],
 }
 EXTRAS["quickstart"] = EXTRAS["data"] + EXTRAS["sim"] + EXTRAS["report"]
-EXTRAS["test"] = EXTRAS["quickstart"] + [
+EXTRAS["test"] = [
+    *(package for extra in ("quickstart", "convert", "text", "video") for package in EXTRAS[extra]),
+    "diffusers",  # an independent implementation of both video networks, to compare ours with
     "mypy",
+    "peft",
     "pytest",
     "ruff",
+    "safetensors",
     "tensorflow-cpu>=2.21",  # only to check that what we write is what plain tfds reads
 ]
 

@@ -146,11 +146,13 @@ class ActionDecoderConfig:
     proprio_dim: int = 10
     action_dim: int = 10
     proprio_dropout: float = 0.2  # training only; the tokens are replaced by a learned mask token
+    embodiments: int = 0  # robots that a learned token tells apart; 0 for no such token, as published
 
     def __post_init__(self):
         _require_positive(self, "width", "num_blocks", "num_heads", "mlp_ratio", "adaln_lora_dim", "time_rank",
                           "obs_horizon", "action_horizon", "proprio_dim", "action_dim")
         _require(self.width % self.num_heads == 0, "decoder.width", self.width, f"a multiple of num_heads={self.num_heads}")
+        _require(self.embodiments >= 0, "decoder.embodiments", self.embodiments, "0 (no token) or a number of robots")
         _require(0 <= self.proprio_dropout < 1, "decoder.proprio_dropout", self.proprio_dropout, "a probability below 1")
 
 

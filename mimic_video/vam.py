@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from mimic_video.config import ExperimentConfig
 from mimic_video.flow import matching, solvers
@@ -49,20 +49,25 @@ class VideoActionModel:
 
     def module(self, name: str, params: Params) -> Any:
         """The named network with its parameters in the configured precision."""
-        dtype = self._dtype(name)
+        dtype = self.dtype(name)
         cast = jax.tree.map(lambda leaf: leaf.astype(dtype), params[name])
         return nnx.merge(self._graphdefs[name], nnx.State(cast))
+
+    def dtype(self, name: str) -> jnp.dtype:
+        """What the named network computes in."""
+        exact = name == "tokenizer" and self.config.tokenizer.kind == "pca"  # its scales span orders of magnitude
+        return jnp.dtype(jnp.float32 if exact else self.config.precision)
 
     # Latents.
 
     def encode_video(self, params: Params, video: UInt8[Array, "b f h w 3"]) -> Latents:
         """8-bit RGB frames → latents; a prefix of the frames gives the prefix of the latents."""
-        video = (video.astype(jnp.float32) / 127.5 - 1).astype(self._dtype("tokenizer"))
+        video = (video.astype(jnp.float32) / 127.5 - 1).astype(self.dtype("tokenizer"))
         return jax.lax.stop_gradient(self.module("tokenizer", params).encode(video)).astype(jnp.float32)
 
     def decode_video(self, params: Params, latents: Latents) -> UInt8[Array, "b f h w 3"]:
         """Latents → 8-bit RGB frames."""
-        video = self.module("tokenizer", params).decode(latents.astype(self._dtype("tokenizer"))).astype(jnp.float32)
+        video = self.module("tokenizer", params).decode(latents.astype(self.dtype("tokenizer"))).astype(jnp.float32)
         return jnp.clip(jnp.round((video + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
     # Training.
@@ -98,12 +103,18 @@ class VideoActionModel:
         """Flow matching on action chunks, given the frozen backbone's view of the true video noised to a random τ_v (SPEC 7).
 
         Args:
-            batch: as for `video_loss`, and normalised `proprio` (b o p), `actions` (b a m), `action_mask` bool (b a).
+            batch: as for `video_loss`, and normalised `proprio` (b o p), `actions` (b a m), `action_mask` bool (b a). Of mixtures
+                also `action_dims` bool (b m), False for what a robot does not have, and `embodiment` (b,) if the decoder tells
+                robots apart.
         """
         video_key, draws_key = jax.random.split(key)
         hidden, video_time = self.hidden_of_noised_video(params, batch["video"], batch["text"], video_key)
         decoder = self.module("decoder", params)
         context = decoder.encode_context(jax.lax.stop_gradient(hidden))
+
+        weights = self._valid(batch["action_mask"])
+        if "action_dims" in batch:
+            weights = weights[:, :, None] * batch["action_dims"][:, None]
 
         def draw(key: jax.Array) -> Float[Array, ""]:
             time_key, noise_key, drop_key = jax.random.split(key, 3)
@@ -112,8 +123,10 @@ class VideoActionModel:
             noise = jax.random.normal(noise_key, actions.shape)
             dropped = jax.random.bernoulli(drop_key, self.config.decoder.proprio_dropout, (len(actions),))
             noised = matching.interpolate(actions, noise, time)
-            velocity = self._action_velocity(decoder, batch["proprio"], noised, time, video_time, context, dropped)
-            return matching.weighted_mean((velocity - (noise - actions)) ** 2, self._valid(batch["action_mask"]))
+            velocity = self._action_velocity(
+                decoder, batch["proprio"], noised, time, video_time, context, dropped, batch.get("embodiment")
+            )
+            return matching.weighted_mean((velocity - (noise - actions)) ** 2, weights)
 
         loss = jnp.mean(jax.vmap(draw)(jax.random.split(draws_key, self.config.train.action_draws)))
         return ACTION_LOSS_SCALE * loss, {"action_mse": loss}
@@ -188,30 +201,39 @@ class VideoActionModel:
         return self._hidden(params, clean, mask, x_tau, time, text), time
 
     def sample_actions(
-        self, params: Params, past_video: UInt8[Array, "b f h w 3"], proprio: Float[Array, "b o p"], text: Array, noise: Noise
+        self,
+        params: Params,
+        past_video: UInt8[Array, "b f h w 3"],
+        proprio: Float[Array, "b o p"],
+        text: Array,
+        noise: Noise,
+        embodiment: Int[Array, " b"] | None = None,
     ) -> Float[Array, "b a m"]:
         """Normalised action chunks: one partial video pass, then the action flow over a context encoded once."""
         hidden, video_time = self.sample_hidden(params, past_video, text, noise["video"])
-        return self.decode_actions(params, hidden, video_time, proprio, noise["actions"])
+        return self.decode_actions(params, hidden, video_time, proprio, noise["actions"], embodiment)
 
     def decode_actions(
-        self, params: Params, hidden: Float[Array, "b k d"], video_time: Float[Array, " b"], proprio: Array, noise: Array
+        self,
+        params: Params,
+        hidden: Float[Array, "b k d"],
+        video_time: Float[Array, " b"],
+        proprio: Array,
+        noise: Array,
+        embodiment: Int[Array, " b"] | None = None,
     ) -> Float[Array, "b a m"]:
         """The action flow from noise to a normalised chunk, by Euler steps."""
         decoder = self.module("decoder", params)
-        context = decoder.encode_context(hidden.astype(self._dtype("decoder")))
+        context = decoder.encode_context(hidden.astype(self.dtype("decoder")))
 
         def velocity(x: Array, time: Float[Array, ""]) -> Array:
-            return self._action_velocity(decoder, proprio, x, jnp.full(len(x), time), video_time, context)
+            times = jnp.full(len(x), time)
+            return self._action_velocity(decoder, proprio, x, times, video_time, context, embodiment=embodiment)
 
         state = jnp.bfloat16 if self.config.compat.bfloat16_action_state else jnp.float32
         return solvers.solve_euler(velocity, noise, self.config.policy.action_steps, state)
 
     # Internals. Mathematics is float32, networks run in the configured precision.
-
-    def _dtype(self, name: str) -> jnp.dtype:
-        exact = name == "tokenizer" and self.config.tokenizer.kind == "pca"  # its scales span orders of magnitude
-        return jnp.dtype(jnp.float32 if exact else self.config.precision)
 
     def _noise_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
         data, decoder = self.config.data, self.config.decoder
@@ -221,20 +243,22 @@ class VideoActionModel:
         }
 
     def _video_velocity(self, params: Params, inputs: Latents, times: Array, text: Array, mask: Array) -> Latents:
-        dtype = self._dtype("backbone")
+        dtype = self.dtype("backbone")
         return self.module("backbone", params)(inputs.astype(dtype), times, text.astype(dtype), mask).astype(jnp.float32)
 
     def _hidden(self, params: Params, clean: Latents, mask, x_tau: Latents, time, text) -> Float[Array, "b k d"]:
-        dtype = self._dtype("backbone")
+        dtype = self.dtype("backbone")
         inputs, times = matching.frame_replacement(clean, x_tau, time, mask)
         backbone = self.module("backbone", params)
         hidden = backbone.hidden(inputs.astype(dtype), times, text.astype(dtype), mask, stop=self.config.backbone.hidden_block)
         return hidden.reshape(len(hidden), -1, hidden.shape[-1])
 
-    def _action_velocity(self, decoder: ActionDecoder, proprio, x_tau, time, video_time, context: Context, dropped=None) -> Array:
-        dtype = self._dtype("decoder")
+    def _action_velocity(
+        self, decoder: ActionDecoder, proprio, x_tau, time, video_time, context: Context, dropped=None, embodiment=None
+    ) -> Array:
+        dtype = self.dtype("decoder")
         scaled = matching.scale_to_unit_variance(x_tau, time).astype(dtype)
-        return decoder(proprio.astype(dtype), scaled, time, video_time, context, dropped).astype(jnp.float32)
+        return decoder(proprio.astype(dtype), scaled, time, video_time, context, dropped, embodiment).astype(jnp.float32)
 
     def _valid(self, mask: Array) -> Float[Array, "b n"]:
         """Weights in the loss of what a data mask calls real or padded."""

@@ -29,7 +29,7 @@ class Recording(VideoActionModel):
         self.asked.append({"inputs": inputs, "times": times, "mask": mask})
         return jnp.broadcast_to(self.answer, inputs.shape)
 
-    def _action_velocity(self, decoder, proprio, x_tau, time, video_time, context, dropped=None):
+    def _action_velocity(self, decoder, proprio, x_tau, time, video_time, context, dropped=None, embodiment=None):
         return jnp.broadcast_to(self.answer, x_tau.shape) * (1.0 if dropped is None else 1.0 - dropped[:, None, None])
 
 
@@ -379,6 +379,37 @@ def test_published_noise_has_one_stream_a_part():
     assert {name: part.shape for name, part in drawn.items()} == {name: part.shape for name, part in noise().items()}
     np.testing.assert_allclose(drawn["video"][0, 0, 0, 0, 0], 1.76405, atol=5e-6)
     np.testing.assert_allclose(drawn["actions"][0, 0], [1.76405, 0.40016], atol=5e-6)
+
+
+def test_dimensions_that_a_robot_lacks_take_no_part(params):
+    batch = tiny.batch(ACTION, 2) | {"action_dims": np.array([[True, True], [True, False]])}
+    gradient = np.abs(jax.jit(jax.grad(lambda actions: VideoActionModel(ACTION).action_loss(
+        params, batch | {"actions": actions}, KEY)[0]))(batch["actions"]))  # fmt: skip
+    assert gradient[0].min() > 0 and gradient[1, :, 0].min() > 0
+    full = tiny.batch(ACTION, 2)
+    everything = full | {"action_dims": np.ones((2, 2), bool)}
+    loss = compiled(ACTION, "action_loss")
+    np.testing.assert_allclose(loss(params, everything, KEY)[0], loss(params, full, KEY)[0], rtol=1e-6)
+    assert abs(loss(params, batch, KEY)[0] - loss(params, full, KEY)[0]) > 1e-3
+
+
+def test_robots_are_told_apart():
+    config = tiny.experiment(decoder={"embodiments": 3})
+    params, batch = tiny.params(config), tiny.batch(config, 2) | {"embodiment": np.array([0, 2])}
+    loss = jax.jit(VideoActionModel(config).action_loss)
+    assert abs(loss(params, batch, KEY)[0] - loss(params, batch | {"embodiment": np.array([1, 1])}, KEY)[0]) > 1e-4
+    gradient = jax.jit(jax.grad(lambda params: VideoActionModel(config).action_loss(params, batch, KEY)[0]))(params)
+    moved = np.abs(gradient["decoder"]["embodiment_tokens"]).max(axis=1)
+    assert moved[0] > 0 and moved[1] == 0 and moved[2] > 0
+    arguments = (observed(batch), batch["proprio"], batch["text"], noise())
+    plan = jax.jit(VideoActionModel(config).sample_actions)
+    one, two = (plan(params, *arguments, np.array([0, robot])) for robot in (1, 2))
+    np.testing.assert_array_equal(one[0], two[0])
+    assert one.shape == (2, 4, 2) and np.abs(one[1] - two[1]).max() > 1e-4
+    with pytest.raises(ValueError, match="embodiment is missing; this decoder has 3 embodiments"):
+        VideoActionModel(config).sample_actions(params, *arguments)
+    with pytest.raises(ValueError, match="embodiment is given; this decoder has 0 embodiments"):
+        VideoActionModel(ACTION).sample_actions(tiny.params(ACTION), *arguments, np.array([0, 1]))
 
 
 def test_padding_counts_in_the_loss_if_asked_to(params):

@@ -69,8 +69,8 @@ def frame_replacement(
     return jnp.where(_over(mask, clean) > 0, clean, x_tau), jnp.where(mask > 0, CONDITION_TIME, time[:, None])
 
 
-def weighted_mean(values: Float[Array, "b n ..."], weights: Float[Array, "b n"]) -> Float[Array, ""]:
-    """Mean of `values` over everything whose weight is 1; weights cover the first two axes. 0 if there is nothing."""
+def weighted_mean(values: Float[Array, "..."], weights: Float[Array, "..."]) -> Float[Array, ""]:
+    """Mean of `values` over everything whose weight is 1; weights cover the first axes. 0 if there is nothing."""
     per_weight = jnp.mean(values.reshape(*weights.shape, -1), axis=-1)
     return jnp.sum(per_weight * weights) / jnp.maximum(jnp.sum(weights), 1)
 

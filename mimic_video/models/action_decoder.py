@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from mimic_video.config import ActionDecoderConfig
 from mimic_video.models.attention import Attention, Heads
@@ -133,6 +133,8 @@ class ActionDecoder(nnx.Module):
         self.proprio_mask_token = nnx.Param(small(rngs.params(), (1, 1, width), jnp.float32))
         tokens = config.obs_horizon + config.action_horizon
         self.position_embedding = nnx.Param(small(rngs.params(), (1, tokens, width), jnp.float32))
+        if config.embodiments:
+            self.embodiment_tokens = nnx.Param(small(rngs.params(), (config.embodiments, width), jnp.float32))
         self.context_norm = LayerNorm(context_width)
         self.time_embedding = PairTimeEmbedding(width, config.time_rank, rngs)
         self.blocks = stack_blocks(lambda rngs: ActionBlock(config, context_width, rngs), config.num_blocks, rngs)
@@ -153,6 +155,7 @@ class ActionDecoder(nnx.Module):
         video_time: Float[Array, " b"],
         context: Context,
         drop_proprio: Bool[Array, " b"] | None = None,
+        embodiment: Int[Array, " b"] | None = None,
     ) -> Float[Array, "b a m"]:
         """The velocity ε − x₀ of every action.
 
@@ -163,25 +166,35 @@ class ActionDecoder(nnx.Module):
             video_time: video flow time τ_v at which the hidden states were read.
             context: from `encode_context`.
             drop_proprio: samples whose proprioception is replaced by the mask token; None for none.
+            embodiment: the robot of each sample; for decoders that have embodiments, and only them.
 
         Raises:
-            ValueError: if the token count is not the one the position embedding was made for.
+            ValueError: if the token count is not the one the position embedding was made for, or the embodiment is missing or not
+                expected.
         """
-        return self.tokens(proprio, actions, time, video_time, context, drop_proprio)[:, proprio.shape[1] :]
+        return self.tokens(proprio, actions, time, video_time, context, drop_proprio, embodiment)[:, proprio.shape[1] :]
 
-    def tokens(self, proprio, actions, time, video_time, context, drop_proprio=None) -> Float[Array, "b s m"]:
+    def tokens(
+        self, proprio, actions, time, video_time, context, drop_proprio=None, embodiment=None
+    ) -> Float[Array, "b s m"]:
         """As `__call__`, for proprioception tokens too."""
         observed, acted = proprio.shape[1], actions.shape[1]
         if (observed, acted) != (self.config.obs_horizon, self.config.action_horizon):
             raise ValueError(f"{observed} proprioception and {acted} action tokens; the decoder was built for "
                              f"{self.config.obs_horizon} and {self.config.action_horizon}")  # fmt: skip
-        times = jnp.concatenate([jnp.full((len(time), observed), PROPRIO_TIME), jnp.tile(time[:, None], acted)], axis=1)
+        if (embodiment is None) == bool(self.config.embodiments):
+            raise ValueError(f"embodiment is {'missing' if embodiment is None else 'given'}; this decoder has "
+                             f"{self.config.embodiments} embodiments")  # fmt: skip
+        extra = 0 if embodiment is None else 1  # its token comes first and carries the time of what is observed
+        times = jnp.concatenate([jnp.full((len(time), extra + observed), PROPRIO_TIME), jnp.tile(time[:, None], acted)], axis=1)
         embedding, shared = self.time_embedding(times, video_time, actions.dtype)
         proprio_tokens = self.proprio_embedder(proprio)
         if drop_proprio is not None:
             proprio_tokens = jnp.where(drop_proprio[:, None, None], self.proprio_mask_token[...], proprio_tokens)
         x = jnp.concatenate([proprio_tokens, self.action_embedder(actions)], axis=1)
         x = x + self.position_embedding[...]
+        if embodiment is not None:
+            x = jnp.concatenate([self.embodiment_tokens[...][embodiment][:, None].astype(x.dtype), x], axis=1)
         x = scan_blocks(self.blocks, lambda block, x, k, v: block(x, embedding, shared, (k, v)), x, *context)
         shift, scale = self.final_modulation(embedding, shared)
-        return self.final_proj(modulate(x, shift, scale))
+        return self.final_proj(modulate(x, shift, scale))[:, extra:]

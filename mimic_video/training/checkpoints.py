@@ -139,7 +139,7 @@ def save_frozen(run: pathlib.Path, frozen: Params) -> None:
     path = (run / "frozen").absolute()
     if not path.exists():
         with ocp.Checkpointer(_tree_handler()) as checkpointer:
-            checkpointer.save(path, args=ocp.args.StandardSave(frozen))
+            checkpointer.save(path, args=_save_args(frozen))
 
 
 def save_converted(
@@ -165,7 +165,7 @@ def save_converted(
     run.mkdir(parents=True, exist_ok=True)
     save_frozen(run, frozen)
     with ocp.CheckpointManager((run / "checkpoints").absolute(), item_handlers={"params": _tree_handler()}) as manager:
-        manager.save(0, args=ocp.args.Composite(params=ocp.args.StandardSave(trained)))
+        manager.save(0, args=ocp.args.Composite(params=_save_args(trained)))
     if statistics is not None:
         write_json(run / "statistics.json", to_json(statistics))
     write_config(run, config)  # the last, so that what an interruption leaves is not a run
@@ -200,7 +200,7 @@ def load_params(run: pathlib.Path, precision: Precision = "configured") -> tuple
 def _load_tree(path: pathlib.Path, target: Params, precision: Precision) -> Params:
     with ocp.Checkpointer(_tree_handler()) as checkpointer:
         if precision == "stored":
-            stored = _flat(checkpointer.metadata(path.absolute()).item_metadata.tree)
+            stored = _flat(_tree_handler().metadata(path.absolute()).tree)
             target = jax.tree_util.tree_map_with_path(
                 lambda key, leaf: leaf.update(dtype=stored[path_name(key).replace("/", ".")].dtype), target
             )
@@ -208,8 +208,13 @@ def _load_tree(path: pathlib.Path, target: Params, precision: Precision) -> Para
 
 
 def _tree_handler() -> ocp.StandardCheckpointHandler:
-    """Buffers of at most a gigabyte: by default, compressed copies of everything are in memory before the first is written."""
+    """For trees of billions of parameters: by default, copies of all of them are in memory before the first is written."""
     return ocp.StandardCheckpointHandler(save_concurrent_gb=1, restore_concurrent_gb=1)
+
+
+def _save_args(tree: Params) -> ocp.args.StandardSave:
+    """Pieces of 64 MiB, each compressed, written and let go by itself."""
+    return ocp.args.StandardSave(tree, save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=64 * 2**20), tree))
 
 
 def _abstract_params(config: ExperimentConfig, precision: Precision) -> Params:
@@ -219,7 +224,7 @@ def _abstract_params(config: ExperimentConfig, precision: Precision) -> Params:
     shapes = jax.eval_shape(vam.init, jax.random.key(0))
 
     def one(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        dtype = {"configured": vam._dtype(path[0].key), "stored": leaf.dtype}.get(precision, precision)
+        dtype = {"configured": vam.dtype(path[0].key), "stored": leaf.dtype}.get(precision, precision)
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(one, shapes)

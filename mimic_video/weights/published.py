@@ -160,7 +160,7 @@ def fuse_lora(tensors: Tensors, alpha: float = 32.0, *, source: str = "the check
 def _fused(base, a, b, alpha: float) -> np.ndarray:
     wide = np.float32 if base.dtype.itemsize < 4 else base.dtype  # NumPy has no matrix product of bfloat16
     product = (np.asarray(b).astype(wide) @ np.asarray(a).astype(wide)).astype(base.dtype)
-    return np.asarray(base) + (product.astype(wide) * wide(alpha / a.shape[0])).astype(base.dtype)
+    return np.asarray(base) + (product.astype(wide) * (alpha / a.shape[0])).astype(base.dtype)
 
 
 def import_params(tensors: Tensors, names: Names, shapes: Tree, *, source: str = "the weights", dtype: Any = None) -> Tree:
