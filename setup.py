@@ -10,9 +10,9 @@ EXTRAS = {
     "report": ["matplotlib"],
     # Published weights: .pt files, and repositories. Safetensors files need nothing.
     "convert": ["torch", "huggingface-hub"],
-    # T5 features of instructions.
-    "text": ["torch", "transformers", "sentencepiece", "huggingface-hub", "safetensors"],
-    "video": ["av"],
+    # T5 features of instructions; sentencepiece and protobuf for models that come without a tokenizer.json.
+    "text": ["torch", "transformers>=5", "sentencepiece", "protobuf"],
+    "video": ["av"],  # MP4
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda13]>=0.10"],
 }
@@ -25,6 +25,7 @@ EXTRAS["test"] = [
     "pytest",
     "ruff",
     "safetensors",
+    "torch==2.13.0",  # what the networks were compared with
     "tensorflow-cpu>=2.21",  # only to check that what we write is what plain tfds reads
 ]
 
