@@ -2,21 +2,29 @@
 
 import dataclasses
 import functools
+import itertools
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import PurePath
 
 import grain
 import numpy as np
+from absl import flags, logging
 
 from data_pipelines.episode import Episode
+from data_pipelines.mixture import Mixture, Phase, parse_mixture
 from data_pipelines.sources.rlds import DatasetError, RldsSource
 from data_pipelines.windows import TOLERANCE, action_times, action_window, anchors, video_times, video_window
-from mimic_video.config import ConfigError, DataConfig, ExperimentConfig
+from mimic_video.config import ActionDecoderConfig, ConfigError, DataConfig, ExperimentConfig
+from mimic_video.embodiments import ROTATION_DIMS, pad_last
 from mimic_video.transforms import Normalizer
 
 _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)  # whole batches; JPEG decoding releases the interpreter lock
 _TEXT_CACHE = 256  # instructions; 2 MB each at 512 rows of 1024
+_ENDLESS = 2**62  # samples
+_ATTEMPTS = 100  # windows in a row that may be broken
 
 
 def check_dataset(source: RldsSource, config: ExperimentConfig) -> None:
@@ -28,23 +36,47 @@ def check_dataset(source: RldsSource, config: ExperimentConfig) -> None:
     """
     _require_equal(source, "image size", source.image_size, "data.image_size", tuple(config.data.image_size))
     if config.stage == "action":
-        _require_equal(source, "action width", source.action_dim, "decoder.action_dim", config.decoder.action_dim)
-        _require_equal(source, "proprio width", source.proprio_dim, "decoder.proprio_dim", config.decoder.proprio_dim)
+        mixed = config.decoder.embodiments > 1  # then narrower datasets are padded
+        for what, found, field, wanted in (
+            ("action width", source.action_dim, "decoder.action_dim", config.decoder.action_dim),
+            ("proprio width", source.proprio_dim, "decoder.proprio_dim", config.decoder.proprio_dim),
+        ):
+            if not (mixed and found is not None and found <= wanted):
+                _require_equal(source, what, found, field, wanted)
 
 
-def open_windows(config: ExperimentConfig, split: str) -> "WindowDataset":
-    """The windows of one split of the dataset that the configured stage learns from.
+def dataset_phases(config: ExperimentConfig) -> tuple[tuple[str, ...], tuple[Phase, ...]]:
+    """Directories of the datasets that the configured stage learns from, and the phases of their weights.
 
     Raises:
-        ConfigError: if the configuration names no dataset for the stage.
-        DatasetError: if the dataset or split is not there, or `check_dataset` or `WindowDataset` refuses it.
+        ConfigError: if the configuration names none, or its field is not as `parse_mixture` expects.
     """
-    directory = {"video": config.data.video_dataset, "action": config.data.action_dataset}[config.stage]
-    if not directory:
-        raise ConfigError(f"config field 'data.{config.stage}_dataset' is empty; expected a prepared RLDS directory")
-    source = RldsSource(directory, split)
-    check_dataset(source, config)
-    return WindowDataset(source, config.data, actions=config.stage == "action")
+    field = f"data.{config.stage}_dataset"
+    text = {"video": config.data.video_dataset, "action": config.data.action_dataset}[config.stage]
+    if not text:
+        raise ConfigError(f"config field '{field}' is empty; expected a prepared RLDS directory, or several as in 'A,B*2'")
+    return parse_mixture(text, field)
+
+
+def open_windows(config: ExperimentConfig, split: str) -> "dict[str, WindowDataset]":
+    """The windows of one split of every dataset that the configured stage learns from, by the dataset's name.
+
+    A dataset's name is that of its directory, or of the directory above if that is a version such as 1.0.0.
+
+    Raises:
+        ConfigError: as `dataset_phases`, or if two datasets have the same name.
+        DatasetError: if a dataset or split is not there, or `check_dataset` or `WindowDataset` refuses it.
+    """
+    windows: dict[str, WindowDataset] = {}
+    for directory in dataset_phases(config)[0]:
+        path = PurePath(directory)
+        name = path.parent.name if re.fullmatch(r"\d+\.\d+\.\d+", path.name) else path.name
+        if name in windows:
+            raise ConfigError(f"config field 'data.{config.stage}_dataset' names two datasets {name!r}; rename a directory")
+        source = RldsSource(directory, split)
+        check_dataset(source, config)
+        windows[name] = WindowDataset(source, config.data, actions=config.stage == "action")
+    return windows
 
 
 def _require_equal(source: RldsSource, what: str, found: object, field: str, wanted: object) -> None:
@@ -62,6 +94,8 @@ class WindowDataset(Sequence[dict]):
 
     Attributes:
         episodes: all episodes, their frames read through the cache.
+        action_dim: width of actions, or None if windows have none.
+        raw_dims: dimensions of "action" and "proprio" that are not to be normalised.
 
     Args:
         source: the episodes.
@@ -79,10 +113,14 @@ class WindowDataset(Sequence[dict]):
             missing = "action" if source.action_dim is None else "proprio"
             raise DatasetError(f"{source.name} has no {missing}; windows with actions need both action and proprio")
         self._config, self._actions = config, actions
+        self.action_dim = source.action_dim if actions else None
+        self.raw_dims = {"action": config.raw_action_dims, "proprio": config.raw_proprio_dims}
         cache = _FrameCache(source, config.frame_cache_mb * 2**20)
         self.episodes = [dataclasses.replace(episode, frames=_CachedFrames(cache, index, len(episode)))
                          for index, episode in enumerate(source)]
         _check_horizons(source.name, self.episodes, config, actions)
+        if self.episodes[0].action_layout != "vector":
+            self.raw_dims = {"action": ROTATION_DIMS, "proprio": ROTATION_DIMS}
         steps = [anchors(episode.timestamps, config, actions=actions) for episode in self.episodes]
         self._episode_of = np.repeat(np.arange(len(steps)), [len(s) for s in steps])
         self._anchor_of = np.concatenate(steps)
@@ -99,51 +137,104 @@ class WindowDataset(Sequence[dict]):
         return sample
 
 
-def make_batches(dataset: WindowDataset, *, batch_size: int, seed: int, start_step: int, text: Callable[[str], np.ndarray],
-                 normalizers: Mapping[str, Normalizer] | None, process_index: int = 0, process_count: int = 1) -> Iterator[dict]:
-    """This process's share of an endless stream of batches, made ahead in background threads.
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One dataset of a mixture.
 
-    Every epoch visits every window once, in an order drawn from the seed; batches run across epochs' ends. The global batch of a
-    step depends on (seed, step) alone: not on `start_step` nor, up to the order of its rows, on `process_count`.
+    Attributes:
+        name: the dataset.
+        windows: all of its windows.
+        normalizers: for the keys "action" and "proprio"; None leaves raw units.
+    """
+
+    name: str
+    windows: WindowDataset
+    normalizers: Mapping[str, Normalizer] | None = None
+
+    def __post_init__(self):
+        if self.normalizers is not None and set(self.normalizers) != {"action", "proprio"}:
+            raise ValueError(f"normalizers of {self.name!r} are for {sorted(self.normalizers)}; expected action and proprio")
+
+
+def make_batches(parts: Sequence[Part], mixture: Mixture, *, batch_size: int, start_step: int, text: Callable[[str], np.ndarray],
+                 decoder: ActionDecoderConfig, process_index: int = 0, process_count: int = 1, workers: int = 0,
+                 skip_broken: bool = False) -> Iterator[dict]:
+    """This process's share of an endless stream of batches, made ahead in the background.
+
+    The global batch of a step depends on the mixture and the step alone: not on `start_step` or `workers` nor, up to the order of
+    its rows, on `process_count`.
 
     Args:
-        dataset: the windows.
+        parts: the mixture's datasets, in its order.
+        mixture: which sample comes when.
         batch_size: global; every process gets batch_size / process_count = b rows.
-        seed: of the shuffling, 0 to 2³²−1.
         start_step: the step of the first batch, to resume there.
         text: instruction → float32 (rows, width); called once for an instruction (the last 256 are kept).
-        normalizers: for the keys "action" and "proprio"; None leaves raw units.
+        decoder: the widths p and m that proprioception and actions of narrower datasets are padded to with zeros.
+        workers: processes that read windows; 0 reads in threads of this process.
+        skip_broken: replaces a window that cannot be read by the next one of its dataset, and says so in the log; otherwise it is
+            an error.
 
     Returns:
         Iterator of dicts: `video` uint8 (b, past+future, H, W, 3), `video_mask` bool (b, past+future), `text` float32
-        (b, rows, width); for a dataset with actions also `proprio` (b, 1, p), `actions` (b, A, m) and `action_mask` bool (b, A).
+        (b, rows, width); for datasets with actions also `proprio` (b, 1, p), `actions` (b, A, m) and `action_mask` bool (b, A);
+        of these also `action_dims` bool (b, m) if a dataset is narrower than m, and `embodiment` int32 (b,), the number of the
+        row's dataset, if the decoder tells them apart.
 
     Raises:
-        ValueError: if `batch_size` cannot be divided, or a normaliser is missing.
+        ValueError: if `batch_size` cannot be divided.
     """
     if batch_size % process_count or batch_size < 1:
         raise ValueError(f"train.batch_size is {batch_size}; expected a multiple of the {process_count} processes")
-    if normalizers is not None and set(normalizers) != {"action", "proprio"}:
-        raise ValueError(f"normalizers are for {sorted(normalizers)}; expected action and proprio")
-    embed = _once(text)
-
-    def load(index: int) -> dict:
-        sample = dataset[index]
-        sample["text"] = embed(sample.pop("instruction"))
-        if normalizers is not None and "actions" in sample:
-            sample["actions"] = normalizers["action"].normalize(sample["actions"])
-            sample["proprio"] = normalizers["proprio"].normalize(sample["proprio"])
-        return sample
-
     batches = (
-        grain.MapDataset.range(len(dataset))
-        .shuffle(seed)
-        .repeat()  # reshuffles every epoch
+        grain.MapDataset.range(_ENDLESS)
         .slice(slice(process_index, None, process_count))
-        .map(load)
+        .map(_Load(tuple(parts), mixture, _Once(text), decoder, skip_broken))
         .batch(batch_size // process_count)
     )
-    return iter(batches[start_step:].to_iter_dataset(_READ))
+    iterator = batches[start_step:].to_iter_dataset(_READ)
+    if workers:
+        if not flags.FLAGS.is_parsed():  # Grain's own, which nobody parses outside of a launch script
+            flags.FLAGS.mark_as_parsed()
+        iterator = iterator.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+    return iter(iterator)
+
+
+class _Load:
+    """Sample number → one row of a batch."""
+
+    def __init__(self, parts: tuple[Part, ...], mixture: Mixture, text: "_Once", decoder: ActionDecoderConfig, skip_broken: bool):
+        self._parts, self._mixture, self._text, self._decoder, self._skip = parts, mixture, text, decoder, skip_broken
+        self._narrow = any(part.windows.action_dim not in (None, decoder.action_dim) for part in parts)
+        self._skipped = itertools.count(1)  # threads may count at once
+
+    def __call__(self, number: int) -> dict:
+        dataset, window = self._mixture[number]
+        part = self._parts[dataset]
+        sample = self._read(part, window)
+        sample["text"] = self._text(sample.pop("instruction"))
+        if "actions" not in sample:
+            return sample
+        if part.normalizers is not None:
+            sample["actions"] = part.normalizers["action"].normalize(sample["actions"])
+            sample["proprio"] = part.normalizers["proprio"].normalize(sample["proprio"])
+        if self._narrow:
+            sample["action_dims"] = np.arange(self._decoder.action_dim) < sample["actions"].shape[-1]
+        if self._decoder.embodiments:
+            sample["embodiment"] = np.int32(dataset)
+        sample["actions"] = pad_last(sample["actions"], self._decoder.action_dim)
+        sample["proprio"] = pad_last(sample["proprio"], self._decoder.proprio_dim)
+        return sample
+
+    def _read(self, part: Part, window: int) -> dict:
+        for attempt in range(_ATTEMPTS):
+            try:
+                return part.windows[(window + attempt) % len(part.windows)]
+            except DatasetError as error:
+                if not self._skip or attempt == _ATTEMPTS - 1:
+                    raise
+                logging.warning("skipped a window (%d so far): %s", next(self._skipped), error)
+        raise AssertionError("unreachable")
 
 
 class _FrameCache:
@@ -153,6 +244,9 @@ class _FrameCache:
         self._source, self._capacity, self._used = source, capacity, 0
         self._frames: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
+
+    def __reduce__(self):
+        return _FrameCache, (self._source, self._capacity)  # worker processes start with an empty cache
 
     def take(self, episode: int, indices: Sequence[int]) -> np.ndarray:
         with self._lock:
@@ -202,12 +296,16 @@ def _check_horizons(name: str, episodes: Sequence[Episode], config: DataConfig, 
                                f"{len(episodes)} episodes of {name} lasts {longest:.2f} s")
 
 
-def _once(function: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
-    """Caches the function; the lock keeps two threads from computing the same text."""
-    cached, lock = functools.lru_cache(maxsize=_TEXT_CACHE)(function), threading.Lock()
+class _Once:
+    """Caches a function of text; the lock keeps two threads from computing the same. Worker processes start without its cache."""
 
-    def call(text: str) -> np.ndarray:
-        with lock:
-            return cached(text)
+    def __init__(self, function: Callable[[str], np.ndarray]):
+        self._function, self._lock = function, threading.Lock()
+        self._cached = functools.lru_cache(maxsize=_TEXT_CACHE)(function)
 
-    return call
+    def __call__(self, text: str) -> np.ndarray:
+        with self._lock:
+            return self._cached(text)
+
+    def __reduce__(self):
+        return _Once, (self._function,)

@@ -90,6 +90,7 @@ class Mixture:
             empty = [i for i, (size, weight) in enumerate(zip(sizes, phase.weights, strict=True)) if weight and not size]
             if empty:
                 raise ConfigError(f"dataset number {empty[0] + 1} of the mixture has no windows")
+        self._arguments = (sizes, phases, batch_size, seed)
         self._seed = seed
         self._counts = [block_counts(phase.weights) for phase in phases]
         self._first_blocks = [-(-phase.first_step * batch_size // BLOCK) for phase in phases]
@@ -98,6 +99,9 @@ class Mixture:
             self._before.append(self._before[-1] + counts * (after - first))
         self._sizes = sizes
         self._block = functools.lru_cache(maxsize=64)(self._make_block)
+
+    def __reduce__(self):
+        return Mixture, self._arguments  # worker processes start without its cache
 
     def __getitem__(self, index: int) -> tuple[int, int]:
         datasets, windows = self._block(index // BLOCK)

@@ -24,6 +24,7 @@ import jax
 from absl import app, flags, logging
 
 from mimic_video.config import ConfigError, ExperimentConfig
+from mimic_video.embodiments import Embodiment, choose
 from mimic_video.training import checkpoints
 from mimic_video.transforms import Statistics, from_json, statistics_from_published, statistics_to_published, to_json
 from mimic_video.vam import Params, VideoActionModel
@@ -162,16 +163,18 @@ def convert(config: ExperimentConfig) -> None:
         raise ConfigError(f"config field 'tokenizer.kind' is {config.tokenizer.kind!r}; expected 'wan', the published one")
     out = pathlib.Path(_OUT.value)
     checkpoints.require_empty(out)
-    statistics = None
+    embodiments = None
     if _BACKBONE.value is None:
         params = diffusers_weights(config, fetch(_SOURCE.value, _DIFFUSERS_FILES))
     else:
         patterns = [pattern for pattern in (_TOKENIZER.value, _BACKBONE.value, *flags_of_stage.values()) if pattern]
         source = fetch(_SOURCE.value, patterns)
         if config.stage == "action":
-            statistics = read_statistics(only_file(source, "statistics", _STATISTICS.value), config)
+            file = only_file(source, "statistics", _STATISTICS.value)
+            raw_dims = {"action": config.data.raw_action_dims, "proprio": config.data.raw_proprio_dims}
+            embodiments = {file.stem: Embodiment(file.stem, 0, read_statistics(file, config), raw_dims)}
         params = published_weights(config, source)
-    checkpoints.save_converted(out, config, params, statistics)
+    checkpoints.save_converted(out, config, params, embodiments)
     print(f"wrote {out}")
 
 
@@ -180,7 +183,7 @@ def export(run: pathlib.Path, out: pathlib.Path) -> None:
     run, config = run.resolve(), checkpoints.read_config(run)
     statistics = None
     if config.stage == "action":
-        statistics = exported_statistics(from_json(json.loads((run / "statistics.json").read_text())))
+        statistics = exported_statistics(choose(checkpoints.load_embodiments(run), None).statistics)
     params, step = checkpoints.load_params(run, _PRECISION.value)
     print(f"step {step} of {run}")
     suffix = f".{_FORMAT.value}"

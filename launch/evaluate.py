@@ -19,10 +19,10 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from data_pipelines.loader import open_windows
+from data_pipelines.loader import WindowDataset, open_windows
 from data_pipelines.sources.metaworld import expert_steps
 from data_pipelines.sources.rlds import DatasetError
-from mimic_video.config import ExperimentConfig
+from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.evaluation.metaworld import MetaworldFactory
 from mimic_video.evaluation.offline import action_errors, psnr
 from mimic_video.evaluation.rollouts import EpisodeResult, run_rollouts, success_table
@@ -36,8 +36,20 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory", required=True)
 _EXPERT = flags.DEFINE_bool("expert", False, "Evaluate the scripted expert instead of a policy")
 _RECORDED = flags.DEFINE_integer("recorded", 4, "Episodes per task, or video samples, kept as GIF", lower_bound=0)
 
+_DATASET = flags.DEFINE_string("dataset", None, "Of a run on several datasets, the one to evaluate on, by name")
+
 _VIDEO_SAMPLES = 16
 _POLICY_FIELDS = ("data.image_size", "data.past_frames", "data.future_frames", *checkpoints.MODEL_FIELDS, "decoder")
+
+
+def chosen_windows(config: ExperimentConfig) -> WindowDataset:
+    """Held-out windows of the dataset that --dataset names, or of the only one there is."""
+    datasets = open_windows(config, config.data.validation_split)
+    if _DATASET.value is None and len(datasets) == 1:
+        return next(iter(datasets.values()))
+    if _DATASET.value not in datasets:
+        raise ConfigError(f"--dataset is {_DATASET.value!r}; expected one of {', '.join(map(repr, datasets))}")
+    return datasets[_DATASET.value]
 
 
 def save_strip(path: pathlib.Path, real: np.ndarray, predicted: np.ndarray) -> None:
@@ -54,7 +66,7 @@ def evaluate_video(config: ExperimentConfig, run: pathlib.Path) -> dict:
     """Predictions of held-out futures, beside repeating the last observed frame."""
     params, step = checkpoints.load_params(run)
     vam, past = VideoActionModel(config), config.data.past_frames
-    windows = open_windows(config, config.data.validation_split)
+    windows = chosen_windows(config)
     chosen = [windows[int(i)] for i in np.linspace(0, len(windows) - 1, _VIDEO_SAMPLES)]
     real = np.stack([window["video"] for window in chosen])
     encode_text = make_text_encoder(config.text)
@@ -76,8 +88,8 @@ def evaluate_video(config: ExperimentConfig, run: pathlib.Path) -> dict:
 
 def evaluate_policy(config: ExperimentConfig, run: pathlib.Path) -> dict:
     checkpoints.require_same_model(checkpoints.read_config(run), config, _POLICY_FIELDS, run)
-    policy = Policy.load(run, config)
-    windows = open_windows(config, config.data.validation_split)
+    policy = Policy.load(run, config, _DATASET.value)
+    windows = chosen_windows(config)
     samples = [windows[index] for index in range(0, len(windows), 4)]
     open_loop = action_errors(policy, samples, config.data.past_frames, policy.normalizers["action"])
     factory = functools.partial(MetaworldFactory, image_size=config.data.image_size)

@@ -7,6 +7,7 @@ The same command after an interruption continues from the last checkpoint and en
 """
 
 import pathlib
+from collections.abc import Mapping
 
 import experiment
 import jax
@@ -14,33 +15,38 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from data_pipelines.loader import WindowDataset, make_batches, open_windows
+from data_pipelines.loader import Part, WindowDataset, dataset_phases, make_batches, open_windows
+from data_pipelines.mixture import Mixture
 from data_pipelines.sources.rlds import DatasetError
-from data_pipelines.statistics import action_statistics, load_statistics, save_statistics
+from data_pipelines.statistics import action_statistics
 from mimic_video.config import ConfigError, ExperimentConfig
+from mimic_video.embodiments import Embodiment
 from mimic_video.models.patch_tokenizer import PatchTokenizer
 from mimic_video.models.text import make_text_encoder
-from mimic_video.policy.policy import make_normalizers
 from mimic_video.training import checkpoints
 from mimic_video.training.loop import train
+from mimic_video.transforms import Normalizer
 from mimic_video.vam import Params, VideoActionModel
+
+Windows = Mapping[str, WindowDataset]
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory", required=True)
 _VALIDATION_BATCHES = 4
 _BACKBONE_FIELDS = ("data.image_size", "data.past_frames", "data.future_frames", "data.video_hz", *checkpoints.MODEL_FIELDS)
 
 
-def fit_tokenizer(config: ExperimentConfig, windows: WindowDataset) -> Params:
-    """Parameters of a tokenizer fitted to evenly spaced windows."""
-    chosen = np.linspace(0, len(windows) - 1, min(config.tokenizer.fit_windows, len(windows))).astype(int)
-    video = np.stack([windows[int(index)]["video"] for index in chosen]).astype(np.float32) / 127.5 - 1
+def fit_tokenizer(config: ExperimentConfig, datasets: Windows) -> Params:
+    """Parameters of a tokenizer fitted to evenly spaced windows of all datasets."""
+    every = [(windows, index) for windows in datasets.values() for index in range(len(windows))]
+    chosen = np.linspace(0, len(every) - 1, min(config.tokenizer.fit_windows, len(every))).astype(int)
+    video = np.stack([every[i][0][every[i][1]]["video"] for i in chosen]).astype(np.float32) / 127.5 - 1
     tokenizer = PatchTokenizer()
     unexplained = tokenizer.fit(video)
     print(f"tokenizer: unexplained variance {unexplained[0]:.1%} of first frames, {unexplained[1]:.1%} of the others")
     return jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(tokenizer, nnx.Param)))
 
 
-def initial_params(config: ExperimentConfig, windows: WindowDataset) -> Params:
+def initial_params(config: ExperimentConfig, datasets: Windows) -> Params:
     """Random networks, and the tokenizer and backbone of a `backbone_run`."""
     params = VideoActionModel(config).init(jax.random.key(config.seed))
     if config.backbone_run:
@@ -48,7 +54,19 @@ def initial_params(config: ExperimentConfig, windows: WindowDataset) -> Params:
         pretrained, step = checkpoints.load_params(run, "float32" if config.stage == "video" else "configured")
         print(f"backbone: step {step} of {run}")
         return params | {name: pretrained[name] for name in ("tokenizer", "backbone")}
-    return params | {"tokenizer": fit_tokenizer(config, windows)}
+    return params | {"tokenizer": fit_tokenizer(config, datasets)}
+
+
+def find_embodiments(run: pathlib.Path, config: ExperimentConfig, datasets: Windows) -> dict[str, Embodiment]:
+    """The robots of a run with the statistics it started with, or of a new run with those of its datasets."""
+    if (run / "embodiments.json").exists():
+        return checkpoints.load_embodiments(run)
+    embodiments = {
+        name: Embodiment(name, index, action_statistics(windows.episodes, config.data), windows.raw_dims)
+        for index, (name, windows) in enumerate(datasets.items())
+    }
+    checkpoints.save_embodiments(run, embodiments)
+    return embodiments
 
 
 def main(config: ExperimentConfig) -> None:
@@ -59,29 +77,32 @@ def main(config: ExperimentConfig) -> None:
         backbone = pathlib.Path(config.backbone_run)
         checkpoints.require_same_model(checkpoints.read_config(backbone), config, _BACKBONE_FIELDS, backbone)
         checkpoints.require_checkpoint(backbone)
-    windows = open_windows(config, config.data.train_split)
+    datasets, (_, phases) = open_windows(config, config.data.train_split), dataset_phases(config)
+    if config.decoder.embodiments and config.stage == "action" and len(datasets) != config.decoder.embodiments:
+        raise ConfigError(f"config field 'decoder.embodiments' is {config.decoder.embodiments}; expected {len(datasets)}, the "
+                          "number of datasets")  # fmt: skip
     encode_text = make_text_encoder(config.text)
-    for instruction in {episode.instruction for episode in windows.episodes}:
+    for instruction in {episode.instruction for windows in datasets.values() for episode in windows.episodes}:
         encode_text(instruction)  # so that one that does not fit is an error now
     checkpoints.write_config(run, config)
-    normalizers = None
+    normalizers: dict[str, dict[str, Normalizer]] = {}
     if config.stage == "action":
-        statistics = run / "statistics.json"
-        if not statistics.exists():
-            save_statistics(statistics, action_statistics(windows.episodes, config.data))
-        normalizers = make_normalizers(load_statistics(statistics), config)
+        normalizers = {name: e.normalizers(config) for name, e in find_embodiments(run, config, datasets).items()}
 
-    def batches(windows: WindowDataset, seed: int, start_step: int):
+    def batches(datasets: Windows, seed: int, start_step: int):
+        parts = [Part(name, windows, normalizers.get(name)) for name, windows in datasets.items()]
+        mixture = Mixture([len(windows) for windows in datasets.values()], phases, config.train.batch_size, seed)
         return make_batches(
-            windows, batch_size=config.train.batch_size, seed=seed, start_step=start_step, text=encode_text,
-            normalizers=normalizers, process_index=jax.process_index(), process_count=jax.process_count(),
+            parts, mixture, batch_size=config.train.batch_size, start_step=start_step, text=encode_text, decoder=config.decoder,
+            process_index=jax.process_index(), process_count=jax.process_count(), workers=config.data.workers,
+            skip_broken=config.data.skip_broken,
         )  # fmt: skip
 
     validation = []
     if config.train.validate_every:
         stream = batches(open_windows(config, config.data.validation_split), 0, 0)
         validation = [next(stream) for _ in range(_VALIDATION_BATCHES)]
-    train(config, run, lambda: initial_params(config, windows), lambda step: batches(windows, config.seed, step), validation)
+    train(config, run, lambda: initial_params(config, datasets), lambda step: batches(datasets, config.seed, step), validation)
 
 
 if __name__ == "__main__":

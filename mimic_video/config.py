@@ -36,8 +36,8 @@ class DataConfig:
     `action_horizon` actions start `action_delay` seconds after the anchor, at `control_hz` (SPEC 8.3, 8.4).
     """
 
-    video_dataset: str = ""  # prepared RLDS directory for stage 1; actions are not needed there
-    action_dataset: str = ""  # prepared RLDS directory for stage 2
+    video_dataset: str = ""  # RLDS directory for stage 1, where actions are not needed, or a mixture of them: "A,B*2" by weight
+    action_dataset: str = ""  # the same for stage 2; "A,B*2;10000:A" changes weights at a step
     train_split: str = "train"
     validation_split: str = "val"
     image_size: tuple[int, int] = (480, 640)  # height, width in pixels, as the tokenizer sees them
@@ -50,12 +50,15 @@ class DataConfig:
     normalization: Literal["identity", "variance", "squash", "squash_hard"] = "variance"  # of actions and proprio (SPEC 7.1)
     raw_action_dims: tuple[int, ...] = ()  # dimensions that are not normalised: 6-D rotations
     raw_proprio_dims: tuple[int, ...] = ()
-    frame_cache_mb: int = 512  # decoded frames kept in host memory
+    frame_cache_mb: int = 512  # decoded frames of a dataset that are kept in host memory
+    workers: int = 0  # processes that read windows; 0 reads in threads of the training process
+    skip_broken: bool = False  # replaces windows that cannot be read, with a warning, instead of ending training
 
     def __post_init__(self):
         _require_positive(self, "past_frames", "future_frames", "video_hz", "action_horizon", "control_hz")
         _require(self.past_frames % 4 == 1, "data.past_frames", self.past_frames, "1 + a multiple of 4 (tokenizer groups)")
         _require(self.future_frames % 4 == 0, "data.future_frames", self.future_frames, "a multiple of 4 (tokenizer groups)")
+        _require(self.workers >= 0, "data.workers", self.workers, "0 (threads) or a number of processes")
         _require(self.action_delay >= 0, "data.action_delay", self.action_delay, "zero or more seconds")
         for size in self.image_size:
             _require(size > 0 and size % 16 == 0, "data.image_size", self.image_size, "multiples of 16 pixels (latents, patches)")

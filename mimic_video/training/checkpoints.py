@@ -1,7 +1,7 @@
 """Run directories: what a training run leaves on disk, and how it is read back.
 
     run/config.json        the resolved configuration
-    run/statistics.json    normalisation statistics (stage `action`)
+    run/embodiments.json   the robots and their normalisation statistics (stage `action`)
     run/frozen/            parameters that the stage reads but does not train
     run/checkpoints/N/     orbax items after N steps: params, train_state, and ema when it is on; of converted weights, params
     run/metrics.jsonl, run/tensorboard/
@@ -17,9 +17,9 @@ import jax
 import orbax.checkpoint as ocp
 
 from mimic_video.config import ConfigError, ExperimentConfig, experiment_from, to_dict
+from mimic_video.embodiments import Embodiment, from_table, to_table
 from mimic_video.training.sharding import path_name
 from mimic_video.training.steps import TrainState, split_params
-from mimic_video.transforms import Statistics, to_json
 from mimic_video.vam import Params, VideoActionModel
 
 Precision = Literal["configured", "stored", "float32", "bfloat16"]
@@ -143,32 +143,47 @@ def save_frozen(run: pathlib.Path, frozen: Params) -> None:
 
 
 def save_converted(
-    run: pathlib.Path, config: ExperimentConfig, params: Params, statistics: Mapping[str, Statistics] | None = None
+    run: pathlib.Path, config: ExperimentConfig, params: Params, embodiments: Mapping[str, Embodiment] | None = None
 ) -> None:
     """Writes converted weights as a run directory that everything but the continuation of training reads.
 
     Args:
         run: absent or empty.
         params: NumPy or JAX arrays of every network that `config.stage` reads or trains; they are stored in their dtype.
-        statistics: of "action" and "proprio"; given for stage `action`, and only there.
+        embodiments: given for stage `action`, and only there.
 
     Raises:
         RunError: if the directory holds something.
-        ValueError: if `statistics` do not go with the stage.
+        ValueError: if `embodiments` do not go with the stage.
     """
     run = pathlib.Path(run)
     require_empty(run)
-    if (statistics is None) == (config.stage == "action"):
-        raise ValueError(f"statistics are {'missing' if statistics is None else 'given'} for stage '{config.stage}'")
+    if (embodiments is None) == (config.stage == "action"):
+        raise ValueError(f"embodiments are {'missing' if embodiments is None else 'given'} for stage '{config.stage}'")
     # Orbax copies NumPy arrays before it writes them, but not JAX arrays; and those alias aligned NumPy arrays on CPU.
     trained, frozen = split_params(jax.tree.map(lambda leaf: jax.device_put(leaf, may_alias=True), params), config.stage)
     run.mkdir(parents=True, exist_ok=True)
     save_frozen(run, frozen)
     with ocp.CheckpointManager((run / "checkpoints").absolute(), item_handlers={"params": _tree_handler()}) as manager:
         manager.save(0, args=ocp.args.Composite(params=_save_args(trained)))
-    if statistics is not None:
-        write_json(run / "statistics.json", to_json(statistics))
+    if embodiments is not None:
+        save_embodiments(run, embodiments)
     write_config(run, config)  # the last, so that what an interruption leaves is not a run
+
+
+def save_embodiments(run: pathlib.Path, embodiments: Mapping[str, Embodiment]) -> None:
+    write_json(run / "embodiments.json", to_table(embodiments))
+
+
+def load_embodiments(run: pathlib.Path) -> dict[str, Embodiment]:
+    """The robots of a run of stage `action`, by name. Raises RunError if it has none, or their file is damaged."""
+    path = pathlib.Path(run) / "embodiments.json"
+    if not path.exists():
+        raise RunError(f"{run} has no {path.name}: its training has not started, or it is not of stage 'action'")
+    try:
+        return from_table(json.loads(path.read_text()))
+    except ValueError as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
 
 
 def load_frozen(run: pathlib.Path, precision: Precision = "configured") -> Params:

@@ -1,53 +1,13 @@
-"""Small synthetic episodes whose pixels, proprio and actions tell their step."""
+"""Fixtures of the synthetic episodes."""
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
+from synthetic import SIZE, ListSource, step_episode
 
 from data_pipelines.episode import Episode
 from data_pipelines.writers import write_rlds
 from mimic_video.config import DataConfig
-
-SIZE = (16, 32)  # height, width
-
-
-class ArrayFrames:
-    """Frames in memory; counts how many were taken."""
-
-    def __init__(self, frames: np.ndarray):
-        self.frames, self.taken = frames, 0
-
-    def __len__(self) -> int:
-        return len(self.frames)
-
-    def take(self, indices):
-        self.taken += len(indices)
-        return self.frames[list(indices)]
-
-
-class ListSource(list):
-    """A list of episodes with what the loader asks of a source."""
-
-    name = "memory"
-    image_size = SIZE
-    action_dim = 2
-    proprio_dim = 3
-
-
-def step_episode(length: int, *, hz: float = 10.0, episode: int = 0, action_free: bool = False) -> Episode:
-    """Step k of episode e has pixels 4k, proprio 100e + k and actions 100e + k + 0.5."""
-    steps = np.arange(length)
-    frames = np.broadcast_to((4 * steps).astype(np.uint8)[:, None, None, None], (length, *SIZE, 3))
-    values = (100 * episode + steps)[:, None].astype(np.float32)
-    return Episode(
-        name=f"episode {episode}",
-        timestamps=steps / hz,
-        frames=ArrayFrames(frames),
-        instruction=f"do task {episode % 2}",
-        proprio=None if action_free else np.tile(values, (1, 3)),
-        actions=None if action_free else np.tile(values + 0.5, (1, 2)),
-    )
 
 
 @pytest.fixture

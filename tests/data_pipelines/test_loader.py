@@ -1,23 +1,33 @@
 import dataclasses
 import itertools
+import re
 
 import numpy as np
 import pytest
+from synthetic import BrokenFrames, NarrowSource
 
-from data_pipelines.loader import WindowDataset, check_dataset, make_batches
+from data_pipelines.loader import Part, WindowDataset, check_dataset, make_batches
+from data_pipelines.mixture import Mixture, Phase
 from data_pipelines.sources.rlds import DatasetError, RldsSource
 from data_pipelines.statistics import action_statistics
 from mimic_video.config import ActionDecoderConfig, DataConfig, ExperimentConfig, PolicyConfig
 from mimic_video.transforms import Normalizer
+
+DECODER = ActionDecoderConfig(action_dim=2, proprio_dim=3)
 
 
 def text(instruction: str) -> np.ndarray:
     return np.full((2, 3), len(instruction), np.float32)
 
 
-def batches(dataset, count, *, start_step=0, batch_size=4, seed=7, **options):
-    options = {"text": text, "normalizers": None} | options
-    stream = make_batches(dataset, batch_size=batch_size, seed=seed, start_step=start_step, **options)
+def batches(dataset, count, *, start_step=0, batch_size=4, seed=7, normalizers=None, **options):
+    return mixed_batches([Part("steps", dataset, normalizers)], count, start_step, batch_size, seed, **options)
+
+
+def mixed_batches(parts, count, start_step=0, batch_size=4, seed=7, weights=(1.0, 2.0), **options):
+    mixture = Mixture([len(part.windows) for part in parts], [Phase(0, weights[: len(parts)])], batch_size, seed)
+    options = {"text": text, "decoder": DECODER} | options
+    stream = make_batches(parts, mixture, batch_size=batch_size, start_step=start_step, **options)
     return list(itertools.islice(stream, count))
 
 
@@ -101,7 +111,7 @@ def test_normalizers(dataset, config):
     np.testing.assert_array_equal(batch["proprio"], normalizers["proprio"].normalize(raw["proprio"]))
     assert abs(batch["actions"]).max() < 3 < abs(raw["actions"]).max()
     with pytest.raises(ValueError, match="expected action and proprio"):
-        batches(dataset, 1, normalizers={"action": normalizers["action"]})
+        Part("steps", dataset, {"action": normalizers["action"]})
 
 
 def test_errors_while_loading_reach_the_caller(dataset):
@@ -183,3 +193,63 @@ def test_check_dataset_of_an_action_free_dataset(make_source, config):
 
 def test_check_dataset_accepts_what_fits(rlds, config):
     check_dataset(RldsSource(rlds, "train"), experiment_of("action", config))
+
+
+# Mixtures.
+
+
+@pytest.fixture
+def parts(make_source, config):
+    wide = WindowDataset(make_source(12, 20, 9), config, actions=True)
+    return [Part("wide", wide), Part("narrow", WindowDataset(NarrowSource(30, 25), config, actions=True))]
+
+
+def test_robots_of_different_widths_share_batches(parts):
+    decoder = dataclasses.replace(DECODER, embodiments=2)
+    batches = mixed_batches(parts, 256, decoder=decoder)
+    rows = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0] if name != "video"}
+    narrow = rows["embodiment"] == 1
+    assert rows["embodiment"].dtype == np.int32 and narrow.sum() == 683  # two thirds of a block of 1024
+    assert rows["actions"].shape == (1024, 4, 2) and rows["proprio"].shape == (1024, 1, 3)
+    np.testing.assert_array_equal(rows["action_dims"], np.stack([np.ones(1024, bool), ~narrow], 1))
+    np.testing.assert_array_equal(rows["actions"][narrow][..., 1], 0)
+    np.testing.assert_array_equal(rows["proprio"][narrow][..., 2], 0)
+    assert rows["proprio"][narrow][:, 0, 0].min() >= 5000 > rows["proprio"][~narrow].max()
+
+
+def test_each_robot_has_its_own_normaliser(parts, config):
+    statistics = [action_statistics(part.windows.episodes, config) for part in parts]
+    normalizers = [{key: Normalizer.from_statistics(entry[key], "variance") for key in entry} for entry in statistics]
+    normalised = [dataclasses.replace(part, normalizers=own) for part, own in zip(parts, normalizers, strict=True)]
+    for raw, batch in zip(mixed_batches(parts, 8), mixed_batches(normalised, 8), strict=True):
+        assert np.abs(batch["proprio"]).max() < 4
+        for row, value in zip(batch["proprio"], raw["proprio"], strict=True):
+            which = int(value[0, 0] >= 5000)
+            width = parts[which].windows[0]["proprio"].shape[-1]
+            expected = normalised[which].normalizers["proprio"].normalize(value[:, :width])
+            np.testing.assert_array_equal(row[:, :width], expected)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_resuming_with_any_workers_and_hosts(parts, workers, hosts):
+    whole = mixed_batches(parts, 9)
+    resumed = [mixed_batches(parts, 3, start_step=6, workers=workers, process_index=host, process_count=hosts)
+               for host in range(hosts)]  # fmt: skip
+    for step in range(3):
+        shares = list(itertools.chain(*(windows_of(part[step]) for part in resumed)))
+        assert sorted(shares) == sorted(windows_of(whole[6 + step]))
+
+
+def test_a_broken_window_ends_training_or_is_skipped_and_counted(make_source, config, caplog):
+    source = make_source(12, 20, 9)
+    source[1] = dataclasses.replace(source[1], frames=BrokenFrames(source[1].frames.frames))
+    windows = WindowDataset(source, config, actions=True)
+    with pytest.raises(DatasetError, match="memory episode 1: image_primary of step 3"):
+        batches(windows, 8)
+    with caplog.at_level("WARNING", logger="absl"):
+        read = batches(windows, 38 // 4, skip_broken=True)
+    rows = [value for batch in read for value in windows_of(batch)]
+    assert not [value for value in rows if 100 <= value < 200]
+    counts = [int(found) for found in re.findall(r"skipped a window \((\d+) so far\): memory episode 1", caplog.text)]
+    assert sorted(counts) == list(range(1, len(counts) + 1)) and len(counts) >= 19

@@ -13,10 +13,11 @@ import tiny
 import torch
 from diffusers import AutoencoderKLWan, CosmosTransformer3DModel
 
+from mimic_video.embodiments import Embodiment
 from mimic_video.policy.policy import Policy
 from mimic_video.training import checkpoints
 from mimic_video.training.loop import train
-from mimic_video.transforms import compute_statistics, from_json, statistics_to_published
+from mimic_video.transforms import compute_statistics, statistics_to_published, to_json
 from mimic_video.vam import VideoActionModel
 from mimic_video.weights.files import open_tensors, write_pt
 from mimic_video.weights.published import ACTION_DECODER_NAMES, VIDEO_DIT_NAMES, export_params, published_shapes
@@ -24,7 +25,7 @@ from mimic_video.weights.wan_names import WAN_VAE_NAMES
 
 ACTION = tiny.experiment(
     precision="bfloat16", tokenizer={"kind": "wan", "width": 2}, backbone={"num_heads": 1},
-    decoder={"action_dim": 10, "proprio_dim": 10}, train={"ema_decay": 0.0},
+    decoder={"action_dim": 10, "proprio_dim": 10}, data={"raw_action_dims": (3, 4, 5, 6, 7, 8)}, train={"ema_decay": 0.0},
 )  # fmt: skip
 NAMES = {"tokenizer": WAN_VAE_NAMES, "backbone": VIDEO_DIT_NAMES, "decoder": ACTION_DECODER_NAMES}
 FILES = {"tokenizer": "video_backbone/tokenizer/tokenizer.pth", "backbone": "video_backbone/v2w_bridge_lora_fused.pt",
@@ -114,8 +115,9 @@ def test_a_policy_from_published_files(convert, source, tmp_path, tensors, stati
     assert step == 0 and {leaf.dtype.name for leaf in jax.tree.leaves(configured)} == {"bfloat16"}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(checkpoints.load_params(run, "float32")[0])} == {"float32"}
     assert checkpoints.read_config(run) == ACTION
-    kept = from_json(json.loads((run / "statistics.json").read_text()))
-    np.testing.assert_array_equal(kept["action"].mean_clamped, statistics["action"].mean_clamped)
+    robot = checkpoints.load_embodiments(run)["bridge"]
+    np.testing.assert_array_equal(robot.statistics["action"].mean_clamped, statistics["action"].mean_clamped)
+    assert robot.raw_dims == {"action": ACTION.data.raw_action_dims, "proprio": ()}
     policy = Policy.load(run)
     chunk = policy(np.zeros((1, 5, *tiny.SIZE, 3), np.uint8), np.zeros((1, 10), np.float32), ["do it"])
     assert chunk.shape == (1, 4, 10) and np.isfinite(chunk).all()
@@ -147,14 +149,14 @@ def test_an_export_in_float32_with_our_own_statistics_comes_back(convert, launch
     convert(tmp_path / "export", "--backbone=video_backbone/*.safetensors", "--decoder=action_decoder/*",
             "--statistics=dataset_statistics/*", "--tokenizer=video_backbone/tokenizer/*")  # fmt: skip
     assert_params(tmp_path / "run", wide)
-    statistics = [(tmp_path / name / "statistics.json").read_text() for name in ("first", "run")]
-    assert statistics[0] == statistics[1]
+    robots = [next(iter(checkpoints.load_embodiments(tmp_path / name).values())) for name in ("first", "run")]
+    assert to_json(robots[0].statistics) == to_json(robots[1].statistics)
 
 
 def test_a_backbone_alone(convert, source, tmp_path, tensors):
     convert(source, PATTERNS[0], stage="video")
     assert_params(tmp_path / "run", {part: tensors[part] for part in ("tokenizer", "backbone")})
-    assert not (tmp_path / "run" / "statistics.json").exists()
+    assert not (tmp_path / "run" / "embodiments.json").exists()
 
 
 def test_lora_and_moving_averages(convert, tmp_path, tensors):
@@ -281,7 +283,8 @@ def test_exports_that_are_refused(convert, launch, source, tmp_path):
     statistics = {
         key: compute_statistics(random.standard_normal((5, 1, width))) for key, width in (("action", 4), ("proprio", 10))
     }
-    checkpoints.save_converted(tmp_path / "narrow", config, tiny.params(config), statistics)
+    robot = Embodiment("narrow", 0, statistics, {"action": (), "proprio": ()})
+    checkpoints.save_converted(tmp_path / "narrow", config, tiny.params(config), {"narrow": robot})
     assert_refused(
         launch("convert", f"--run={tmp_path / 'narrow'}", f"--out={tmp_path / 'export'}", "--robot=bridge"), r"\(1, 4\)"
     )
@@ -314,8 +317,9 @@ def test_converted_weights_keep_the_dtype_that_each_network_computes_in(tmp_path
         jax.tree.map(np.testing.assert_array_equal, loaded[part], rounded)
 
 
-def test_statistics_go_with_the_stage(tmp_path, statistics):
-    for config, given in ((tiny.experiment(), None), (tiny.experiment(stage="video"), statistics)):
+def test_embodiments_go_with_the_stage(tmp_path, statistics):
+    robots = {"arm": Embodiment("arm", 0, statistics, {"action": (), "proprio": ()})}
+    for config, given in ((tiny.experiment(), None), (tiny.experiment(stage="video"), robots)):
         with pytest.raises(ValueError, match=f"for stage '{config.stage}'"):
             checkpoints.save_converted(tmp_path / "run", config, {}, given)
     assert not (tmp_path / "run").exists()

@@ -1,20 +1,24 @@
-import json
+import dataclasses
 
 import jax
 import numpy as np
 import pytest
 import tiny
 
-from mimic_video.policy.policy import Policy, make_normalizers
+from mimic_video.config import ConfigError
+from mimic_video.embodiments import Embodiment
+from mimic_video.policy.policy import Policy
 from mimic_video.training import checkpoints
 from mimic_video.training.steps import make_state, split_params
-from mimic_video.transforms import compute_statistics, to_json
+from mimic_video.transforms import compute_statistics
 
 CONFIG = tiny.experiment()
 STATISTICS = {
     "action": compute_statistics(np.random.default_rng(0).normal([5, -3], [0.1, 2.0], (200, 4, 2))),
     "proprio": compute_statistics(np.random.default_rng(1).normal(1.0, 2.0, (200, 1, 3))),
 }
+
+ROBOT = Embodiment("arm", 0, STATISTICS, {"action": (), "proprio": ()})
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +28,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def policy(params):
-    return Policy(CONFIG, params, make_normalizers(STATISTICS, CONFIG))
+    return Policy(CONFIG, params, ROBOT)
 
 
 def observation(batch=2, seed=0):
@@ -39,7 +43,7 @@ def test_a_plan_is_a_function_of_observation_seed_and_query(policy, params):
     policy(*observation(seed=1), query=5)  # no state is left behind
     np.testing.assert_array_equal(policy(*observation()), plan)
     np.testing.assert_array_equal(policy(*observation(), query=0), plan)
-    fresh, other = (Policy(CONFIG, params, make_normalizers(STATISTICS, CONFIG), seed=seed) for seed in (0, 1))
+    fresh, other = (Policy(CONFIG, params, ROBOT, seed=seed) for seed in (0, 1))
     np.testing.assert_array_equal(fresh(*observation()), plan)
     for changed in (policy(*observation(), query=1), other(*observation()), policy(*observation(seed=1))):
         assert np.abs(changed - plan).max(axis=(1, 2)).min() > 1e-3
@@ -57,7 +61,7 @@ def test_every_observation_matters_and_only_to_its_own_robot(policy, name):
 
 
 def test_plans_are_in_raw_units(policy, params):
-    normalised = Policy(CONFIG, params, make_normalizers(STATISTICS, tiny.experiment(data={"normalization": "identity"})))
+    normalised = Policy(tiny.experiment(data={"normalization": "identity"}), params, ROBOT)
     images, proprio, instructions = observation()
     entry = STATISTICS["proprio"]
     seen = (proprio[:, None] - entry.mean_clamped) / entry.std_clamped
@@ -91,7 +95,7 @@ def write_run(run, config, params):
 def test_a_policy_is_loaded_from_a_run(tmp_path, policy, params):
     """It plans as the one in memory: with the moving average, and the run's statistics."""
     write_run(tmp_path, CONFIG, params)
-    (tmp_path / "statistics.json").write_text(json.dumps(to_json(STATISTICS)))
+    checkpoints.save_embodiments(tmp_path, {"arm": ROBOT})
     np.testing.assert_allclose(Policy.load(tmp_path)(*observation()), policy(*observation()), rtol=1e-5, atol=1e-6)
     longer = Policy.load(tmp_path, tiny.experiment(policy={"action_steps": 3}))
     assert np.abs(longer(*observation()) - policy(*observation())).max() > 1e-4
@@ -107,15 +111,38 @@ def test_a_run_that_is_no_policy(tmp_path):
 
 def test_published_noise_makes_a_plan_a_function_of_the_observation(params):
     config = tiny.experiment(policy={"noise": "numpy"})
-    policy = Policy(config, params, make_normalizers(STATISTICS, config))
+    policy = Policy(config, params, ROBOT)
     plan = policy(*observation())
     np.testing.assert_array_equal(policy(*observation(), query=3), plan)
     assert np.abs(policy(*observation(seed=1)) - plan).max() > 1e-3
 
 
 def test_normalisers_as_configured():
-    config = tiny.experiment(data={"raw_action_dims": (1,)}, compat={"bfloat16_low_dim": True})
-    action, proprio = (make_normalizers(STATISTICS, config)[key] for key in ("action", "proprio"))
+    config = tiny.experiment(compat={"bfloat16_low_dim": True})
+    robot = dataclasses.replace(ROBOT, raw_dims={"action": (1,), "proprio": ()})
+    action, proprio = (robot.normalizers(config)[key] for key in ("action", "proprio"))
     values = np.full((4, 2), 5.001, np.float32)
     np.testing.assert_array_equal(action.normalize(values)[:, 1], 5.0)  # left as it is, but for its rounding
     assert (np.abs(action.normalize(values)[:, 0]) < 1).all() and proprio.scale.shape == (1, 3)
+
+
+def test_one_model_for_two_robots(tmp_path):
+    """Of a mixture: each with its own widths, statistics and token."""
+    config = tiny.experiment(decoder={"embodiments": 2})
+    narrow = {"action": compute_statistics(np.random.default_rng(2).normal(50, 1.0, (200, 4, 1))),
+              "proprio": compute_statistics(np.random.default_rng(3).normal(0, 1.0, (200, 1, 2)))}  # fmt: skip
+    robots = {"arm": ROBOT, "lift": Embodiment("lift", 1, narrow, {"action": (), "proprio": ()})}
+    params = tiny.params(config)
+    write_run(tmp_path, config, params)
+    checkpoints.save_embodiments(tmp_path, robots)
+    arm, lift = (Policy.load(tmp_path, embodiment=name) for name in robots)
+    images, proprio, instructions = observation()
+    plan = lift(images, proprio[:, :2], instructions)
+    assert plan.shape == (2, 4, 1) and 40 < plan.mean() < 60
+    other_token = Policy(config, params, dataclasses.replace(robots["lift"], index=0))(images, proprio[:, :2], instructions)
+    assert np.abs(other_token - plan).max() > 1e-3
+    assert arm(images, proprio, instructions).shape == (2, 4, 2)
+    with pytest.raises(ValueError, match=r"'proprio' has shape \(2, 3\); expected \(2, 2\)"):
+        lift(images, proprio, instructions)
+    with pytest.raises(ConfigError, match="the embodiment is None; this model has 'arm', 'lift'"):
+        Policy.load(tmp_path)

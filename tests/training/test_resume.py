@@ -126,8 +126,8 @@ def test_an_action_run_that_was_killed_twice_ends_with_the_same_bits(command, vi
     assert 30 <= max(saved_steps(killed)) < STEPS - CHECKPOINT_EVERY
     run(command("action", killed, *overrides))
     assert_same_run(killed, whole)
-    before = json.loads((whole / "statistics.json").read_text())
-    assert json.loads((killed / "statistics.json").read_text()) == before
+    before = json.loads((whole / "embodiments.json").read_text())
+    assert json.loads((killed / "embodiments.json").read_text()) == before
     trained = checkpoints.load_params(video_run)[0]["backbone"]
     kept = checkpoints.load_frozen(killed)["backbone"]
     jax.tree.map(np.testing.assert_array_equal, kept, trained)  # the backbone is the video run's moving average

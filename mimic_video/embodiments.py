@@ -1,0 +1,88 @@
+"""Robots that one model drives: widths of their actions and proprioception, and how these are normalised.
+
+A model that was trained on a mixture has one action width, the widest; other robots use its first dimensions.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from mimic_video.config import ConfigError, ExperimentConfig
+from mimic_video.transforms import Normalizer, Statistics, from_json, to_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Embodiment:
+    """One robot, or one dataset of it.
+
+    Attributes:
+        name: of the robot or dataset.
+        index: its number in the model's embodiment table.
+        statistics: of "action" (A, m) and "proprio" (1, p), raw units.
+        raw_dims: dimensions of "action" and of "proprio" that are not normalised: 6-D rotations.
+    """
+
+    name: str
+    index: int
+    statistics: Mapping[str, Statistics]
+    raw_dims: Mapping[str, tuple[int, ...]]
+
+    @property
+    def action_dim(self) -> int:
+        return self.statistics["action"].mean.shape[-1]
+
+    @property
+    def proprio_dim(self) -> int:
+        return self.statistics["proprio"].mean.shape[-1]
+
+    def normalizers(self, config: ExperimentConfig) -> dict[str, Normalizer]:
+        """Normalisers of "action" and "proprio" as the experiment configures them."""
+        dtype = jnp.bfloat16 if config.compat.bfloat16_low_dim else np.float32
+        return {
+            key: Normalizer.from_statistics(entry, config.data.normalization, key, raw_dims=self.raw_dims[key], dtype=dtype)
+            for key, entry in self.statistics.items()
+        }
+
+
+ROTATION_DIMS = tuple(range(3, 9))  # of the vector [position 3 | rot6d 6 | gripper 1]
+
+
+def to_table(embodiments: Mapping[str, Embodiment]) -> list[dict[str, Any]]:
+    """JSON form of a model's embodiments, in their order. `from_table` inverts it exactly."""
+    ordered = sorted(embodiments.values(), key=lambda embodiment: embodiment.index)
+    return [
+        {"name": e.name, "raw_dims": {key: list(dims) for key, dims in e.raw_dims.items()}, "statistics": to_json(e.statistics)}
+        for e in ordered
+    ]
+
+
+def from_table(table: list[dict[str, Any]]) -> dict[str, Embodiment]:
+    """Name → embodiment. Raises ValueError if the table is not of the form that `to_table` gives."""
+    try:
+        return {
+            entry["name"]: Embodiment(
+                entry["name"], index, from_json(entry["statistics"]),
+                {key: tuple(entry["raw_dims"][key]) for key in ("action", "proprio")},
+            )
+            for index, entry in enumerate(table)
+        }  # fmt: skip
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not a table of embodiments: {error!r}") from error
+
+
+def choose(embodiments: Mapping[str, Embodiment], name: str | None) -> Embodiment:
+    """The named embodiment; the only one if there is no name. Raises ConfigError, listing those there are."""
+    if name is None and len(embodiments) == 1:
+        return next(iter(embodiments.values()))
+    if name not in embodiments:
+        raise ConfigError(f"the embodiment is {name!r}; this model has {', '.join(map(repr, embodiments))}")
+    return embodiments[name]
+
+
+def pad_last(values: Float[np.ndarray, "... d"], width: int) -> Float[np.ndarray, "... width"]:
+    """Zeros after the last dimension up to `width`."""
+    return np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, width - values.shape[-1])])
