@@ -2,7 +2,7 @@
 
     python launch/collect.py --config=configs/quickstart.py --out=runs/quickstart/data --videos=100 --demonstrations=20
 
-for every task of the experiment's `evaluation.tasks`, at its image size and control rate.
+for every task of the experiment's `evaluation.tasks`, at its image size and control rate and in its `evaluation.layout`.
 `OUT/videos` holds action-free videos for stage 1 and `OUT/demonstrations` labelled episodes for stage 2, each with the splits
 `train` and `val`. No episode is in two of these. A dataset that exists already is left as it is.
 """
@@ -38,7 +38,7 @@ def episodes(config: ExperimentConfig, dataset: str, split: str, count: int) -> 
     labelled, workers = dataset == "demonstrations", config.evaluation.workers
     for task in config.evaluation.tasks:
         seeds = itertools.count(_FIRST_SEEDS[dataset, split])
-        source = demonstrations(task, seeds, config.data.image_size, labelled=labelled, num_workers=workers)
+        source = demonstrations(task, seeds, config.data.image_size, labelled, workers, config.evaluation.layout)
         yield from tqdm(itertools.islice(source, count), total=count, desc=f"{dataset}/{split} {task}", unit="episode")
 
 

@@ -92,7 +92,7 @@ def evaluate_policy(config: ExperimentConfig, run: pathlib.Path) -> dict:
     windows = chosen_windows(config)
     samples = [windows[index] for index in range(0, len(windows), 4)]
     open_loop = action_errors(policy, samples, config.data.past_frames, policy.normalizers["action"])
-    factory = functools.partial(MetaworldFactory, image_size=config.data.image_size)
+    factory = functools.partial(MetaworldFactory, image_size=config.data.image_size, layout=config.evaluation.layout)
     results = run_rollouts(policy, factory, config, record=_RECORDED.value)
     for result in results:
         if result.frames is not None:
@@ -105,7 +105,7 @@ def evaluate_expert(config: ExperimentConfig) -> dict:
     """The ceiling: the expert that gave the demonstrations, without noise, under the same step limit."""
     evaluation, results = config.evaluation, []
     for task in evaluation.tasks:
-        factory = MetaworldFactory(task, config.data.image_size)
+        factory = MetaworldFactory(task, config.data.image_size, config.evaluation.layout)
         for seed in range(evaluation.first_seed, evaluation.first_seed + evaluation.episodes_per_task):
             steps = expert_steps(factory, seed, evaluation.max_steps)
             results.append(EpisodeResult(task, seed, steps is not None, steps or evaluation.max_steps))

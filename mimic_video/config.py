@@ -274,6 +274,7 @@ class EvaluationConfig:
     """Closed-loop evaluation in a simulator."""
 
     simulator: Literal["metaworld"] = "metaworld"
+    layout: Literal["native", "delta"] = "native"  # of the simulator's actions and proprioception; "delta": poses of 10 numbers
     tasks: tuple[str, ...] = ()
     episodes_per_task: int = 20
     first_seed: int = 1_000_000  # far from the seeds of any demonstration

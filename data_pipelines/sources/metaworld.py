@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.episode import Episode
-from mimic_video.evaluation.metaworld import MetaworldEnvironment, MetaworldFactory
+from mimic_video.evaluation.metaworld import Layout, MetaworldEnvironment, MetaworldFactory, to_delta
 
 NOISE_SCALES = (0.0, 0.25, 0.5)  # standard deviation of the noise on executed x, y, z; episodes cycle through them
 MAX_STEPS = 125  # control steps, Meta-World's own limit: an expert that has not succeeded by then has failed
@@ -39,7 +39,12 @@ class ArrayFrames:
 
 
 def demonstrations(
-    task: str, seeds: Iterable[int], image_size: tuple[int, int], labelled: bool = True, num_workers: int = 2
+    task: str,
+    seeds: Iterable[int],
+    image_size: tuple[int, int],
+    labelled: bool = True,
+    num_workers: int = 2,
+    layout: Layout = "native",
 ) -> Iterator[Episode]:
     """Successful episodes of a task's scripted expert, in the order of the seeds, simulated in worker processes.
 
@@ -56,12 +61,13 @@ def demonstrations(
         image_size: (height, width) in pixels.
         labelled: False yields action-free videos, without proprioception and actions.
         num_workers: simulator processes.
+        layout: of actions and proprioception, see `MetaworldEnvironment`.
 
     Raises:
         ValueError: for an unknown task.
         RuntimeError: when the simulator fails, naming the seed; and after the last seed, when the expert never succeeded.
     """
-    return _collect(MetaworldFactory(task, image_size), seeds, labelled, num_workers)
+    return _collect(MetaworldFactory(task, image_size, layout), seeds, labelled, num_workers)
 
 
 def demonstrate(factory: MetaworldFactory, seed: int) -> Episode | None:
@@ -78,10 +84,10 @@ def demonstrate(factory: MetaworldFactory, seed: int) -> Episode | None:
         action = expert(environment.state)
         images.append(observation.image)
         proprio.append(observation.proprio)
-        actions.append(action)
+        actions.append(_in_layout(action, factory))
         executed = action.copy()
         executed[:3] += noise_scale * noise.standard_normal(3)
-        observation, success = environment.step(executed)
+        observation, success = environment.step(_in_layout(executed, factory))
         remaining -= 1
         if success and not succeeded:
             succeeded, remaining = True, STEPS_AFTER_SUCCESS
@@ -94,6 +100,7 @@ def demonstrate(factory: MetaworldFactory, seed: int) -> Episode | None:
         instruction=environment.instruction,
         proprio=np.stack(proprio),
         actions=np.stack(actions),
+        action_layout="vector" if factory.layout == "native" else "delta",
     )
 
 
@@ -102,10 +109,14 @@ def expert_steps(factory: MetaworldFactory, seed: int, max_steps: int) -> int | 
     environment, expert = _environment(factory), _expert(factory.task)
     environment.reset(seed)
     for step in range(1, max_steps + 1):
-        _, success = environment.step(expert(environment.state))
+        _, success = environment.step(_in_layout(expert(environment.state), factory))
         if success:
             return step
     return None
+
+
+def _in_layout(action: np.ndarray, factory: MetaworldFactory) -> np.ndarray:
+    return action if factory.layout == "native" else to_delta(action)
 
 
 def _expert(task: str) -> Callable[[np.ndarray], np.ndarray]:

@@ -6,13 +6,17 @@ import dataclasses
 import difflib
 import os
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from mimic_video.evaluation.environment import Observation, checked_action
 
 ACTION_REPEAT = 4  # simulator steps of 12.5 ms per control step
+STEP = 0.01 * ACTION_REPEAT  # metres that an action of 1 asks for in a control step
+
+_UPRIGHT = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)  # rot6d of a hand that does not turn
+Layout = Literal["native", "delta"]
 
 INSTRUCTIONS = {
     "assembly-v3": "pick up the wrench and put its ring over the peg",
@@ -75,6 +79,7 @@ class MetaworldFactory:
     Attributes:
         task: a key of `INSTRUCTIONS`.
         image_size: (height, width) of the camera image in pixels.
+        layout: of actions and proprioception, see `MetaworldEnvironment`.
 
     Raises:
         ValueError: for an unknown task, naming the nearest known one. Meta-World itself is only needed by the call.
@@ -82,6 +87,7 @@ class MetaworldFactory:
 
     task: str
     image_size: tuple[int, int]
+    layout: Layout = "native"
 
     def __post_init__(self):
         if self.task not in INSTRUCTIONS:
@@ -91,7 +97,7 @@ class MetaworldFactory:
             raise ValueError(f"image_size is {self.image_size}; expected a positive height and width")
 
     def __call__(self) -> "MetaworldEnvironment":
-        return MetaworldEnvironment(self.task, self.image_size)
+        return MetaworldEnvironment(self.task, self.image_size, self.layout)
 
 
 class MetaworldEnvironment:
@@ -101,14 +107,16 @@ class MetaworldEnvironment:
     its fingers. The controller saturates each at ±1. Proprioception (p=4) is the gripper's position in metres and its
     opening, 0 closed to 1 open.
 
+    In the layout "delta" the same robot speaks in pose vectors (m=p=10): actions are [displacement in metres per control step |
+    rot6d | opening 0 … 1], proprioception is [position | rot6d | opening]. Its hand never turns.
+
     Meta-World's own limit of 500 simulator steps is lifted: how long an episode lasts is the caller's decision.
     """
 
-    action_dim = 4
-    proprio_dim = 4
-
-    def __init__(self, task: str, image_size: tuple[int, int]):
+    def __init__(self, task: str, image_size: tuple[int, int], layout: Layout = "native"):
         """Prefer `MetaworldFactory`, which checks its arguments. Raises ImportError when Meta-World or OpenGL is missing."""
+        self.layout = layout
+        self.action_dim = self.proprio_dim = {"native": 4, "delta": 10}[layout]
         self.instruction = INSTRUCTIONS[task]
         self._simulator = _make_simulator(task)
         self.control_hz = 1 / (self._simulator.dt * ACTION_REPEAT)
@@ -131,7 +139,8 @@ class MetaworldEnvironment:
     def step(self, action: np.ndarray) -> tuple[Observation, bool]:
         if self._state is None:
             raise RuntimeError("reset the environment before stepping it")
-        action = np.clip(checked_action(action, self.action_dim), -1, 1)
+        action = checked_action(action, self.action_dim)
+        action = np.clip(action if self.layout == "native" else from_delta(action), -1, 1)
         success = False
         for _ in range(ACTION_REPEAT):
             self._state, _, _, _, info = self._simulator.step(action)
@@ -144,7 +153,20 @@ class MetaworldEnvironment:
 
     def _observe(self) -> Observation:
         image = self._renderer.render(self._simulator.model, self._simulator.data)
-        return Observation(image, self.state[: self.proprio_dim].astype(np.float32))
+        x, y, z, opening = self.state[:4]
+        proprio = (x, y, z, opening) if self.layout == "native" else (x, y, z, *_UPRIGHT, opening)
+        return Observation(image, np.asarray(proprio, np.float32))
+
+
+def to_delta(action: np.ndarray) -> np.ndarray:
+    """Native actions (..., 4) in the layout "delta" (..., 10)."""
+    upright = np.broadcast_to(np.asarray(_UPRIGHT, action.dtype), (*action.shape[:-1], 6))
+    return np.concatenate([action[..., :3] * STEP, upright, (1 - action[..., 3:]) / 2], axis=-1).astype(action.dtype)
+
+
+def from_delta(action: np.ndarray) -> np.ndarray:
+    """The inverse of `to_delta`; the rotation is not looked at."""
+    return np.concatenate([action[..., :3] / STEP, 1 - 2 * action[..., 9:]], axis=-1).astype(action.dtype)
 
 
 def _make_simulator(task: str) -> Any:

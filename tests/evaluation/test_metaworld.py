@@ -9,7 +9,7 @@ import pytest
 
 from mimic_video.config import experiment_from
 from mimic_video.evaluation.environment import EnvironmentPool, Observation
-from mimic_video.evaluation.metaworld import INSTRUCTIONS, MetaworldFactory
+from mimic_video.evaluation.metaworld import INSTRUCTIONS, MetaworldFactory, from_delta, to_delta
 from mimic_video.evaluation.rollouts import run_rollouts
 
 DRAWER = MetaworldFactory("drawer-open-v3", (64, 64))
@@ -45,6 +45,22 @@ def test_every_task_has_an_instruction():
 def test_an_unknown_task_names_the_nearest():
     with pytest.raises(ValueError, match="'draw-open'; did you mean 'drawer-open-v3'"):
         MetaworldFactory("draw-open", (64, 64))
+
+
+def test_pose_vectors_drive_the_same_robot():
+    native, delta = DRAWER(), dataclasses.replace(DRAWER, layout="delta")()
+    assert (delta.action_dim, delta.proprio_dim) == (10, 10)
+    first, second = native.reset(3), delta.reset(3)
+    for action in np.random.default_rng(0).uniform(-1, 1, (4, 4)).astype(np.float32):
+        np.testing.assert_array_equal(second.proprio[[0, 1, 2, 9]], first.proprio)
+        np.testing.assert_array_equal(second.proprio[3:9], [1, 0, 0, 0, 1, 0])
+        np.testing.assert_array_equal(second.image, first.image)
+        vector = to_delta(action)
+        np.testing.assert_allclose(vector[:3], action[:3] * 0.04, rtol=1e-6)  # metres in a control step
+        np.testing.assert_allclose(from_delta(vector), action, atol=1e-6)
+        assert 0 <= vector[9] <= 1 and (vector[9] < 0.5) == (action[3] > 0)  # force closes
+        (first, _), (second, _) = native.step(action), delta.step(vector)
+    np.testing.assert_allclose(delta.state, native.state, atol=1e-6)
 
 
 def test_observation_and_rates():

@@ -1,0 +1,123 @@
+"""What the command prints and draws, on small datasets in the published schema of Bridge and in our own layout."""
+
+import io
+import pathlib
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from data_pipelines.episode import Episode
+from data_pipelines.oxe import registry
+from data_pipelines.sources.metaworld import ArrayFrames
+from data_pipelines.writers import write_rlds
+
+TEMPLATE = pathlib.Path(__file__).parents[2] / "configs" / "my_robot.py"
+STEPS = 6
+
+
+def jpeg(value):
+    file = io.BytesIO()
+    Image.fromarray(np.full((24, 32, 3), value, np.uint8)).save(file, "JPEG")
+    file.seek(0)
+    return file
+
+
+def write_bridge(root, name="bridge_orig", episodes=2, action_dim=7):
+    """A dataset of the features of BridgeData V2, with small images."""
+    directory = root / name / "1.0.0"
+    directory.mkdir(parents=True)
+    image = tfds.features.Image(shape=(24, 32, 3), dtype=np.uint8, encoding_format="jpeg")
+    features = tfds.features.FeaturesDict({
+        "steps": tfds.features.Dataset({
+            "observation": {"image_0": image, "image_1": image, "state": tfds.features.Tensor(shape=(7,), dtype=np.float32)},
+            "action": tfds.features.Tensor(shape=(action_dim,), dtype=np.float32),
+            "language_instruction": tfds.features.Text(),
+            "is_first": np.bool_, "is_last": np.bool_,
+        }),
+        "episode_metadata": {"file_path": tfds.features.Text()},
+    })
+    identity = tfds.core.DatasetIdentity(name, tfds.core.Version("1.0.0"), data_dir=str(directory), module_name="")
+    info = tfds.core.DatasetInfo(builder=identity, features=features)
+    writer = tfds.core.SequentialWriter(info, 10, file_format="array_record")
+    writer.initialize_splits(["train"])
+    for episode in range(episodes):
+        steps = [{
+            "observation": {"image_0": jpeg(40 * k), "image_1": jpeg(255), "state": np.full(7, 0.1 * k, np.float32)},
+            "action": np.full(action_dim, 0.1 * k, np.float32), "language_instruction": f"task {episode}",
+            "is_first": k == 0, "is_last": k == STEPS - 1,
+        } for k in range(STEPS)]
+        writer.add_examples({"train": [{"steps": steps, "episode_metadata": {"file_path": ""}}]})
+    writer.close_all()
+    return directory
+
+
+def lines(output, start):
+    """The line that starts so, without the spaces between its words."""
+    return [" ".join(line.split()) for line in output.splitlines() if line.strip().startswith(start)]
+
+
+def test_entry_of_the_registry(launch):
+    output = launch("inspect_data", "kuka")
+    assert lines(output, "rate") == ["rate 10 Hz"]
+    assert lines(output, "actions") == ["actions delta (10): Δposition 3 [m] | rotation 6 [rot6d rows] | gripper 1 [1 = open]"]
+    assert lines(output, "serves") == ["serves stages 1 and 2"]
+    assert lines(launch("inspect_data", "roboturk"), "serves") == ["serves stage 1 only"]
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_dataset_on_disk(launch, tmp_path, by_name):
+    directory = write_bridge(tmp_path)
+    where = ("bridge_orig", f"--directory={directory}") if by_name else (directory,)
+    output = launch("inspect_data", *where, f"--out={tmp_path / 'out'}", "--samples=1")
+    assert lines(output, "steps/action") == ["steps/action tensor float32 (7,); expected numbers of shape (7,)"]
+    assert lines(output, "episode 0, primary") == ["episode 0, primary, -0.8 to +11.2 s around step 3 of 6: 'task 0'"]
+    # All dimensions of step k are k / 10; x is a position that was reached, from 0 to 0.5.
+    assert lines(output, "position 0") == ["position 0 [m] 0.0000 0.2500 0.5000"]
+    picture = np.asarray(Image.open(tmp_path / "out" / "bridge_orig" / "windows.png"))
+    assert picture.shape == (2 * (96 + 2), 8 * 128, 3)  # two cameras
+    assert picture[40, 5, 0] < picture[40, -5, 0] and picture[140].min() > 240
+    assert Image.open(tmp_path / "out" / "bridge_orig" / "actions.png").size[0] > 500
+
+
+def test_features_that_differ(launch, tmp_path):
+    directory = write_bridge(tmp_path, action_dim=8)
+    output = launch("inspect_data", "bridge_orig", f"--directory={directory}", f"--out={tmp_path / 'out'}")
+    assert "'steps/action' is tensor float32 (8,); expected numbers of shape (7,)" in output and output.startswith("error: ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_our_own_layout(launch, tmp_path, labelled):
+    values = np.arange(STEPS, dtype=np.float32)[:, None]
+    episode = Episode("e", np.arange(STEPS) / 5.0, ArrayFrames(np.zeros((STEPS, 16, 16, 3), np.uint8)), "wait",
+                      values if labelled else None, values if labelled else None)
+    directory = write_rlds(tmp_path, "mine", {"train": [episode]}, control_hz=5.0, image_size=(16, 16), description="")
+    output = launch("inspect_data", directory, f"--out={tmp_path / 'out'}")
+    assert "dataset mine: not registered" in output
+    assert (lines(output, "action 0") == ["action 0 0.0000 2.5000 5.0000"]) is labelled
+    assert ("no actions" in output) is not labelled
+    written = {path.name for path in (tmp_path / "out" / "mine").iterdir()}
+    assert written == ({"windows.png", "actions.png"} if labelled else {"windows.png"})
+
+
+def test_mixture(launch, tmp_path):
+    write_bridge(tmp_path, episodes=3)
+    output = launch("inspect_data", "bridge_rt_1", f"--directory={tmp_path}")
+    assert lines(output, "bridge_orig") == [f"bridge_orig 1.0000 {3 * STEPS} 1.0000 pose"]
+    assert lines(output, "fractal") == ["fractal20220817_data 1.0000 not here delta"]
+    assert lines(launch("inspect_data", "rtx"), "toto") == ["toto 1.0000 delta"]
+
+
+def test_a_robot_of_ones_own(launch, monkeypatch):
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
+    output = launch("inspect_data", "my_robot", f"--robot={TEMPLATE}")
+    assert lines(output, "cameras") == ["cameras primary: image, wrist: wrist_image"]
+
+
+def test_errors(launch, tmp_path):
+    nothing = tmp_path / "none"
+    assert "no dataset, mixture or folder 'magic_soop'; the nearest is 'oxe_magic_soup'" in launch("inspect_data", "magic_soop")
+    assert f"dataset directory {nothing} does not exist" in launch("inspect_data", "kuka", f"--directory={nothing}")
+    assert "expected one NAME" in launch("inspect_data")

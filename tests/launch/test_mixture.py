@@ -1,0 +1,47 @@
+"""Two robots, one model: collected, trained and evaluated by the launch scripts."""
+
+import json
+
+import pytest
+import tiny
+
+from mimic_video.training import checkpoints
+
+SIZE = (32, 32)
+RATES = {"image_size": SIZE, "video_hz": 20.0, "control_hz": 20.0, "action_delay": 0.0}
+
+
+def experiment(stage, layout, **changes):
+    evaluation = {"tasks": ("drawer-close-v3",), "episodes_per_task": 2, "max_steps": 6, "layout": layout}
+    decoder = {"action_dim": 10, "proprio_dim": 10, "embodiments": 2}
+    values = {"data": RATES, "decoder": decoder, "evaluation": evaluation, "train": {"steps": 3, "batch_size": 8}} | changes
+    return tiny.experiment(stage=stage, **values)
+
+
+@pytest.mark.slow
+def test_a_mixture_of_two_action_layouts(launch, config_file, tmp_path):
+    folders = {}
+    for layout in ("native", "delta"):
+        folder = tmp_path / "data" / layout
+        counts = ["--videos=1", "--demonstrations=2", "--validation=1"]
+        launch("collect", f"--config={config_file(experiment('action', layout))}", f"--out={folder}", *counts)
+        (folder / "demonstrations").rename(folder / layout)  # a dataset goes by the name of its directory
+        folders[layout] = folder / layout / "1.0.0"
+    mixed = f"{folders['native']}*1,{folders['delta']}*3"
+    data = RATES | {"video_dataset": mixed, "action_dataset": mixed, "workers": 1}
+    video, action = tmp_path / "video", tmp_path / "action"
+    launch("train", f"--config={config_file(experiment('video', 'native', data=data))}", f"--workdir={video}")
+    files = {layout: config_file(experiment("action", layout, data=data, backbone_run=str(video))) for layout in folders}
+    launch("train", f"--config={files['native']}", f"--workdir={action}")
+    robots = checkpoints.load_embodiments(action)
+    assert [(e.name, e.action_dim, e.proprio_dim) for e in robots.values()] == [("native", 4, 4), ("delta", 10, 10)]
+    for layout, file in files.items():
+        output = launch("evaluate", f"--config={file}", f"--workdir={action}", f"--dataset={layout}", "--recorded=0")
+        assert "drawer-close-v3: " in output
+        results = json.loads((action / "evaluation.json").read_text())
+        assert len(results["episodes"]) == 2 and len(results["open_loop"]["example"]["planned"][0]) == robots[layout].action_dim
+    message = launch("evaluate", f"--config={files['native']}", f"--workdir={action}")
+    assert message.startswith("error: ") and "'native', 'delta'" in message
+    three = {"action_dim": 10, "proprio_dim": 10, "embodiments": 3}
+    narrow = config_file(experiment("action", "native", data=data, decoder=three))
+    assert "'decoder.embodiments' is 3; expected 2" in launch("train", f"--config={narrow}", f"--workdir={tmp_path / 'other'}")
