@@ -3,8 +3,14 @@
 from setuptools import find_packages, setup
 
 EXTRAS = {
-    # Reading and writing RLDS. tfds reads ArrayRecord without TensorFlow.
-    "data": ["array_record", "grain>=0.2.16", "tensorflow-datasets>=4.9.9", "importlib_resources"],
+    # Reading and writing RLDS. tfds reads ArrayRecord without TensorFlow; simplejpeg decodes faster than Pillow and without the
+    # interpreter lock; google-crc32c verifies TFRecord; fsspec opens datasets in buckets.
+    "data": [
+        "array_record", "fsspec", "google-crc32c", "grain>=0.2.16", "importlib_resources", "simplejpeg",
+        "tensorflow-datasets>=4.9.9",
+    ],
+    # Other people's recordings: LIBERO's HDF5, LeRobot's parquet and MP4.
+    "formats": ["av", "h5py", "pyarrow"],
     # Meta-World pins the MuJoCo that works with it, but forgets packaging.
     "sim": ["metaworld==3.1.1", "packaging"],
     "report": ["matplotlib"],
@@ -18,11 +24,12 @@ EXTRAS = {
 }
 EXTRAS["quickstart"] = EXTRAS["data"] + EXTRAS["sim"] + EXTRAS["report"]
 EXTRAS["test"] = [
-    *(package for extra in ("quickstart", "convert", "text", "video") for package in EXTRAS[extra]),
+    *(package for extra in ("quickstart", "formats", "convert", "text", "video") for package in EXTRAS[extra]),
     "diffusers",  # an independent implementation of both video networks, to compare ours with
     "mypy",
     "peft",
     "pytest",
+    "rlds",  # it says whether what we write is RLDS
     "ruff",
     "safetensors",
     "torch==2.13.0",  # what the networks were compared with
@@ -46,6 +53,7 @@ setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",
         "pillow",  # JPEG frames, resizing, GIFs
+        "scipy",  # rotations
         "tensorboardX",  # TensorBoard files without TensorFlow
         "tqdm",
     ],

@@ -3,87 +3,26 @@
 import dataclasses
 import functools
 import itertools
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import PurePath
 
 import grain
 import numpy as np
 from absl import flags, logging
 
 from data_pipelines.episode import Episode
-from data_pipelines.mixture import Mixture, Phase, parse_mixture
+from data_pipelines.mixture import Mixture
 from data_pipelines.sources.rlds import DatasetError, RldsSource
 from data_pipelines.windows import TOLERANCE, action_times, action_window, anchors, video_times, video_window
-from mimic_video.config import ActionDecoderConfig, ConfigError, DataConfig, ExperimentConfig
-from mimic_video.embodiments import ROTATION_DIMS, pad_last
+from mimic_video.config import ActionDecoderConfig, DataConfig
+from mimic_video.embodiments import pad_last
 from mimic_video.transforms import Normalizer
 
 _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)  # whole batches; JPEG decoding releases the interpreter lock
 _TEXT_CACHE = 256  # instructions; 2 MB each at 512 rows of 1024
 _ENDLESS = 2**62  # samples
 _ATTEMPTS = 100  # windows in a row that may be broken
-
-
-def check_dataset(source: RldsSource, config: ExperimentConfig) -> None:
-    """Checks a dataset against the experiment, before anything is read.
-
-    Raises:
-        DatasetError: naming the dataset, the field and both values, if the image size, or for the stage `action` the action or
-            proprio width, is not what the configuration says.
-    """
-    _require_equal(source, "image size", source.image_size, "data.image_size", tuple(config.data.image_size))
-    if config.stage == "action":
-        mixed = config.decoder.embodiments > 1  # then narrower datasets are padded
-        for what, found, field, wanted in (
-            ("action width", source.action_dim, "decoder.action_dim", config.decoder.action_dim),
-            ("proprio width", source.proprio_dim, "decoder.proprio_dim", config.decoder.proprio_dim),
-        ):
-            if not (mixed and found is not None and found <= wanted):
-                _require_equal(source, what, found, field, wanted)
-
-
-def dataset_phases(config: ExperimentConfig) -> tuple[tuple[str, ...], tuple[Phase, ...]]:
-    """Directories of the datasets that the configured stage learns from, and the phases of their weights.
-
-    Raises:
-        ConfigError: if the configuration names none, or its field is not as `parse_mixture` expects.
-    """
-    field = f"data.{config.stage}_dataset"
-    text = {"video": config.data.video_dataset, "action": config.data.action_dataset}[config.stage]
-    if not text:
-        raise ConfigError(f"config field '{field}' is empty; expected a prepared RLDS directory, or several as in 'A,B*2'")
-    return parse_mixture(text, field)
-
-
-def open_windows(config: ExperimentConfig, split: str) -> "dict[str, WindowDataset]":
-    """The windows of one split of every dataset that the configured stage learns from, by the dataset's name.
-
-    A dataset's name is that of its directory, or of the directory above if that is a version such as 1.0.0.
-
-    Raises:
-        ConfigError: as `dataset_phases`, or if two datasets have the same name.
-        DatasetError: if a dataset or split is not there, or `check_dataset` or `WindowDataset` refuses it.
-    """
-    windows: dict[str, WindowDataset] = {}
-    for directory in dataset_phases(config)[0]:
-        path = PurePath(directory)
-        name = path.parent.name if re.fullmatch(r"\d+\.\d+\.\d+", path.name) else path.name
-        if name in windows:
-            raise ConfigError(f"config field 'data.{config.stage}_dataset' names two datasets {name!r}; rename a directory")
-        source = RldsSource(directory, split)
-        check_dataset(source, config)
-        windows[name] = WindowDataset(source, config.data, actions=config.stage == "action")
-    return windows
-
-
-def _require_equal(source: RldsSource, what: str, found: object, field: str, wanted: object) -> None:
-    if found is None:
-        raise DatasetError(f"{source.name} has no {what.split()[0]}; the config field '{field}' is {wanted}")
-    if found != wanted:
-        raise DatasetError(f"{source.name} has {what} {found}; the config field '{field}' is {wanted}")
 
 
 class WindowDataset(Sequence[dict]):
@@ -101,26 +40,25 @@ class WindowDataset(Sequence[dict]):
         source: the episodes.
         config: the window.
         actions: whether windows carry proprio and actions (the stage `action`) or only video.
+        raw_dims: None for those of `config`.
 
     Raises:
-        DatasetError: if the source's images have another size than `config.image_size`, if it lacks actions or proprio that are
-            asked for, or if even its longest episode is shorter than the window.
+        DatasetError: if the source lacks actions or proprio that are asked for, or if even its longest episode is shorter than
+            the window.
     """
 
-    def __init__(self, source: RldsSource, config: DataConfig, *, actions: bool):
-        _require_equal(source, "image size", source.image_size, "data.image_size", tuple(config.image_size))
+    def __init__(self, source: RldsSource, config: DataConfig, *, actions: bool,
+                 raw_dims: Mapping[str, tuple[int, ...]] | None = None):
         if actions and (source.action_dim is None or source.proprio_dim is None):
             missing = "action" if source.action_dim is None else "proprio"
             raise DatasetError(f"{source.name} has no {missing}; windows with actions need both action and proprio")
         self._config, self._actions = config, actions
         self.action_dim = source.action_dim if actions else None
-        self.raw_dims = {"action": config.raw_action_dims, "proprio": config.raw_proprio_dims}
+        self.raw_dims = raw_dims or {"action": config.raw_action_dims, "proprio": config.raw_proprio_dims}
         cache = _FrameCache(source, config.frame_cache_mb * 2**20)
         self.episodes = [dataclasses.replace(episode, frames=_CachedFrames(cache, index, len(episode)))
                          for index, episode in enumerate(source)]
         _check_horizons(source.name, self.episodes, config, actions)
-        if self.episodes[0].action_layout != "vector":
-            self.raw_dims = {"action": ROTATION_DIMS, "proprio": ROTATION_DIMS}
         steps = [anchors(episode.timestamps, config, actions=actions) for episode in self.episodes]
         self._episode_of = np.repeat(np.arange(len(steps)), [len(s) for s in steps])
         self._anchor_of = np.concatenate(steps)
@@ -249,6 +187,8 @@ class _FrameCache:
         return _FrameCache, (self._source, self._capacity)  # worker processes start with an empty cache
 
     def take(self, episode: int, indices: Sequence[int]) -> np.ndarray:
+        if not self._capacity:
+            return self._source[episode].frames.take(indices)
         with self._lock:
             found = {i: self._frames[episode, i] for i in indices if (episode, i) in self._frames}
             for i in found:

@@ -46,7 +46,9 @@ def video_window(episode: Episode, anchor: int, config: DataConfig) -> dict[str,
     """
     times = video_times(episode.timestamps[anchor], config)
     steps, rows = np.unique(nearest(episode.timestamps, times), return_inverse=True)
-    return {"video": episode.frames.take(steps.tolist())[rows], "video_mask": inside(episode.timestamps, times)}
+    frames = episode.frames.take(steps.tolist())
+    video = frames if len(steps) == len(times) else frames[rows]  # copied only where frames repeat
+    return {"video": video, "video_mask": inside(episode.timestamps, times)}
 
 
 def action_windows(episode: Episode, anchors: Sequence[int] | np.ndarray, config: DataConfig) -> dict[str, np.ndarray]:

@@ -1,39 +1,54 @@
 """Episodes → a prepared RLDS dataset that plain tfds reads."""
 
+import functools
 import io
 import itertools
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from data_pipelines.episode import Episode
-from data_pipelines.sources.rlds import INCOMPLETE_PREFIX
+from data_pipelines.sources.records import RecordWriter
+from data_pipelines.sources.rlds import CAMERAS, INCOMPLETE_PREFIX
 from data_pipelines.windows import TOLERANCE
 from mimic_video.transforms import resize_images
 
 VERSION = "1.0.0"
+FileFormat = Literal["array_record", "tfrecord"]
 _EPISODES_PER_SHARD = 256  # a few hundred MB at 480×640
 
 
+class SplitSize(NamedTuple):
+    """Records of every shard of a split in order, and the bytes of all of them."""
+
+    shard_lengths: list[int]
+    num_bytes: int
+
+
 class _Dims(NamedTuple):
-    """Width of the low-dimensional features of a dataset; None where it has none."""
+    """What all episodes of a dataset have in common: widths, None where there is none, and cameras besides the primary one."""
 
     action: int | None
     proprio: int | None
+    cameras: tuple[str, ...]
+    action_layout: str
 
 
 def write_rlds(directory: str | os.PathLike, name: str, splits: Mapping[str, Iterable[Episode]], *, control_hz: float,
-               image_size: tuple[int, int], jpeg_quality: int = 95, description: str) -> Path:
-    """Writes `<directory>/<name>/1.0.0` as ArrayRecord, one episode in memory at a time and in the order given.
+               image_size: tuple[int, int], jpeg_quality: int = 95, description: str,
+               file_format: FileFormat = "array_record") -> Path:
+    """Writes `<directory>/<name>/1.0.0`, one episode in memory at a time and in the order given.
 
-    Frames are resized to `image_size` (height, width) and stored as JPEG. Datasets of episodes without actions or proprio lack
+    Frames of every camera are resized to `image_size` (height, width) and stored as JPEG: `observation/image_primary`, and
+    `image_secondary` and `image_wrist` of episodes that have these cameras. Datasets of episodes without actions or proprio lack
     the feature `action` or `observation/proprio`. The dataset is written to a folder `incomplete.*` beside its place and renamed
     at the end, so it appears whole or not at all. The same episodes give the same files.
 
@@ -43,26 +58,29 @@ def write_rlds(directory: str | os.PathLike, name: str, splits: Mapping[str, Ite
         splits: split name → its episodes; consumed once, one after the other.
         control_hz: steps per second of every episode.
         description: for people; stored in dataset_info.json.
+        file_format: ArrayRecord, which plain tfds can read at random, or TFRecord, of which less has to be read for a window.
 
     Returns:
         The folder to read from.
 
     Raises:
         FileExistsError: if the dataset exists; delete it or choose another name.
-        ValueError: for a split without episodes, an episode whose features differ from the first one's, or one whose timestamps
-            are not at `control_hz`.
+        ValueError: for another file format, a split without episodes, an episode whose features differ from the first one's, or
+            one whose timestamps are not at `control_hz`.
     """
     path = Path(directory) / name / VERSION
     if path.exists():
         raise FileExistsError(f"dataset {path} exists already: delete it or choose another name")
     if not control_hz > 0:
         raise ValueError(f"control_hz is {control_hz}; expected a positive rate")
+    if file_format not in ("array_record", "tfrecord"):
+        raise ValueError(f"file_format is {file_format!r}; expected array_record or tfrecord")
     if not splits:
         raise ValueError(f"dataset {path} needs at least one split")
     partial = path.parent / f"{INCOMPLETE_PREFIX}{uuid.uuid4().hex[:6]}_{VERSION}"
     partial.mkdir(parents=True)
     try:
-        _write(partial, name, splits, control_hz, image_size, jpeg_quality, description)
+        _write(partial, name, splits, control_hz, image_size, jpeg_quality, description, file_format)
         partial.rename(path)
     except BaseException:
         shutil.rmtree(partial)
@@ -70,22 +88,68 @@ def write_rlds(directory: str | os.PathLike, name: str, splits: Mapping[str, Ite
     return path
 
 
+def write_metadata(directory: Path, name: str, version: str, features: tfds.features.FeaturesDict,
+                   splits: Mapping[str, SplitSize], *, file_format: FileFormat, description: str) -> None:
+    """Writes what makes a folder of shards, named by `shard_path`, a dataset: `features.json` and `dataset_info.json`."""
+    identity = tfds.core.DatasetIdentity(name, tfds.core.Version(version), data_dir=os.fspath(directory), module_name="")
+    info = tfds.core.DatasetInfo(builder=identity, features=features, description=description)
+    info.set_file_format(file_format)
+    info.set_splits(tfds.core.SplitDict([
+        tfds.core.SplitInfo(name=split, shard_lengths=list(size.shard_lengths), num_bytes=size.num_bytes,
+                            filename_template=_template(directory, name, split, file_format))
+        for split, size in splits.items()
+    ]))  # fmt: skip
+    info.write_to_directory(os.fspath(directory))
+
+
+def shard_path(directory: Path, name: str, split: str, file_format: FileFormat, shard: int) -> Path:
+    """Where a shard of a dataset lies."""
+    return Path(_template(directory, name, split, file_format).sharded_filepath(shard_index=shard, num_shards=None))
+
+
+def _template(directory: Path, name: str, split: str, file_format: FileFormat) -> tfds.core.ShardedFileTemplate:
+    return tfds.core.ShardedFileTemplate(
+        template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}",
+        dataset_name=name, data_dir=os.fspath(directory), split=split, filetype_suffix=file_format,
+    )  # fmt: skip
+
+
 def _write(directory: Path, name: str, splits: Mapping[str, Iterable[Episode]], control_hz: float, image_size: tuple[int, int],
-           jpeg_quality: int, description: str) -> None:
-    # Not a GeneratorBasedBuilder: it shuffles through memory, and beyond 1 GB through files that it needs TensorFlow to open.
-    writer, dims = None, _Dims(None, None)
+           jpeg_quality: int, description: str, file_format: FileFormat) -> None:
+    # Not tfds' own writers: these shuffle through memory, and write TFRecord and open large files with TensorFlow.
+    dims: Any = None
+    sizes = {}
     for split, episodes in splits.items():
         first, episodes = _peek(split, episodes)
-        if writer is None:
-            dims = _dims(first)
-            identity = tfds.core.DatasetIdentity(name, tfds.core.Version(VERSION), data_dir=os.fspath(directory), module_name="")
-            info = tfds.core.DatasetInfo(builder=identity, features=_features(dims, image_size), description=description)
-            writer = tfds.core.SequentialWriter(info, _EPISODES_PER_SHARD, file_format="array_record")
-        writer.initialize_splits([split])
-        for episode in episodes:
-            _check(episode, dims, control_hz)
-            writer.add_examples({split: [_example(episode, control_hz, image_size, jpeg_quality)]})
-        writer.close_splits([split])
+        dims = dims or _dims(first)
+        records = _records(episodes, dims, control_hz, image_size, jpeg_quality)
+        path = functools.partial(shard_path, directory, name, split, file_format)
+        sizes[split] = _write_shards(records, path, file_format)
+    features = _features(dims, image_size)
+    write_metadata(directory, name, VERSION, features, sizes, file_format=file_format, description=description)
+
+
+def _records(episodes: Iterable[Episode], dims: _Dims, control_hz: float, image_size: tuple[int, int],
+             jpeg_quality: int) -> Iterator[bytes]:
+    features = _features(dims, image_size)
+    serializer = ExampleSerializer(features.get_serialized_info())
+    for episode in episodes:
+        _check(episode, dims, control_hz)
+        example = features.encode_example(_example(episode, control_hz, image_size, jpeg_quality))
+        yield serializer.get_tf_example(example).SerializeToString(deterministic=True)
+
+
+def _write_shards(records: Iterator[bytes], path: Callable[[int], Path], file_format: FileFormat) -> SplitSize:
+    lengths: list[int] = []
+    num_bytes = 0
+    for first in records:
+        with RecordWriter(path(len(lengths)), file_format) as writer:
+            writer.write(first)
+            for record in itertools.islice(records, _EPISODES_PER_SHARD - 1):
+                writer.write(record)
+        lengths.append(writer.count)
+        num_bytes += writer.num_bytes
+    return SplitSize(lengths, num_bytes)
 
 
 def _peek(split: str, episodes: Iterable[Episode]) -> tuple[Episode, Iterator[Episode]]:
@@ -96,7 +160,9 @@ def _peek(split: str, episodes: Iterable[Episode]) -> tuple[Episode, Iterator[Ep
 
 
 def _dims(episode: Episode) -> _Dims:
-    return _Dims(*(None if values is None else values.shape[1] for values in (episode.actions, episode.proprio)))
+    action, proprio = (None if values is None else values.shape[1] for values in (episode.actions, episode.proprio))
+    cameras = tuple(camera for camera in CAMERAS if camera in episode.further_cameras)
+    return _Dims(action, proprio, cameras, episode.action_layout)
 
 
 def _check(episode: Episode, dims: _Dims, control_hz: float) -> None:
@@ -111,7 +177,8 @@ def _features(dims: _Dims, image_size: tuple[int, int]) -> tfds.features.Feature
     def vector(width: int) -> tfds.features.Tensor:
         return tfds.features.Tensor(shape=(width,), dtype=np.float32)
 
-    observation = {"image_primary": tfds.features.Image(shape=(*image_size, 3), dtype=np.uint8, encoding_format="jpeg")}
+    observation = {f"image_{camera}": tfds.features.Image(shape=(*image_size, 3), dtype=np.uint8, encoding_format="jpeg")
+                   for camera in ("primary", *dims.cameras)}  # fmt: skip
     step = {
         "observation": observation,
         "language_instruction": tfds.features.Text(),
@@ -124,17 +191,19 @@ def _features(dims: _Dims, image_size: tuple[int, int]) -> tfds.features.Feature
         step["action"] = vector(dims.action)
     return tfds.features.FeaturesDict({
         "steps": tfds.features.Dataset(step),
-        "episode_metadata": {"control_hz": tfds.features.Scalar(np.float32)},
+        "episode_metadata": {"control_hz": tfds.features.Scalar(np.float32), "action_layout": tfds.features.Text()},
     })
 
 
 def _example(episode: Episode, control_hz: float, image_size: tuple[int, int], jpeg_quality: int) -> dict[str, Any]:
-    frames = resize_images(episode.frames.take(range(len(episode))), image_size)
+    cameras = {"primary": episode.frames, **episode.further_cameras}
+    images = {f"image_{camera}": resize_images(frames.take(range(len(episode))), image_size)
+              for camera, frames in cameras.items()}  # fmt: skip
     last = len(episode) - 1
     steps = []
-    for k, frame in enumerate(frames):
+    for k in range(len(episode)):
         step: dict[str, Any] = {
-            "observation": {"image_primary": _jpeg(frame, jpeg_quality)},
+            "observation": {key: io.BytesIO(encode_jpeg(frames[k], jpeg_quality)) for key, frames in images.items()},
             "language_instruction": episode.instruction,
             "is_first": k == 0,
             "is_last": k == last,
@@ -147,12 +216,11 @@ def _example(episode: Episode, control_hz: float, image_size: tuple[int, int], j
         if episode.actions is not None:
             step["action"] = episode.actions[k].astype(np.float32)
         steps.append(step)
-    return {"steps": steps, "episode_metadata": {"control_hz": control_hz}}
+    return {"steps": steps, "episode_metadata": {"control_hz": control_hz, "action_layout": episode.action_layout}}
 
 
-def _jpeg(frame: np.ndarray, quality: int) -> io.BytesIO:
-    """The encoded frame as a file: tfds stores it as it is, and would need TensorFlow to encode an array."""
+def encode_jpeg(frame: np.ndarray, quality: int) -> bytes:
+    """The JPEG file of a frame, uint8 (height, width, 3); tfds stores files as they are, and needs TensorFlow for arrays."""
     file = io.BytesIO()
     Image.fromarray(frame).save(file, "JPEG", quality=quality)
-    file.seek(0)
-    return file
+    return file.getvalue()

@@ -19,7 +19,8 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from data_pipelines.loader import WindowDataset, open_windows
+from data_pipelines.datasets import open_datasets
+from data_pipelines.loader import WindowDataset
 from data_pipelines.sources.metaworld import expert_steps
 from data_pipelines.sources.rlds import DatasetError
 from mimic_video.config import ConfigError, ExperimentConfig
@@ -44,7 +45,7 @@ _POLICY_FIELDS = ("data.image_size", "data.past_frames", "data.future_frames", *
 
 def chosen_windows(config: ExperimentConfig) -> WindowDataset:
     """Held-out windows of the dataset that --dataset names, or of the only one there is."""
-    datasets = open_windows(config, config.data.validation_split)
+    datasets = open_datasets(config, config.data.validation_split).windows
     if _DATASET.value is None and len(datasets) == 1:
         return next(iter(datasets.values()))
     if _DATASET.value not in datasets:

@@ -15,7 +15,8 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from data_pipelines.loader import Part, WindowDataset, dataset_phases, make_batches, open_windows
+from data_pipelines.datasets import open_datasets
+from data_pipelines.loader import Part, WindowDataset, make_batches
 from data_pipelines.mixture import Mixture
 from data_pipelines.sources.rlds import DatasetError
 from data_pipelines.statistics import action_statistics
@@ -77,7 +78,7 @@ def main(config: ExperimentConfig) -> None:
         backbone = pathlib.Path(config.backbone_run)
         checkpoints.require_same_model(checkpoints.read_config(backbone), config, _BACKBONE_FIELDS, backbone)
         checkpoints.require_checkpoint(backbone)
-    datasets, (_, phases) = open_windows(config, config.data.train_split), dataset_phases(config)
+    datasets, phases = open_datasets(config, config.data.train_split)
     if config.decoder.embodiments and config.stage == "action" and len(datasets) != config.decoder.embodiments:
         raise ConfigError(f"config field 'decoder.embodiments' is {config.decoder.embodiments}; expected {len(datasets)}, the "
                           "number of datasets")  # fmt: skip
@@ -100,7 +101,7 @@ def main(config: ExperimentConfig) -> None:
 
     validation = []
     if config.train.validate_every:
-        stream = batches(open_windows(config, config.data.validation_split), 0, 0)
+        stream = batches(open_datasets(config, config.data.validation_split).windows, 0, 0)
         validation = [next(stream) for _ in range(_VALIDATION_BATCHES)]
     train(config, run, lambda: initial_params(config, datasets), lambda step: batches(datasets, config.seed, step), validation)
 

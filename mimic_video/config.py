@@ -38,6 +38,7 @@ class DataConfig:
 
     video_dataset: str = ""  # RLDS directory for stage 1, where actions are not needed, or a mixture of them: "A,B*2" by weight
     action_dataset: str = ""  # the same for stage 2; "A,B*2;10000:A" changes weights at a step
+    root: str = ""  # folder of Open-X datasets, which those fields may name by their name in the registry
     train_split: str = "train"
     validation_split: str = "val"
     image_size: tuple[int, int] = (480, 640)  # height, width in pixels, as the tokenizer sees them

@@ -48,9 +48,6 @@ class Embodiment:
         }
 
 
-ROTATION_DIMS = tuple(range(3, 9))  # of the vector [position 3 | rot6d 6 | gripper 1]
-
-
 def to_table(embodiments: Mapping[str, Embodiment]) -> list[dict[str, Any]]:
     """JSON form of a model's embodiments, in their order. `from_table` inverts it exactly."""
     ordered = sorted(embodiments.values(), key=lambda embodiment: embodiment.index)

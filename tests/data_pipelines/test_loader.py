@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from synthetic import BrokenFrames, NarrowSource
 
-from data_pipelines.loader import Part, WindowDataset, check_dataset, make_batches
+from data_pipelines.loader import Part, WindowDataset, make_batches
 from data_pipelines.mixture import Mixture, Phase
-from data_pipelines.sources.rlds import DatasetError, RldsSource
+from data_pipelines.sources.rlds import DatasetError
 from data_pipelines.statistics import action_statistics
-from mimic_video.config import ActionDecoderConfig, DataConfig, ExperimentConfig, PolicyConfig
+from mimic_video.config import ActionDecoderConfig
 from mimic_video.transforms import Normalizer
 
 DECODER = ActionDecoderConfig(action_dim=2, proprio_dim=3)
@@ -155,44 +155,11 @@ def test_windows_longer_than_every_episode_name_the_field(make_source, config):
     assert len(dataset(action_horizon=11, actions=True)) == 11 + 8  # fits the longest exactly
 
 
-def test_images_are_never_resized_silently(make_source, config):
-    with pytest.raises(DatasetError, match=r"memory has image size \(16, 32\); .* 'data\.image_size' is \(32, 32\)"):
-        WindowDataset(make_source(12), dataclasses.replace(config, image_size=(32, 32)), actions=False)
-
-
 def test_missing_actions(make_source, config):
     source = make_source(12)
     source.action_dim = None
     with pytest.raises(DatasetError, match="memory has no action"):
         WindowDataset(source, config, actions=True)
-
-
-def experiment_of(stage: str, data: DataConfig, **decoder: int) -> ExperimentConfig:
-    decoder = ActionDecoderConfig(**{"action_horizon": 4, "action_dim": 2, "proprio_dim": 3} | decoder)
-    return ExperimentConfig(stage=stage, data=data, decoder=decoder, policy=PolicyConfig(execute_steps=2))
-
-
-@pytest.mark.parametrize("data, decoder, message", [
-    ({"image_size": (32, 32)}, {}, r"image size \(16, 32\); the config field 'data\.image_size' is \(32, 32\)"),
-    ({}, {"action_dim": 7}, r"action width 2; the config field 'decoder\.action_dim' is 7"),
-    ({}, {"proprio_dim": 8}, r"proprio width 3; the config field 'decoder\.proprio_dim' is 8"),
-])
-def test_check_dataset_names_what_contradicts(rlds, config, data, decoder, message):
-    experiment = experiment_of("action", dataclasses.replace(config, **data), **decoder)
-    with pytest.raises(DatasetError, match=rf"{rlds} split 'train' has {message}"):
-        check_dataset(RldsSource(rlds, "train"), experiment)
-
-
-def test_check_dataset_of_an_action_free_dataset(make_source, config):
-    source = make_source(12)
-    source.action_dim = source.proprio_dim = None
-    check_dataset(source, experiment_of("video", config))
-    with pytest.raises(DatasetError, match=r"memory has no action; the config field 'decoder\.action_dim' is 2"):
-        check_dataset(source, experiment_of("action", config))
-
-
-def test_check_dataset_accepts_what_fits(rlds, config):
-    check_dataset(RldsSource(rlds, "train"), experiment_of("action", config))
 
 
 # Mixtures.

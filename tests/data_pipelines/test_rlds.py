@@ -1,13 +1,24 @@
+import dataclasses
+import io
 import json
 import os
+import pickle
 import subprocess
 import sys
 
+import fsspec
 import numpy as np
 import pytest
+import simplejpeg
+import tensorflow_datasets as tfds
+from PIL import Image
+from synthetic import step_episode
+from tensorflow_datasets.proto import tf_example_pb2
 
-from data_pipelines.sources.rlds import DatasetError, RldsSource
-from data_pipelines.writers import write_rlds
+from data_pipelines.sources.records import RecordWriter, open_records
+from data_pipelines.sources.rlds import DatasetError, RldsSource, decode_image
+from data_pipelines.writers import SplitSize, shard_path, write_metadata, write_rlds
+from mimic_video.transforms import resize_images
 
 SIZE = (16, 32)
 IMAGE, PROPRIO, ACTION = "image_primary", "proprio", "action"
@@ -23,6 +34,25 @@ def edit_features(path, change):
 
 def observation(steps):
     return steps["observation"]["featuresDict"]["features"]
+
+
+def edit_records(path, change, file_format="array_record"):
+    """Applies `change` to the tf.Example of every record of the only shard of `train`; checksums stay right."""
+    (shard,) = path.glob("*train*")
+    file = open_records(str(shard), file_format)
+    records = [tf_example_pb2.Example.FromString(bytes(file.read(i))) for i in range(len(file))]
+    with RecordWriter(shard, file_format) as writer:
+        for index, record in enumerate(records):
+            change(index, record.features.feature)
+            writer.write(record.SerializeToString())
+
+
+@pytest.fixture(params=["array_record", "tfrecord"])
+def rlds(tmp_path, request):
+    """The dataset of conftest.py in both formats."""
+    splits = {"train": [step_episode(n, episode=e) for e, n in enumerate((12, 20, 15))], "val": [step_episode(14, episode=3)]}
+    return write_rlds(tmp_path, "steps_demo", splits, control_hz=10.0, image_size=SIZE, description="Steps that count.",
+                      file_format=request.param)
 
 
 def test_episodes_come_back(rlds, make_episode):
@@ -63,18 +93,46 @@ def test_action_free(rlds):
 
 def test_records_that_contradict_the_features_name_the_episode(rlds):
     edit_features(rlds, lambda top, steps: observation(steps).update(image_wrist=observation(steps)[IMAGE]))
-    with pytest.raises(DatasetError, match="train' episode 1 cannot be read"):
-        RldsSource(rlds, "train")[1]
+    episode = RldsSource(rlds, "train")[1]
+    with pytest.raises(DatasetError, match="record 1: feature 'steps/observation/image_wrist': it is missing"):
+        episode.further_cameras["wrist"].take([0])
+    edit_features(rlds, lambda top, steps: steps[ACTION]["tensor"]["shape"].update(dimensions=["7"]))
+    with pytest.raises(DatasetError, match=r"none of its 3 episodes can be read.*record 2: feature 'steps/action' is not what"):
+        RldsSource(rlds, "train")
 
 
 def test_damaged_records_name_the_episode(rlds):
-    (shard,) = rlds.glob("*train*array_record*")
+    shard = next(rlds.glob("*train*"))
     data = bytearray(shard.read_bytes())
     data[200] ^= 0xFF  # inside the first record
     shard.write_bytes(data)
-    with pytest.raises(DatasetError, match="train' episode 0 cannot be read"):
-        RldsSource(rlds, "train")[0]
-    assert len(RldsSource(rlds, "train")[1]) == 20
+    if "array_record" in shard.name:
+        with pytest.raises(DatasetError, match=rf"train' episode 0 cannot be read: shard .*{shard.name}, record 0"):
+            RldsSource(rlds, "train")[0]
+    else:
+        with pytest.raises(DatasetError, match=rf"{shard.name}, record 0: its checksum does not match"):
+            RldsSource(rlds, "train")[0].frames.take([2])
+    assert RldsSource(rlds, "train")[1].frames.take([2]).shape == (1, *SIZE, 3)
+
+
+def test_values_that_are_not_finite_name_the_step(rlds):
+    def change(index, features):
+        if index == 1:
+            features["steps/action"].float_list.value[2 * 7 + 1] = np.nan
+
+    edit_records(rlds, change, "tfrecord" if list(rlds.glob("*tfrecord*")) else "array_record")
+    source = RldsSource(rlds, "train")
+    assert len(source[0]) == 12
+    with pytest.raises(DatasetError, match=r"episode 1: 'steps/action' of step 7 is \[107\.5, nan\]; expected finite"):
+        source[1]
+
+
+def test_an_empty_split(rlds):
+    info = json.loads((rlds / "dataset_info.json").read_text())
+    next(split for split in info["splits"] if split["name"] == "val")["shardLengths"] = ["0"]
+    (rlds / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(DatasetError, match="split 'val' has no episodes"):
+        RldsSource(rlds, "val")
 
 
 def test_directory_errors(rlds, tmp_path):
@@ -117,11 +175,13 @@ def test_feature_errors_name_the_feature(rlds, change, message):
 
 
 def test_shard_errors_name_the_file(rlds):
-    (shard,) = rlds.glob("*train*array_record*")
+    (shard,) = rlds.glob("*train*")
     data = shard.read_bytes()
+    cut_record = "record [012]: the file of [0-9]+ bytes ends within it"
     for cut in (0, len(data) // 2, len(data) - 1):
         shard.write_bytes(data[:cut])
-        with pytest.raises(DatasetError, match=rf"{shard.name} is truncated or damaged: it has 0 of its 3 records"):
+        expected = cut_record if cut and "tfrecord" in shard.name else "is truncated or damaged: it has 0 of its 3 records"
+        with pytest.raises(DatasetError, match=rf"{shard.name},? {expected}"):
             RldsSource(rlds, "train")
     shard.unlink()
     with pytest.raises(DatasetError, match=f"{shard.name} is missing"):
@@ -129,29 +189,201 @@ def test_shard_errors_name_the_file(rlds):
     assert len(RldsSource(rlds, "val")) == 1
 
 
-def test_broken_images_name_the_step(rlds, monkeypatch):
+def test_broken_images_name_the_step(rlds):
+    file_format = "tfrecord" if list(rlds.glob("*tfrecord*")) else "array_record"
+
+    def change(index, features):
+        images = features["steps/observation/image_primary"].bytes_list.value
+        images[4] = images[4][:-100]
+        images[6] = simplejpeg.encode_jpeg(np.zeros((8, 8, 3), np.uint8))
+        del images[10:]
+
+    edit_records(rlds, change, file_format)
     episode = RldsSource(rlds, "train")[2]
-    episode.frames._encoded[4] = episode.frames._encoded[4][:100]
     with pytest.raises(DatasetError, match="episode 2: image_primary of step 4 cannot be decoded"):
         episode.frames.take([3, 4])
-    assert episode.frames.take([3, 5]).shape == (2, *SIZE, 3)
+    with pytest.raises(DatasetError, match=r"episode 2: image_primary of step 6 is \(8, 8\), not \(16, 32\)"):
+        episode.frames.take([6])
+    with pytest.raises(DatasetError, match="record 2: feature 'steps/observation/image_primary' has 10 of its 15 images"):
+        episode.frames.take([9, 10])
+    with pytest.raises(IndexError, match="15 steps; frames 3 to 15"):
+        episode.frames.take([3, 15])
+    assert episode.frames.take([3, 5]).shape == (2, *SIZE, 3) and episode.frames.take([]).shape == (0, *SIZE, 3)
 
 
-def test_reading_never_imports_tensorflow(rlds, tmp_path):
+def test_frames_are_resized_when_they_are_taken(rlds):
+    whole, small = (RldsSource(rlds, "train", image_size=size)[1].frames.take([5, 9]) for size in (None, (8, 12)))
+    np.testing.assert_array_equal(small, resize_images(whole, (8, 12)))
+    assert RldsSource(rlds, "train", image_size=(8, 12)).image_size == (8, 12)
+
+
+def test_a_source_may_be_pickled_and_its_values_are_mapped(rlds):
+    source = RldsSource(rlds, "train")
+    frames = source[1].frames.take([4])
+    other = pickle.loads(pickle.dumps(source))
+    np.testing.assert_array_equal(other[1].frames.take([4]), frames)
+    assert len(pickle.dumps(source)) < 5000 and isinstance(source[1].actions.base, np.memmap)
+
+
+def test_where_the_index_is_kept(rlds, tmp_path):
+    RldsSource(rlds, "train", cache_dir=tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 1 and not (rlds / ".mimic_video_index").exists()
+    RldsSource(rlds, "train")
+    moved = rlds.rename(tmp_path / "moved")
+    before = {path: path.stat().st_mtime_ns for path in (moved / ".mimic_video_index").rglob("*")}
+    assert len(RldsSource(moved, "train")) == 3
+    assert {path: path.stat().st_mtime_ns for path in (moved / ".mimic_video_index").rglob("*")} == before
+
+
+def test_remote_datasets(tmp_path, make_episode):
+    splits = {"train": [make_episode(6), make_episode(8, episode=1)]}
+    options = {"control_hz": 10.0, "image_size": SIZE, "description": ""}
+    path = write_rlds(tmp_path, "far", splits, file_format="tfrecord", **options)
+    memory = fsspec.filesystem("memory")
+    memory.put(str(path), "/datasets/far", recursive=True)
+    source, local = RldsSource("memory://datasets/far", "train", cache_dir=tmp_path / "cache"), RldsSource(path, "train")
+    assert len(source) == 2 and source[1].instruction == "do task 1"
+    np.testing.assert_array_equal(source[1].actions, local[1].actions)
+    np.testing.assert_array_equal(source[1].frames.take([7, 2]), local[1].frames.take([7, 2]))
+    with pytest.raises(DatasetError, match=r"memory://datasets is not a prepared dataset: it has no dataset_info\.json"):
+        RldsSource("memory://datasets", "train")
+    arrays = write_rlds(tmp_path, "arrays", splits, **options)
+    memory.put(str(arrays), "/datasets/arrays", recursive=True)
+    with pytest.raises(DatasetError, match="ArrayRecord files are read from local or mounted paths only"):
+        RldsSource("memory://datasets/arrays", "train", cache_dir=tmp_path / "cache")
+
+
+def test_jpegs_decode_as_pillow_does():
+    rng = np.random.default_rng(0)
+    image = resize_images(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8), (48, 61))
+    for mode, options in (("RGB", {"quality": 85}), ("RGB", {"quality": 95, "subsampling": 0}), ("L", {"quality": 75})):
+        file = io.BytesIO()
+        Image.fromarray(image).convert(mode).save(file, "JPEG", **options)
+        expected = np.asarray(Image.open(file).convert("RGB"))
+        np.testing.assert_array_equal(decode_image(file.getvalue()), expected)
+        np.testing.assert_array_equal(decode_image(memoryview(file.getvalue()), (48, 61), (20, 10)),
+                                      resize_images(expected, (20, 10)))  # fmt: skip
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    np.testing.assert_array_equal(decode_image(file.getvalue()), image)
+    for broken in (b"", b"\xff\xd8", file.getvalue()[:50], b"no image"):
+        with pytest.raises(ValueError, match="cannot be decoded"):
+            decode_image(broken)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Of a dataset that is not ours."""
+
+    primary: str | None = "image_0"
+    secondary: str | None = "image_1"
+    wrist: str | None = "not_there"
+    language: str | None = "observation/instruction"
+    control_hz: float = 5.0
+    columns: tuple[str, ...] = ("steps/action", "steps/observation/state/pose", "steps/open")
+    action_layout: str = "delta"
+
+    def standardise(self, columns):
+        assert {path: values.dtype.name for path, values in columns.items()} == {
+            "steps/action": "float64", "steps/observation/state/pose": "float32", "steps/open": "bool"}  # fmt: skip
+        if columns["steps/open"].all():
+            raise ValueError("the gripper never closes")
+        pose = columns["steps/observation/state/pose"].reshape(len(columns["steps/open"]), -1)
+        return np.concatenate([pose, columns["steps/open"][:, None]], axis=1), columns["steps/action"][:, :2]
+
+
+def write_foreign(folder, file_format, lengths):
+    features = tfds.features.FeaturesDict({
+        "steps": tfds.features.Dataset({
+            "observation": {
+                "image_0": tfds.features.Image(shape=(6, 8, 3), encoding_format="png"),
+                "image_1": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
+                "state": {"pose": tfds.features.Tensor(shape=(2, 2), dtype=np.float32)},
+                "instruction": tfds.features.Tensor(shape=(16,), dtype=np.int32),
+            },
+            "action": tfds.features.Tensor(shape=(3,), dtype=np.float64),
+            "open": tfds.features.Scalar(np.bool_),
+        }),
+    })  # fmt: skip
+
+    def image(kind, size, value):
+        file = io.BytesIO()
+        Image.fromarray(np.full((*size, 3), value, np.uint8)).save(file, kind)
+        return io.BytesIO(file.getvalue())
+
+    with RecordWriter(shard_path(folder, "foreign", "train", file_format, 0), file_format) as writer:
+        for number, length in enumerate(lengths):
+            words = np.zeros(16, np.int32)
+            words[:6] = list(f"lift {number}".encode())
+            writer.write(features.serialize_example({"steps": [{
+                "observation": {"image_0": image("PNG", (6, 8), k), "image_1": image("JPEG", (10 + k, 4), k),
+                                "state": {"pose": np.full((2, 2), k, np.float32)}, "instruction": words},
+                "action": np.full(3, 10 * number + k, np.float64), "open": bool(k % 2) or number == 2,
+            } for k in range(length)]}))  # fmt: skip
+    write_metadata(folder, "foreign", "1.0.0", features, {"train": SplitSize([len(lengths)], 0)}, file_format=file_format,
+                   description="")  # fmt: skip
+
+
+@pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
+def test_other_layouts_are_read_through_their_spec(tmp_path, file_format):
+    write_foreign(tmp_path, file_format, (4, 7, 3))
+    with pytest.raises(DatasetError, match=r"'steps/observation/image_1' is Image.*expected a uint8 Image of a fixed"):
+        RldsSource(tmp_path, "train", spec=Layout())
+    source = RldsSource(tmp_path, "train", spec=Layout(), image_size=(12, 6))
+    assert (len(source), source.proprio_dim, source.action_dim, source.control_hz) == (3, 5, 2, 5.0)
+    episode = source[1]
+    assert (episode.instruction, episode.action_layout, len(episode)) == ("lift 1", "delta", 7)
+    assert episode.timestamps[-1] == 6 / 5.0
+    np.testing.assert_array_equal(episode.proprio[3], np.float32([3, 3, 3, 3, 1]))
+    np.testing.assert_array_equal(episode.actions[3], np.float32([13, 13]))
+    assert episode.actions.dtype == np.float32 and set(episode.further_cameras) == {"secondary"}
+    np.testing.assert_array_equal(episode.frames.take([5]), np.full((1, 12, 6, 3), 5))
+    np.testing.assert_allclose(episode.further_cameras["secondary"].take([6]), np.full((1, 12, 6, 3), 6), atol=1)
+    with pytest.raises(DatasetError, match="train' episode 2: the gripper never closes"):
+        source[2]
+    assert RldsSource(tmp_path, "train", spec=Layout(), image_size=(12, 6), control_hz=2.0)[0].timestamps[1] == 0.5
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"primary": None}, "its spec names no primary camera"),
+    ({"primary": "image"}, "no feature 'steps/observation/image'"),
+    ({"columns": ("steps/actions",)}, "no feature 'steps/actions'; expected a Tensor of numbers of a fixed shape"),
+    ({"columns": ("steps/observation/image_0",)}, "'steps/observation/image_0' is Image.*expected a Tensor of numbers"),
+    ({"columns": ("action",)}, "'action' is not a feature of steps"),
+    ({"language": "instruction"}, "no feature 'steps/instruction'; expected a Text"),
+    ({"language": "action"}, "'steps/action' is Tensor.*expected a Text"),
+])  # fmt: skip
+def test_specs_that_do_not_fit_name_the_feature(tmp_path, change, message):
+    write_foreign(tmp_path, "tfrecord", (4,))
+    with pytest.raises(DatasetError, match=message):
+        RldsSource(tmp_path, "train", spec=dataclasses.replace(Layout(), **change), image_size=SIZE)
+
+
+def test_a_spec_without_columns_or_language_is_video(tmp_path):
+    write_foreign(tmp_path, "tfrecord", (4, 5))
+
+    class Video(Layout):
+        def standardise(self, columns):
+            return None, None
+
+    episode = RldsSource(tmp_path, "train", spec=Video(secondary=None, columns=(), language=None))[1]
+    assert (len(episode), episode.instruction, episode.actions, episode.proprio) == (5, "", None, None)
+
+
+def test_reading_and_writing_never_import_tensorflow(rlds, tmp_path):
     """A TensorFlow that refuses to be imported stands first on the path, so an attempt fails even where none is installed."""
     trap = tmp_path / "trap" / "tensorflow"
     trap.mkdir(parents=True)
     (trap / "__init__.py").write_text("raise RuntimeError('TensorFlow was imported')")
     code = f"""
-import sys, numpy as np
-from data_pipelines.loader import WindowDataset, make_batches
+import sys
 from data_pipelines.sources.rlds import RldsSource
-from mimic_video.config import DataConfig
-config = DataConfig(image_size={SIZE}, past_frames=1, future_frames=4, video_hz=10.0, action_horizon=4, control_hz=10.0)
-dataset = WindowDataset(RldsSource({str(rlds)!r}, "train"), config, actions=True)
-text = lambda _: np.zeros((1, 1), np.float32)
-batch = next(make_batches(dataset, batch_size=2, seed=0, start_step=0, text=text, normalizers=None))
-assert batch["video"].shape == (2, 5, 16, 32, 3)
+from data_pipelines.writers import write_rlds
+episodes = list(RldsSource({str(rlds)!r}, "train"))
+assert episodes[1].frames.take([1]).shape == (1, 16, 32, 3)
+options = dict(control_hz=10.0, image_size=(8, 8), description="")
+for kind in ("tfrecord", "array_record"):
+    write_rlds({str(tmp_path)!r}, kind, dict(train=episodes), file_format=kind, **options)
 assert "tensorflow" not in sys.modules
 """
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))

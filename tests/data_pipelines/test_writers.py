@@ -36,21 +36,47 @@ def test_plain_tfds_reads_it(rlds):
     np.testing.assert_allclose(steps[7]["observation"]["image_primary"], np.full((*SIZE, 3), 28), atol=1)
 
 
-def test_tfds_with_tensorflow_reads_it(rlds):
+@pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
+def test_tfds_with_tensorflow_reads_it(tmp_path, make_episode, file_format):
     if importlib.util.find_spec("tensorflow") is None:
         pytest.skip("TensorFlow is not installed")
+    path = write(tmp_path, {"train": [make_episode(12), make_episode(20, episode=1)]}, file_format=file_format)
     # `as_dataset` of ArrayRecord is not implemented in tfds itself; its features must still decode under TensorFlow.
     # In a process of its own: TensorFlow does not survive being imported after some of the other tests' libraries.
     script = f"""
 import tensorflow
 import tensorflow_datasets as tfds
-builder = tfds.builder_from_directory({str(rlds)!r})
-source = builder.as_data_source("train", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-example = builder.info.features.deserialize_example(source[0])
-print([int(step["is_last"]) for step in example["steps"]])
+builder = tfds.builder_from_directory({str(path)!r})
+if builder.info.file_format.value == "tfrecord":
+    example = next(iter(builder.as_dataset("train", shuffle_files=False)))
+else:
+    source = builder.as_data_source("train", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+    example = builder.info.features.deserialize_example(source[0])
+steps = list(example["steps"])
+print([int(step["is_last"]) for step in steps], steps[3]["action"].numpy().tolist(), steps[3]["language_instruction"].numpy(),
+      steps[3]["observation"]["image_primary"].shape, example["episode_metadata"]["action_layout"].numpy())
 """
     child = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
-    assert child.stdout.splitlines()[-1] == str(11 * [0] + [1])
+    assert child.stdout.splitlines()[-1] == f"{11 * [0] + [1]} [3.5, 3.5] b'do task 0' (16, 32, 3) b'vector'"
+
+
+@pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
+def test_further_cameras_and_action_layouts_come_back(tmp_path, make_episode, file_format):
+    pose = np.tile(np.float32([0, 0, 0, 1, 0, 0, 0, 1, 0, 1]), (5, 1))
+    frames = [make_episode(5 + n).frames for n in range(3)]
+    for n, camera in enumerate(frames):
+        camera.frames = camera.frames[:5] + np.uint8(50 * n)
+    whole = dataclasses.replace(make_episode(5), frames=frames[0], further_cameras={"wrist": frames[2], "secondary": frames[1]},
+                                proprio=pose, actions=pose, action_layout="pose")  # fmt: skip
+    source = RldsSource(write(tmp_path, {"train": [whole]}, file_format=file_format, image_size=(8, 16)), "train")
+    episode = source[0]
+    assert episode.action_layout == "pose" and set(episode.further_cameras) == {"secondary", "wrist"}
+    for n, camera in enumerate((episode.frames, episode.further_cameras["secondary"], episode.further_cameras["wrist"])):
+        np.testing.assert_allclose(camera.take([4]), np.full((1, 8, 16, 3), 16 + 50 * n), atol=1)
+    with pytest.raises(ValueError, match=r"episode 0: dimensions are .*cameras=\(\)"):
+        write(tmp_path / "other", {"train": [whole, dataclasses.replace(whole, further_cameras={}, name="episode 0")]})
+    with pytest.raises(ValueError, match=r"episode 0: dimensions are .*action_layout='delta'"):
+        write(tmp_path / "other", {"train": [whole, dataclasses.replace(whole, action_layout="delta")]})
 
 
 def test_action_free(tmp_path, make_episode):
@@ -114,6 +140,8 @@ def test_mixed_episodes_and_other_mistakes_are_errors(tmp_path, make_episode):
         write(tmp_path, {"train": [free], "val": [whole]})
     with pytest.raises(ValueError, match=r"timestamps are not 20\.0 steps per second"):
         write(tmp_path, {"train": [whole]}, control_hz=20.0)
+    with pytest.raises(ValueError, match="file_format is 'riegeli'; expected array_record or tfrecord"):
+        write(tmp_path, {"train": [whole]}, file_format="riegeli")
     with pytest.raises(ValueError, match="control_hz is 0"):
         write(tmp_path, {"train": [whole]}, control_hz=0)
     with pytest.raises(ValueError, match="split 'val' has no episodes"):

@@ -58,7 +58,8 @@ def test_libero(convert, read, tmp_path):
     assert "3 episodes of 14 steps in train, at 20 steps a second, actions of the layout 'delta'" in output
     assert f"left out 1 because it has no action that moves the robot:\n  {tmp_path}/goal/close_it_demo.hdf5, demo_0" in output
     episode = read("goal")[2]
-    assert episode.instruction == "open it." and episode.actions.shape == (5, 10) and "wrist" in episode.further_cameras
+    assert episode.instruction == "open it." and episode.action_layout == "delta"
+    assert episode.actions.shape == (5, 10) and "wrist" in episode.further_cameras
     cos, sin = np.cos(0.1), np.sin(0.1)
     np.testing.assert_allclose(episode.actions[2], [0.5, 0, 0, cos, -sin, 0, sin, cos, 0, -1], atol=1e-6)
 
@@ -71,6 +72,7 @@ def test_bridge_is_resampled_to_its_nominal_rate(convert, read, tmp_path):
     assert "1 episodes of 5 steps in train, at 5 steps a second, actions of the layout 'pose'" in output
     assert "left out 1 because it is part of an LMDB copy" in output
     episode = read("bridge")[0]
+    assert episode.action_layout == "pose"
     np.testing.assert_allclose(episode.timestamps, [0, 0.2, 0.4, 0.6, 0.8], atol=1e-6)
     # State k is at k metres, turned by 0.1 k: 0.2 s lies 5/27 of the way from state 2 to state 3.
     between = 2 + 5 / 27
@@ -106,9 +108,10 @@ def test_held_out_episodes(convert, read, tmp_path):
 
 def test_chosen_cameras_and_columns(convert, read, tmp_path):
     directory = write_lerobot(tmp_path / "demo", "v3.0", cameras=(TOP, FRONT, WRIST))
-    convert("lerobot", directory, f"--camera=primary={FRONT}", f"--camera=wrist={TOP}", "--state=action", "--action=")
+    convert("lerobot", directory, f"--camera=primary={FRONT}", f"--camera=wrist={TOP}", "--state=action", "--action=",
+            "--action_layout=delta")  # fmt: skip
     episode = read("demo")[0]
-    assert episode.actions is None and set(episode.further_cameras) == {"wrist"}
+    assert episode.actions is None and episode.action_layout == "delta" and set(episode.further_cameras) == {"wrist"}
     np.testing.assert_allclose(episode.frames.take([2]).mean(), grey(0, 2, 1), atol=3)
     np.testing.assert_array_equal(episode.proprio, formats.state(0, 9) + 0.5)
 
@@ -144,6 +147,7 @@ def test_nothing_remains(convert, tmp_path):
     (["--format=lerobot", "--camera=top"], "--camera=top; expected ROLE=KEY"),
     (["--format=lerobot", "--camera=primary=a", "--camera=primary=b"], "names a role twice"),
     (["--format=lerobot", "--camera=primary=a"], f"no camera feature 'a' for the role 'primary'; it has {TOP}, {WRIST}"),
+    (["--format=lerobot", "--action_layout=pose"], "of a pose layout are of width 3"),
     (["--format=lerobot", "--upside_down"], "--upside_down does not apply to --format=lerobot"),
     (["--format=libero", "--state=x"], "--state does not apply to --format=libero"),
     (["--format=libero"], "not an HDF5 file nor a folder with any"),

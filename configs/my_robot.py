@@ -1,0 +1,33 @@
+"""A dataset of your own robot: copy this file, fill in what your dataset has, and check it before anything is trained:
+
+    python launch/inspect_data.py my_robot --robot=configs/my_robot.py --directory=/data/my_robot/1.0.0
+
+That names every feature that is missing or has another shape, and draws windows and action histograms. For training, import the
+file from your experiment's. Features are RLDS paths below `steps/`; data_pipelines/oxe/standardise.py has all parts of layouts
+and encodings of rotations, and data_pipelines/oxe/registry.py has entries to copy from.
+"""
+
+from data_pipelines.oxe.registry import register
+from data_pipelines.oxe.spec import DatasetSpec
+from data_pipelines.oxe.standardise import Gripper, Turn, Values, pose
+
+MY_ROBOT = register(
+    DatasetSpec(
+        name="my_robot",
+        primary="image",  # keys under steps/observation; leave out cameras that there are not
+        wrist="wrist_image",
+        language="language_instruction",
+        control_hz=10.0,  # steps per second as recorded; videos and actions are resampled from it
+        features={"action": (7,), "observation/state": (7,)},  # shape per step of all that is read below
+        proprio=pose(  # absolute, in metres in the base frame
+            Values("observation/state[0:3]"),
+            Turn("observation/state[3:6]", "euler_xyz"),
+            Gripper("observation/state[6:7]", closed=0.0, open=0.08),  # here a width in metres
+        ),
+        actions=pose(  # `delta` for commanded steps, `vector` for joints; None without actions: stage 1 only
+            Values("action[0:3]"),
+            Turn("action[3:6]", "euler_xyz"),
+            Gripper("action[6:7]", closed=-1.0, open=1.0, binary=True),
+        ),
+    )
+)

@@ -1,0 +1,116 @@
+"""The datasets that an experiment names: directories of our own layout, and entries of the Open-X registry."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from data_pipelines.loader import WindowDataset
+from data_pipelines.mixture import Phase, parse_mixture
+from data_pipelines.oxe import registry
+from data_pipelines.oxe.mixtures import MIXTURES, effective_weights
+from data_pipelines.oxe.spec import DatasetSpec, check_schema, flatten_features
+from data_pipelines.sources.rlds import DatasetError, RldsSource, open_dataset
+from mimic_video.config import ConfigError, ExperimentConfig
+
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+
+
+class Datasets(NamedTuple):
+    """What a stage learns from: the windows of each dataset by its name, and the phases of their weights."""
+
+    windows: dict[str, WindowDataset]
+    phases: tuple[Phase, ...]
+
+
+def open_datasets(config: ExperimentConfig, split: str) -> Datasets:
+    """Opens one split of every dataset that the configured stage learns from.
+
+    The field `data.video_dataset` or `data.action_dataset` names one or several with weights, as `parse_mixture` describes, or a
+    mixture of `data_pipelines.oxe.mixtures`. A dataset is a prepared directory of our own layout, which goes by the name of its
+    directory (above a version such as 1.0.0), or the name of a registry entry, whose newest version is looked for in `data.root`.
+    Images of registry datasets are resized to `data.image_size`; others have to have that size.
+
+    Raises:
+        ConfigError: if the field is empty or cannot be parsed, or two datasets have the same name.
+        DatasetError: if a dataset or split is not there, or is not what its entry or the experiment says.
+    """
+    field = f"data.{config.stage}_dataset"
+    text = {"video": config.data.video_dataset, "action": config.data.action_dataset}[config.stage]
+    if not text:
+        raise ConfigError(f"config field '{field}' is empty; expected a prepared RLDS directory, or several as in 'A,B*2'")
+    named = MIXTURES.get(text)
+    parts, phases = parse_mixture(text if named is None else ",".join(named), field)
+    windows: dict[str, WindowDataset] = {}
+    for part in parts:
+        path = Path(part)
+        name = path.parent.name if _VERSION.fullmatch(path.name) else path.name
+        if name in windows:
+            raise ConfigError(f"config field '{field}' names two datasets {name!r}; rename a directory")
+        windows[name] = _open(part, config, split, field)
+    if named is not None:
+        shares = effective_weights(named, {name: len(each) for name, each in windows.items()})
+        phases = (Phase(0, tuple(shares.values())),)
+    return Datasets(windows, phases)
+
+
+def _open(part: str, config: ExperimentConfig, split: str, field: str) -> WindowDataset:
+    actions = config.stage == "action"
+    if part not in registry.names() or Path(part).is_dir():
+        source = RldsSource(part, split)
+        check_dataset(source, config)
+        return WindowDataset(source, config.data, actions=actions)
+    if not config.data.root:
+        raise ConfigError(f"config field 'data.root' is empty; expected the folder with the dataset {part!r} of '{field}'")
+    directory = _newest_version(Path(config.data.root) / part)
+    spec = dataclasses.replace(registry.find(part), secondary=None, wrist=None)  # windows are of the primary camera
+    try:
+        check_schema(flatten_features(open_dataset(directory).features), spec)
+    except DatasetError:
+        raise
+    except ValueError as error:
+        raise DatasetError(f"{directory}: {error}") from error
+    source = RldsSource(directory, split, spec=spec, image_size=config.data.image_size)
+    check_dataset(source, config)
+    return WindowDataset(source, config.data, actions=actions, raw_dims=_raw_dims(spec))
+
+
+def _raw_dims(spec: DatasetSpec) -> dict[str, tuple[int, ...]]:
+    layouts = {"action": spec.actions, "proprio": spec.proprio}
+    return {key: () if layout is None else layout.rotation_dims for key, layout in layouts.items()}
+
+
+def _newest_version(folder: Path) -> Path:
+    versions = [path for path in folder.glob("*") if _VERSION.fullmatch(path.name)]
+    if not versions:
+        raise DatasetError(f"there is no dataset {folder}: expected a folder with a version, such as {folder / '1.0.0'}")
+    return max(versions, key=lambda path: tuple(map(int, path.name.split("."))))
+
+
+def check_dataset(source: RldsSource, config: ExperimentConfig) -> None:
+    """Checks a dataset against the experiment, before anything is read.
+
+    Raises:
+        DatasetError: naming the dataset, the field and both values, if the image size, or for the stage `action` the action or
+            proprio width or the rate of commanded steps, is not what the configuration says.
+    """
+    _require_equal(source, "image size", source.image_size, "data.image_size", tuple(config.data.image_size))
+    if config.stage == "action":
+        mixed = config.decoder.embodiments > 1  # then narrower datasets are padded
+        for what, found, field, wanted in (
+            ("action width", source.action_dim, "decoder.action_dim", config.decoder.action_dim),
+            ("proprio width", source.proprio_dim, "decoder.proprio_dim", config.decoder.proprio_dim),
+        ):
+            if not (mixed and found is not None and found <= wanted):
+                _require_equal(source, what, found, field, wanted)
+        first = source[0]
+        if first.action_layout == "delta":  # which, unlike poses, cannot be interpolated
+            hz = (len(first) - 1) / (first.timestamps[-1] - first.timestamps[0]) if len(first) > 1 else config.data.control_hz
+            _require_equal(source, "action rate", round(hz, 3), "data.control_hz", round(config.data.control_hz, 3))
+
+
+def _require_equal(source: RldsSource, what: str, found: object, field: str, wanted: object) -> None:
+    if found is None:
+        raise DatasetError(f"{source.name} has no {what.split()[0]}; the config field '{field}' is {wanted}")
+    if found != wanted:
+        raise DatasetError(f"{source.name} has {what} {found}; the config field '{field}' is {wanted}")

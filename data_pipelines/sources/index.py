@@ -1,0 +1,398 @@
+"""What is known of a split without its images: where the records are, and every low-dimensional value of every step.
+
+Built once, in several processes, and kept on disk as .npy files that are memory-mapped, so that a process's memory does not grow
+with the dataset and workers share its pages. The cache is keyed by content: the dataset's metadata, the names, sizes and lengths
+of the split's shards, and the columns; not by where the dataset lies. Who replaces a shard by another one of the same size has to
+delete the index. An interrupted build continues with the shards that it lacks, and an index appears whole or not at all.
+
+Of TFRecord shards the build touches the records' keys and the columns, so images are neither read nor verified; a record's
+checksum is verified when its first frame is read. ArrayRecord verifies and reads a record as a whole, images included; they are
+not decoded.
+"""
+
+import concurrent.futures
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from data_pipelines.sources.records import DatasetError, Feature, TfRecordFile, is_remote, open_records, parse_example
+
+FOLDER = ".mimic_video_index"  # inside the dataset, where that can be written
+_VERSION = 1  # of what is on disk
+_BYTES_PER_PROCESS = 4 << 30  # fewer are indexed sooner than a process starts
+_RECORD = np.dtype([("shard", "<i4"), ("record", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("steps", "<i8")])
+
+_log = logging.getLogger(__name__)
+
+
+class Shard(NamedTuple):
+    """A file of a split, with the number of records that the dataset's metadata says it has, and its size in bytes."""
+
+    path: str
+    records: int
+    size: int
+
+
+class Column(NamedTuple):
+    """A feature to keep, by its flattened path. `dtype` and `shape` are of one value, as the feature spec has them.
+
+    Kinds:
+        steps: numbers of every step, (steps, *shape).
+        record: numbers of every record, (records, *shape).
+        text: a string of every record, its first one: UTF-8, or code points up to the first zero if the feature holds integers.
+        count: nothing but how many steps there are, from a feature of bytes.
+    """
+
+    path: str
+    kind: Literal["steps", "record", "text", "count"]
+    dtype: str = "object"
+    shape: tuple[int, ...] = ()
+    encoding: Literal["none", "bytes", "zlib"] = "none"
+
+    def decode(self, features: Mapping[str, Feature]) -> Any:
+        """This column of one record: an array with a leading axis of steps, or one without for `record`, or a string.
+
+        Raises:
+            ValueError: naming the feature, if the record lacks it or holds something else than the spec says.
+        """
+        if self.path not in features:
+            raise ValueError(f"feature '{self.path}' is missing")
+        try:
+            return getattr(self, f"_{self.kind}")(features[self.path])
+        except (ValueError, zlib.error) as error:
+            raise ValueError(f"feature '{self.path}' is not what the dataset's features say ({self.dtype} "
+                             f"{self.shape}): {error}") from error  # fmt: skip
+
+    def _steps(self, feature: Feature) -> np.ndarray:
+        return self._numbers(feature).reshape(-1, *self.shape)
+
+    def _record(self, feature: Feature) -> np.ndarray:
+        return self._numbers(feature).reshape(self.shape)
+
+    def _count(self, feature: Feature) -> np.ndarray:
+        return np.zeros((len(feature.strings()), 0), np.uint8)
+
+    def _text(self, feature: Feature) -> str:
+        if self.dtype == "object":
+            return bytes(next(iter(feature.strings(1)), b"")).decode()
+        points = feature.numbers()[: int(np.prod(self.shape))].tolist()
+        return "".join(map(chr, points[: points.index(0)] if 0 in points else points))
+
+    def _numbers(self, feature: Feature) -> np.ndarray:
+        if self.encoding == "none":
+            values = feature.numbers()
+            return values.view(np.uint64) if self.dtype == "uint64" else values.astype(self.dtype)
+        unpack = zlib.decompress if self.encoding == "zlib" else bytes
+        return np.frombuffer(b"".join(map(unpack, feature.strings())), self.dtype)
+
+
+class Index:
+    """The index of one split. May be pickled; arrays are mapped in each process when first used.
+
+    Attributes:
+        records: structured (records,): `shard`, `record` within it, byte `offset` and `size` of TFRecord payloads, `steps`, which
+            is 0 for a record that could not be read.
+
+    Args:
+        directory: of a finished index.
+        continues: path of a `record` column of flags, if there is one: a record that has it continues the previous one's episode.
+    """
+
+    def __init__(self, directory: Path, continues: str | None = None):
+        self._directory, self._continues = directory, continues
+
+    def __len__(self) -> int:
+        """Episodes."""
+        return len(self._first_records) - 1
+
+    def record_range(self, episode: int) -> tuple[int, int]:
+        """First and one past the last record of an episode."""
+        return int(self._first_records[episode]), int(self._first_records[episode + 1])
+
+    def first_steps(self, first: int, last: int) -> np.ndarray:
+        """int64 (last − first + 1,): where in a `steps` column those of records first to last − 1 begin, and where they end."""
+        return self._first_steps[first : last + 1]
+
+    def column(self, path: str) -> np.ndarray:
+        """A `steps` or `record` column, memory-mapped."""
+        return self._array(_file_name(path))
+
+    def text(self, path: str, record: int) -> str:
+        start, stop = self._array(_file_name(path, "ends"))[record : record + 2]
+        return bytes(self._array(_file_name(path, "text"))[start:stop]).decode()
+
+    def error(self, first: int, last: int) -> str | None:
+        """Why one of records first to last − 1 could not be read, if so."""
+        return next((self._errors[r] for r in range(first, last) if r in self._errors), None) if self._errors else None
+
+    @functools.cached_property
+    def records(self) -> np.ndarray:
+        return self._array("records.npy")
+
+    @functools.cached_property
+    def _errors(self) -> dict[int, str]:
+        return {error["record"]: error["message"] for error in _read_json(self._directory / "index.json")["errors"]}
+
+    @functools.cached_property
+    def _first_records(self) -> np.ndarray:
+        begins = np.ones(len(self.records), bool)
+        if self._continues is not None:
+            begins[1:] = ~self.column(self._continues)[1:].astype(bool)
+        return np.append(np.flatnonzero(begins), len(begins))
+
+    @functools.cached_property
+    def _first_steps(self) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum(self.records["steps"])])
+
+    @functools.cached_property
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return {}
+
+    def _array(self, name: str) -> np.ndarray:
+        if name not in self._arrays:
+            self._arrays[name] = np.load(self._directory / name, mmap_mode="r")
+        return self._arrays[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_directory": self._directory, "_continues": self._continues}
+
+
+def cache_directories(directory: str | os.PathLike, cache_dir: str | os.PathLike | None) -> list[Path]:
+    """Where the index of a dataset may lie: `cache_dir`, or without it the dataset's own folder and the user's cache."""
+    if cache_dir is not None:
+        return [Path(cache_dir)]
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mimic_video" / "index"
+    return [user] if is_remote(directory) else [Path(directory) / FOLDER, user]
+
+
+def open_index(shards: Sequence[Shard], file_format: str, columns: Sequence[Column], *, identity: bytes, name: str,
+               directories: Sequence[Path]) -> Path:
+    """The folder of the split's index, which is built if none of `directories` has it; in the first that can be written.
+
+    A record that cannot be read does not fail the build: the index says so, and looks at it again once its shard has changed.
+
+    Args:
+        shards: of the split, in order.
+        columns: at least one of the kind "steps" or "count".
+        identity: what tells this dataset from others, besides its shards: its metadata.
+        name: for messages.
+
+    Raises:
+        DatasetError: if a shard has another number of records than it should, or no folder can be written.
+    """
+    columns = sorted(set(columns))
+    content = [_VERSION, file_format, [(os.path.basename(s.path), s.records, s.size) for s in shards], columns]
+    key = hashlib.sha256(identity + json.dumps(content).encode()).hexdigest()[:24]
+    for root in directories:
+        if _is_current(root / key, shards):
+            return root / key
+    root = _writable(directories, name)
+    with _lock(root / f"{key}.lock"):
+        if not _is_current(root / key, shards):
+            shutil.rmtree(root / key, ignore_errors=True)
+            _log.info("indexing %d records in %d shards of %s", sum(shard.records for shard in shards), len(shards), name)
+            parts = root / f"{key}.parts"
+            _index_shards(shards, file_format, columns, parts)
+            _merge(parts, shards, columns, root / f"{key}.building")
+            os.replace(root / f"{key}.building", root / key)
+            shutil.rmtree(parts)
+    return root / key
+
+
+@contextlib.contextmanager
+def worker_processes(count: int) -> Iterator[concurrent.futures.Executor]:
+    """Processes that end with this one, whatever ends it; what they have not begun is given up when the block is left."""
+    context = multiprocessing.get_context("spawn")  # JAX does not survive a fork
+    executor = concurrent.futures.ProcessPoolExecutor(count, mp_context=context, initializer=_end_with_parent)
+    try:
+        yield executor
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends its workers itself
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()  # type: ignore[union-attr]
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _index_shards(shards: Sequence[Shard], file_format: str, columns: Sequence[Column], parts: Path) -> None:
+    parts.mkdir(exist_ok=True)
+    jobs = [(shard, file_format, columns, _part(parts, i)) for i, shard in enumerate(shards) if not _part(parts, i).exists()]
+    processes = min(os.cpu_count() or 1, len(jobs), sum(shard.size for shard, *_ in jobs) // _BYTES_PER_PROCESS)
+    if processes < 2:
+        for job in jobs:
+            _index_shard(*job)
+        return
+    with worker_processes(processes) as executor:
+        for future in concurrent.futures.as_completed([executor.submit(_index_shard, *job) for job in jobs]):
+            future.result()
+
+
+def _part(parts: Path, shard: int) -> Path:
+    return parts / f"{shard:05d}.npz"
+
+
+def _index_shard(shard: Shard, file_format: str, columns: Sequence[Column], part: Path) -> None:
+    """Writes the records of one shard and their columns to the file `part`."""
+    file = open_records(shard.path, file_format)
+    if len(file) != shard.records:
+        raise DatasetError(f"shard {shard.path} is truncated or damaged: it has {len(file)} of its {shard.records} records")
+    records = np.zeros(shard.records, _RECORD)
+    records["record"] = np.arange(shard.records)
+    if isinstance(file, TfRecordFile):
+        records["offset"], records["size"] = file.table.T
+    rows: list[dict[Column, Any]] = []
+    errors = {}
+    for i in range(shard.records):
+        row = {column: _absent(column) for column in columns}
+        try:
+            features = parse_example(file.peek(i))
+            row = {column: column.decode(features) for column in columns}
+            records[i]["steps"] = _steps(row)
+        except DatasetError as error:
+            errors[i] = str(error)
+        except ValueError as error:
+            errors[i] = f"shard {shard.path}, record {i}: {error}"
+        if i in errors:
+            row = {column: _absent(column) for column in columns}
+        rows.append(row)
+    arrays: dict[str, np.ndarray] = {}
+    for column in columns:
+        values = [row[column] for row in rows]
+        if column.kind == "text":
+            encoded = [value.encode() for value in values]
+            arrays[_file_name(column.path, "text")] = np.frombuffer(b"".join(encoded), np.uint8)
+            arrays[_file_name(column.path, "ends")] = np.cumsum([len(value) for value in encoded])
+        elif column.kind != "count":
+            arrays[_file_name(column.path)] = (np.concatenate if column.kind == "steps" else np.stack)(values)
+    partial = part.with_suffix(".partial.npz")
+    arrays |= {"records.npy": records, "errors.json": np.array(json.dumps(errors))}
+    np.savez(partial, **arrays)  # type: ignore[arg-type]
+    os.replace(partial, part)
+
+
+def _absent(column: Column) -> Any:
+    if column.kind == "text":
+        return ""
+    return np.zeros(column.shape if column.kind == "record" else (0, *column.shape), column.dtype)
+
+
+def _steps(row: Mapping[Column, Any]) -> int:
+    lengths = {column.path: len(values) for column, values in row.items() if column.kind in ("steps", "count")}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"its features have different numbers of steps: {lengths}")
+    steps = next(iter(lengths.values()))
+    if not steps:
+        raise ValueError("it has no steps")
+    return steps
+
+
+def _merge(parts: Path, shards: Sequence[Shard], columns: Sequence[Column], target: Path) -> None:
+    """Joins the shards' parts, one in memory at a time, in the folder `target`."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    records: list[np.ndarray] = []
+    errors: list[dict[str, Any]] = []
+    for i, shard in enumerate(shards):
+        with np.load(_part(parts, i)) as part:
+            first = sum(len(earlier) for earlier in records)
+            records.append(part["records.npy"])
+            errors += [{"record": first + int(record), "message": message, "shard": i, "changed": _changed(shard.path)}
+                       for record, message in json.loads(part["errors.json"].item()).items()]  # fmt: skip
+        records[-1]["shard"] = i
+    np.save(target / "records.npy", np.concatenate(records))
+    for column in columns:
+        if column.kind == "text":
+            _merge_text(parts, len(shards), column, target)
+        elif column.kind != "count":
+            _concatenate(parts, len(shards), _file_name(column.path), target)
+    (target / "index.json").write_text(json.dumps({"version": _VERSION, "columns": columns, "errors": errors}, indent=1))
+
+
+def _merge_text(parts: Path, count: int, column: Column, target: Path) -> None:
+    _concatenate(parts, count, _file_name(column.path, "text"), target)
+    ends, total = [np.zeros(1, np.int64)], 0
+    for i in range(count):
+        with np.load(_part(parts, i)) as part:
+            ends.append(part[_file_name(column.path, "ends")].astype(np.int64) + total)
+        total = int(ends[-1][-1])
+    np.save(target / _file_name(column.path, "ends"), np.concatenate(ends))
+
+
+def _concatenate(parts: Path, count: int, name: str, target: Path) -> None:
+    shapes = []
+    for i in range(count):
+        with np.load(_part(parts, i)) as part:
+            shapes.append(part[name].shape)
+            dtype = part[name].dtype
+    rows = sum(shape[0] for shape in shapes)
+    if not rows or 0 in shapes[0][1:]:
+        np.save(target / name, np.zeros((max(rows, 1), *shapes[0][1:]), dtype))  # an empty file cannot be mapped
+        return
+    merged = np.lib.format.open_memmap(target / name, mode="w+", dtype=dtype, shape=(rows, *shapes[0][1:]))
+    first = 0
+    for i, shape in enumerate(shapes):
+        with np.load(_part(parts, i)) as part:
+            merged[first : first + shape[0]] = part[name]
+        first += shape[0]
+    merged.flush()
+
+
+def _is_current(directory: Path, shards: Sequence[Shard]) -> bool:
+    """Whether the index is there, and no shard has changed that had records which could not be read."""
+    try:
+        errors = _read_json(directory / "index.json")["errors"]
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return all(_changed(shards[error["shard"]].path) == error["changed"] for error in errors)
+
+
+def _changed(path: str) -> int | None:
+    return None if is_remote(path) else os.stat(path).st_mtime_ns
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def _file_name(path: str, what: str = "") -> str:
+    return f"{path.replace('/', '.')}{what and '.' + what}.npy"
+
+
+def _writable(directories: Sequence[Path], name: str) -> Path:
+    for directory in directories:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(directory, os.W_OK):
+            return directory
+    raise DatasetError(f"the index of {name} cannot be written to {' or '.join(map(str, directories))}; pass cache_dir")
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Lets one process at a time into the block; the others then find what the first has made."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        path.unlink(missing_ok=True)

@@ -1,0 +1,83 @@
+"""Converts a prepared RLDS dataset between TFRecord and ArrayRecord, with fewer cameras, other images and shorter records.
+
+    python launch/convert_dataset.py --source=/data/bridge_orig/1.0.0 --out=/data/converted --dataset=bridge_orig \\
+        --cameras=primary --image_size=480,640 --chunk_steps=64
+    python launch/convert_dataset.py --source=/data/converted/bridge_orig/1.0.0 --out=/data/tfrecord --format=tfrecord
+
+writes OUT/NAME/VERSION, which plain tfds reads. What is not an image is kept bit for bit, so a dataset of the registry is read by
+the same entry as before, and images that change neither size nor --jpeg_quality are copied as they are. Every shard is read back
+and compared with its source. The same command continues after an interruption.
+
+A window reads the whole of every ArrayRecord record that it touches, and of TFRecord little more than its own frames. For
+ArrayRecord choose --chunk_steps about as long as a window, in steps of the dataset. Pieces do not overlap: training joins them
+again, and loses no window at their borders.
+"""
+
+import os
+import sys
+
+from absl import app, flags, logging
+
+from data_pipelines.oxe import registry
+from data_pipelines.rewrite import Conversion, convert_rlds
+from data_pipelines.sources.rlds import CAMERAS, DatasetError, RldsSource, open_dataset
+
+_SOURCE = flags.DEFINE_string("source", None, "Prepared dataset, .../NAME/VERSION", required=True)
+_OUT = flags.DEFINE_string("out", None, "Folder that holds one folder per dataset", required=True)
+_FORMAT = flags.DEFINE_enum("format", "array_record", ["array_record", "tfrecord"], "Format to write")
+_DATASET = flags.DEFINE_string("dataset", None, "Entry of the registry, if the dataset has not our own layout")
+_CAMERAS = flags.DEFINE_list("cameras", None, "Images to keep: primary, secondary, wrist, or keys of observation")
+_IMAGE_SIZE = flags.DEFINE_list("image_size", None, "HEIGHT,WIDTH in pixels to resize to")
+_QUALITY = flags.DEFINE_integer("jpeg_quality", None, "Encode images anew with this quality", lower_bound=1, upper_bound=100)
+_CHUNK = flags.DEFINE_integer("chunk_steps", None, "Longest record, in steps; without it episodes stay whole", lower_bound=1)
+_WORKERS = flags.DEFINE_integer("workers", os.cpu_count() or 1, "Processes", lower_bound=1)
+
+
+def image_size() -> tuple[int, int] | None:
+    """Raises ValueError unless --image_size is two numbers."""
+    if _IMAGE_SIZE.value is None:
+        return None
+    try:
+        height, width = map(int, _IMAGE_SIZE.value)
+    except ValueError as error:
+        raise ValueError(f"--image_size is {','.join(_IMAGE_SIZE.value)}; expected HEIGHT,WIDTH") from error
+    return height, width
+
+
+def camera_keys(spec: registry.DatasetSpec | None) -> tuple[str, ...] | None:
+    """Keys of the images to keep. Raises ValueError for a camera that the dataset's entry has not."""
+    if _CAMERAS.value is None:
+        return None
+    roles = {camera: getattr(spec, camera) if spec else f"image_{camera}" for camera in CAMERAS}
+    for camera in _CAMERAS.value:
+        if roles.get(camera, camera) is None:
+            raise ValueError(f"--cameras names {camera}, which '{_DATASET.value}' has not got")
+    return tuple(roles.get(camera, camera) for camera in _CAMERAS.value)
+
+
+def convert() -> None:
+    spec = registry.find(_DATASET.value) if _DATASET.value else None
+    conversion = Conversion(file_format=_FORMAT.value, cameras=camera_keys(spec), image_size=image_size(),
+                            jpeg_quality=_QUALITY.value, chunk_steps=_CHUNK.value)  # fmt: skip
+    path = convert_rlds(_SOURCE.value, _OUT.value, conversion, processes=_WORKERS.value,
+                        progress=lambda split, done, total: print(f"{split}: {done} of {total} shards", flush=True))  # fmt: skip
+    dataset = open_dataset(path)
+    print(f"wrote {path}")
+    for split in dataset.info.splits:
+        records = f"{split}: {dataset.info.splits[split].num_examples} records"
+        if spec is None and "image_primary" not in dataset.features["steps"]["observation"]:
+            print(records)
+        else:
+            print(f"{records}, {len(RldsSource(path, split, spec=spec, image_size=image_size()))} episodes")  # builds the index
+
+
+def main(_: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)
+    try:
+        convert()
+    except (DatasetError, FileExistsError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,73 @@
+import dataclasses
+
+import pytest
+from synthetic import SIZE, step_episode
+
+from data_pipelines.datasets import check_dataset, open_datasets
+from data_pipelines.mixture import Phase
+from data_pipelines.sources.rlds import DatasetError, RldsSource
+from data_pipelines.writers import write_rlds
+from mimic_video.config import ActionDecoderConfig, ConfigError, DataConfig, ExperimentConfig, PolicyConfig
+
+
+def experiment_of(stage: str, data: DataConfig, **decoder: int) -> ExperimentConfig:
+    decoder = ActionDecoderConfig(**{"action_horizon": 4, "action_dim": 2, "proprio_dim": 3} | decoder)
+    return ExperimentConfig(stage=stage, data=data, decoder=decoder, policy=PolicyConfig(execute_steps=2))
+
+
+@pytest.mark.parametrize("data, decoder, message", [
+    ({"image_size": (32, 32)}, {}, r"image size \(16, 32\); the config field 'data\.image_size' is \(32, 32\)"),
+    ({}, {"action_dim": 7}, r"action width 2; the config field 'decoder\.action_dim' is 7"),
+    ({}, {"proprio_dim": 8}, r"proprio width 3; the config field 'decoder\.proprio_dim' is 8"),
+])
+def test_check_dataset_names_what_contradicts(rlds, config, data, decoder, message):
+    experiment = experiment_of("action", dataclasses.replace(config, **data), **decoder)
+    with pytest.raises(DatasetError, match=rf"{rlds} split 'train' has {message}"):
+        check_dataset(RldsSource(rlds, "train"), experiment)
+
+
+def test_check_dataset_of_an_action_free_dataset(make_source, config):
+    source = make_source(12)
+    source.action_dim = source.proprio_dim = None
+    check_dataset(source, experiment_of("video", config))
+    with pytest.raises(DatasetError, match=r"memory has no action; the config field 'decoder\.action_dim' is 2"):
+        check_dataset(source, experiment_of("action", config))
+
+
+def test_check_dataset_accepts_what_fits(rlds, config):
+    check_dataset(RldsSource(rlds, "train"), experiment_of("action", config))
+
+
+def test_rates_of_commanded_steps_have_to_be_the_decoders(make_source, config):
+    source = make_source(12)
+    source[0] = dataclasses.replace(source[0], action_layout="delta")
+    check_dataset(source, experiment_of("action", config))
+    with pytest.raises(DatasetError, match=r"memory has action rate 10\.0; the config field 'data\.control_hz' is 5\.0"):
+        check_dataset(source, experiment_of("action", dataclasses.replace(config, control_hz=5.0)))
+
+
+def write(folder, name, *lengths):
+    splits = {"train": [step_episode(n, episode=e) for e, n in enumerate(lengths)]}
+    return write_rlds(folder, name, splits, control_hz=10.0, image_size=SIZE, description="Steps that count.")
+
+
+def test_several_directories_go_by_their_names(tmp_path, config):
+    one, two = write(tmp_path, "one", 12, 20), write(tmp_path, "two", 15)
+    mixed = dataclasses.replace(config, video_dataset=f"{one},{two}*3;50:{two}")
+    windows, phases = open_datasets(experiment_of("video", mixed), "train")
+    assert {name: len(each) for name, each in windows.items()} == {"one": 32, "two": 15}
+    assert phases == (Phase(0, (1.0, 3.0)), Phase(50, (0.0, 1.0)))
+    again = dataclasses.replace(config, video_dataset=f"{one},{write(tmp_path / 'other', 'one', 12)}")
+    with pytest.raises(ConfigError, match=r"'data.video_dataset' names two datasets 'one'"):
+        open_datasets(experiment_of("video", again), "train")
+
+
+@pytest.mark.parametrize(("fields", "error", "message"), [
+    ({}, ConfigError, "'data.video_dataset' is empty"),
+    ({"video_dataset": "droid"}, ConfigError, "'data.root' is empty; expected the folder with the dataset 'droid'"),
+    ({"video_dataset": "droid", "root": "nowhere"}, DatasetError, r"there is no dataset nowhere/droid: .* nowhere/droid/1\.0\.0"),
+    ({"video_dataset": "driod"}, DatasetError, "dataset directory driod does not exist"),
+])  # fmt: skip
+def test_datasets_that_are_not_there(config, fields, error, message):
+    with pytest.raises(error, match=message):
+        open_datasets(experiment_of("video", dataclasses.replace(config, **fields)), "train")
