@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from mimic_video.config import ExperimentConfig
 from mimic_video.flow import matching, solvers
@@ -112,15 +112,16 @@ class VideoActionModel:
         decoder = self.module("decoder", params)
         context = decoder.encode_context(jax.lax.stop_gradient(hidden))
 
-        weights = self._valid(batch["action_mask"])
-        if "action_dims" in batch:
-            weights = weights[:, :, None] * batch["action_dims"][:, None]
+        weights, dims = self._valid(batch["action_mask"]), 1.0
+        if "action_dims" in batch:  # the others stay at zero, here and in `decode_actions`
+            dims = batch["action_dims"][:, None]
+            weights = weights[:, :, None] * dims
 
         def draw(key: jax.Array) -> Float[Array, ""]:
             time_key, noise_key, drop_key = jax.random.split(key, 3)
             actions = batch["actions"]
             time = matching.sample_action_time(time_key, len(actions))
-            noise = jax.random.normal(noise_key, actions.shape)
+            noise = jax.random.normal(noise_key, actions.shape) * dims
             dropped = jax.random.bernoulli(drop_key, self.config.decoder.proprio_dropout, (len(actions),))
             noised = matching.interpolate(actions, noise, time)
             velocity = self._action_velocity(
@@ -208,10 +209,16 @@ class VideoActionModel:
         text: Array,
         noise: Noise,
         embodiment: Int[Array, " b"] | None = None,
+        action_dims: Bool[Array, "b m"] | None = None,
     ) -> Float[Array, "b a m"]:
-        """Normalised action chunks: one partial video pass, then the action flow over a context encoded once."""
+        """Normalised action chunks: one partial video pass, then the action flow over a context encoded once.
+
+        Args:
+            embodiment: the robot of each sample, for decoders that tell robots apart.
+            action_dims: dimensions that each robot has; None for all.
+        """
         hidden, video_time = self.sample_hidden(params, past_video, text, noise["video"])
-        return self.decode_actions(params, hidden, video_time, proprio, noise["actions"], embodiment)
+        return self.decode_actions(params, hidden, video_time, proprio, noise["actions"], embodiment, action_dims)
 
     def decode_actions(
         self,
@@ -221,17 +228,19 @@ class VideoActionModel:
         proprio: Array,
         noise: Array,
         embodiment: Int[Array, " b"] | None = None,
+        action_dims: Bool[Array, "b m"] | None = None,
     ) -> Float[Array, "b a m"]:
-        """The action flow from noise to a normalised chunk, by Euler steps."""
+        """The action flow from noise to a normalised chunk, by Euler steps; arguments as for `sample_actions`."""
         decoder = self.module("decoder", params)
         context = decoder.encode_context(hidden.astype(self.dtype("decoder")))
+        dims = 1.0 if action_dims is None else action_dims[:, None]
 
         def velocity(x: Array, time: Float[Array, ""]) -> Array:
             times = jnp.full(len(x), time)
-            return self._action_velocity(decoder, proprio, x, times, video_time, context, embodiment=embodiment)
+            return dims * self._action_velocity(decoder, proprio, x, times, video_time, context, embodiment=embodiment)
 
         state = jnp.bfloat16 if self.config.compat.bfloat16_action_state else jnp.float32
-        return solvers.solve_euler(velocity, noise, self.config.policy.action_steps, state)
+        return solvers.solve_euler(velocity, dims * noise, self.config.policy.action_steps, state)
 
     # Internals. Mathematics is float32, networks run in the configured precision.
 

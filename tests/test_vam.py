@@ -393,6 +393,18 @@ def test_dimensions_that_a_robot_lacks_take_no_part(params):
     assert abs(loss(params, batch, KEY)[0] - loss(params, full, KEY)[0]) > 1e-3
 
 
+def test_dimensions_that_a_robot_lacks_stay_at_zero(params):
+    batch, dims = tiny.batch(ACTION, 2), np.array([[True, True], [True, False]])
+    arguments = (params, observed(batch), batch["proprio"], batch["text"])
+    plan = jax.jit(lambda *arguments, dims: VideoActionModel(ACTION).sample_actions(*arguments, action_dims=dims))
+    actions = plan(*arguments, noise(), dims=dims)
+    np.testing.assert_array_equal(actions[1, :, 1], 0)
+    assert np.abs(actions[0]).min() > 0 and np.abs(actions[1, :, 0]).min() > 0
+    other = noise() | {"actions": noise()["actions"].at[1, :, 1].set(9.0)}  # nothing in them matters
+    np.testing.assert_array_equal(plan(*arguments, other, dims=dims), actions)
+    np.testing.assert_allclose(plan(*arguments, noise(), dims=dims | True), sample(params, batch), atol=1e-6)
+
+
 def test_robots_are_told_apart():
     config = tiny.experiment(decoder={"embodiments": 3})
     params, batch = tiny.params(config), tiny.batch(config, 2) | {"embodiment": np.array([0, 2])}

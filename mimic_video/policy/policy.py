@@ -83,6 +83,10 @@ class Policy:
         text = np.stack([self._text[instruction] for instruction in instructions])
         noise = self._vam.policy_noise(self._seed, batch, query)
         normalised = pad_last(self.normalizers["proprio"].normalize(proprio[:, None]), decoder.proprio_dim)
-        robot = (np.full(batch, self.embodiment.index),) if decoder.embodiments else ()
-        actions = self._plan(self._params, jnp.asarray(images), normalised, text, noise, *robot)
+        robot = {}
+        if decoder.embodiments:
+            robot["embodiment"] = np.full(batch, self.embodiment.index)
+        if self.embodiment.action_dim < decoder.action_dim:
+            robot["action_dims"] = np.tile(np.arange(decoder.action_dim) < self.embodiment.action_dim, (batch, 1))
+        actions = self._plan(self._params, jnp.asarray(images), normalised, text, noise, **robot)
         return self.normalizers["action"].unnormalize(np.asarray(actions)[..., : self.embodiment.action_dim])
