@@ -98,6 +98,9 @@ class T5TextEncoder:
         features[: len(known)] = known
         return features
 
+    def __reduce__(self):
+        return T5TextEncoder, (self._config, self._device)  # worker processes read the cache, or load the model themselves
+
     def missing(self, prompts: Iterable[str]) -> list[str]:
         """The prompts that are not kept yet, each once, in the order given."""
         return [prompt for prompt in dict.fromkeys(prompts) if self._recall(prompt) is None]

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import pickle
 import shutil
 import subprocess
 import sys
@@ -339,6 +340,12 @@ def test_many_threads_share_an_encoder(saved, cache):
         features = list(pool.map(encode, PROMPTS * 6))
     for prompt, found in zip(PROMPTS * 6, features, strict=True):
         np.testing.assert_array_equal(found, alone(prompt))
+
+
+def test_worker_processes_use_the_same_cache(saved, cache):
+    encode = make_text_encoder(t5(saved[0], cache))
+    features = encode(CARROT)  # with its model loaded, and a lock
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(encode))(CARROT), features)
 
 
 @pytest.mark.parametrize(("name", "message"), [
