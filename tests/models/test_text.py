@@ -1,7 +1,7 @@
 import json
 import os
-import re
 import pickle
+import re
 import shutil
 import subprocess
 import sys
