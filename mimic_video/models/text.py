@@ -7,6 +7,7 @@ import re
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -81,6 +82,8 @@ class T5TextEncoder:
         self._kept = FeatureCache(_cache_folder(config, self._folder)) if config.cache else {}
         self._encode: Callable[[Sequence[str]], list[np.ndarray]] | None = None
         self._lock = threading.Lock()
+        # PyTorch keeps a team of spinning threads for every thread that calls it, and a loader's threads come and go.
+        self._torch_thread = ThreadPoolExecutor(1)
 
     def __call__(self, instruction: str) -> Float[np.ndarray, "rows width"]:
         """float32 features of one instruction; rows past its end token are zero.
@@ -116,7 +119,8 @@ class T5TextEncoder:
                 raise ConfigError(f"instruction {prompts[0]!r} is not in text.cache {self._config.cache!r}, and text.model "
                                   f"{self._config.model!r} is not on this machine; {_HOW_TO_GET}")  # fmt: skip
             self._encode = _load_t5(self._folder, self._config, self._device)
-        for prompt, features in zip(prompts, self._encode(prompts), strict=True):
+        encoded = self._torch_thread.submit(self._encode, prompts).result()
+        for prompt, features in zip(prompts, encoded, strict=True):
             self._kept[prompt] = features
 
     def _recall(self, prompt: str) -> Float[np.ndarray, "n width"] | None:
