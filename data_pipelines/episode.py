@@ -6,6 +6,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+CAMERAS = ("primary", "secondary", "wrist")
 POSE_DIM = 10  # [position 3 | rot6d 6 | gripper 1]
 
 
@@ -17,6 +18,19 @@ class Frames(Protocol):
     def take(self, indices: Sequence[int]) -> np.ndarray:
         """uint8 RGB (len(indices), height, width, 3)."""
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayFrames:
+    """Frames that are already decoded: uint8 (n, H, W, 3)."""
+
+    array: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def take(self, indices: Sequence[int]) -> np.ndarray:
+        return self.array[np.asarray(indices, int)]
 
 
 ActionLayout = Literal["vector", "delta", "pose"]

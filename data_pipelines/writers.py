@@ -15,9 +15,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-from data_pipelines.episode import Episode
+from data_pipelines.episode import CAMERAS, Episode
 from data_pipelines.sources.records import RecordWriter
-from data_pipelines.sources.rlds import CAMERAS, INCOMPLETE_PREFIX
+from data_pipelines.sources.rlds import INCOMPLETE_PREFIX
 from data_pipelines.windows import TOLERANCE
 from mimic_video.transforms import resize_images
 

@@ -17,10 +17,9 @@ import time
 import numpy as np
 from absl import app, flags
 
-from data_pipelines.episode import Episode
+from data_pipelines.episode import ArrayFrames, Episode
 from data_pipelines.loader import Part, WindowDataset, make_batches
 from data_pipelines.mixture import Mixture, Phase
-from data_pipelines.sources.metaworld import ArrayFrames
 from data_pipelines.sources.rlds import RldsSource
 from data_pipelines.writers import write_rlds
 from mimic_video.config import ActionDecoderConfig, DataConfig

@@ -18,9 +18,10 @@ import sys
 
 from absl import app, flags, logging
 
+from data_pipelines.episode import CAMERAS
 from data_pipelines.oxe import registry
 from data_pipelines.rewrite import Conversion, convert_rlds
-from data_pipelines.sources.rlds import CAMERAS, DatasetError, RldsSource, open_dataset
+from data_pipelines.sources.rlds import DatasetError, RldsSource, open_dataset
 
 _SOURCE = flags.DEFINE_string("source", None, "Prepared dataset, .../NAME/VERSION", required=True)
 _OUT = flags.DEFINE_string("out", None, "Folder that holds one folder per dataset", required=True)

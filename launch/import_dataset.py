@@ -25,7 +25,7 @@ import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
-from data_pipelines.episode import Episode, Frames
+from data_pipelines.episode import ArrayFrames, Episode, Frames
 from data_pipelines.sources.rlds import DatasetError
 from data_pipelines.windows import TOLERANCE, nearest, poses_at
 from data_pipelines.writers import write_rlds
@@ -105,19 +105,6 @@ class _ChosenFrames:
 
     def take(self, indices: Sequence[int]) -> np.ndarray:
         return self.frames.take(self.steps[np.asarray(indices, int)].tolist())
-
-
-@dataclasses.dataclass(frozen=True)
-class _DecodedFrames:
-    """uint8 (n, H, W, 3) in memory."""
-
-    array: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.array)
-
-    def take(self, indices: Sequence[int]) -> np.ndarray:
-        return self.array[np.asarray(indices, int)]
 
 
 def resampled(episode: Episode, hz: float) -> Episode:
@@ -205,8 +192,8 @@ class Import:
             print(f"left out {len(names)} because {reason}:{listed}{more}")
 
 
-def _decoded(frames: Frames) -> _DecodedFrames:
-    return _DecodedFrames(frames.take(range(len(frames))))
+def _decoded(frames: Frames) -> ArrayFrames:
+    return ArrayFrames(frames.take(range(len(frames))))
 
 
 def source_options() -> dict[str, Any]:

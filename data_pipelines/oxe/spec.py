@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_pipelines.episode import ActionLayout
+from data_pipelines.episode import CAMERAS, ActionLayout
 from data_pipelines.oxe.standardise import Layout, parse
 
-CAMERAS = ("primary", "secondary", "wrist")
 _EPISODE = "episode_metadata/"
 
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from data_pipelines.episode import Frames
-from data_pipelines.sources.rlds import CAMERAS, DatasetError
+from data_pipelines.episode import CAMERAS, Frames
+from data_pipelines.sources.rlds import DatasetError
 from mimic_video.transforms import resize_images
 
 

@@ -10,12 +10,12 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
-from data_pipelines.episode import Episode
+from data_pipelines.episode import ArrayFrames, Episode
 from mimic_video.evaluation.metaworld import Layout, MetaworldEnvironment, MetaworldFactory, to_delta
 
 NOISE_SCALES = (0.0, 0.25, 0.5)  # standard deviation of the noise on executed x, y, z; episodes cycle through them
@@ -23,19 +23,6 @@ MAX_STEPS = 125  # control steps, Meta-World's own limit: an expert that has not
 STEPS_AFTER_SUCCESS = 8
 
 _log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class ArrayFrames:
-    """Frames that are already decoded: uint8 (n, H, W, 3)."""
-
-    array: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.array)
-
-    def take(self, indices: Sequence[int]) -> np.ndarray:
-        return self.array[np.asarray(indices, int)]
 
 
 def demonstrations(

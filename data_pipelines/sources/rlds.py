@@ -15,15 +15,14 @@ import simplejpeg
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from data_pipelines.episode import ActionLayout, Episode, Frames
+from data_pipelines.episode import CAMERAS, ActionLayout, Episode, Frames
 from data_pipelines.sources.index import Column, Index, Shard, cache_directories, open_index
 from data_pipelines.sources.records import DatasetError, RecordFiles, file_sizes, is_remote, parse_example, read_file
 from mimic_video.transforms import resize_images
 
-__all__ = ["CAMERAS", "CONTINUES", "DatasetError", "DatasetLayout", "RldsSource", "open_dataset"]
+__all__ = ["CONTINUES", "DatasetError", "DatasetLayout", "RldsSource", "open_dataset"]
 
 INCOMPLETE_PREFIX = "incomplete."  # of a dataset directory that is still being written, as tfds names them
-CAMERAS = ("primary", "secondary", "wrist")
 CONTINUES = "episode_metadata/continues"  # flag of a record whose steps follow those of the record before it
 CONTROL_HZ = "episode_metadata/control_hz"
 ACTION_LAYOUT = "episode_metadata/action_layout"

@@ -8,9 +8,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from data_pipelines.episode import Episode
+from data_pipelines.episode import ArrayFrames, Episode
 from data_pipelines.oxe import registry
-from data_pipelines.sources.metaworld import ArrayFrames
 from data_pipelines.writers import write_rlds
 
 TEMPLATE = pathlib.Path(__file__).parents[2] / "configs" / "my_robot.py"
