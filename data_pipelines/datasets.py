@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from data_pipelines.episode import CAMERAS
 from data_pipelines.loader import WindowDataset
 from data_pipelines.mixture import Phase, parse_mixture
 from data_pipelines.oxe import registry
@@ -33,7 +34,8 @@ def open_datasets(config: ExperimentConfig, split: str) -> Datasets:
 
     Raises:
         ConfigError: if the field is empty or cannot be parsed, or two datasets have the same name.
-        DatasetError: if a dataset or split is not there, or is not what its entry or the experiment says.
+        DatasetError: if a dataset or split is not there, or is not what its entry or the experiment says, or no dataset has a
+            camera of `data.cameras`.
     """
     field = f"data.{config.stage}_dataset"
     text = {"video": config.data.video_dataset, "action": config.data.action_dataset}[config.stage]
@@ -48,6 +50,9 @@ def open_datasets(config: ExperimentConfig, split: str) -> Datasets:
         if name in windows:
             raise ConfigError(f"config field '{field}' names two datasets {name!r}; rename a directory")
         windows[name] = _open(part, config, split, field)
+    for camera in config.data.cameras:
+        if not any(camera in each.cameras for each in windows.values()):
+            raise DatasetError(f"config field 'data.cameras' has {camera!r}, which none of {', '.join(windows)} has")
     if named is not None:
         shares = effective_weights(named, {name: len(each) for name, each in windows.items()})
         phases = (Phase(0, tuple(shares.values())),)
@@ -63,9 +68,11 @@ def _open(part: str, config: ExperimentConfig, split: str, field: str) -> Window
     if not config.data.root:
         raise ConfigError(f"config field 'data.root' is empty; expected the folder with the dataset {part!r} of '{field}'")
     directory = _newest_version(Path(config.data.root) / part)
-    spec = dataclasses.replace(registry.find(part), secondary=None, wrist=None)  # windows are of the primary camera
-    try:
-        check_schema(flatten_features(open_dataset(directory).features), spec)
+    spec = registry.find(part)
+    secondary, wrist = (getattr(spec, name) if name in config.data.cameras else None for name in CAMERAS[1:])
+    spec = dataclasses.replace(spec, secondary=secondary, wrist=wrist)
+    try:  # a conversion may have dropped further cameras
+        check_schema(flatten_features(open_dataset(directory).features), dataclasses.replace(spec, secondary=None, wrist=None))
     except DatasetError:
         raise
     except ValueError as error:
@@ -94,7 +101,10 @@ def check_dataset(source: RldsSource, config: ExperimentConfig) -> None:
         DatasetError: naming the dataset, the field and both values, if the image size, or for the stage `action` the action or
             proprio width or the rate of commanded steps, is not what the configuration says.
     """
-    _require_equal(source, "image size", source.image_size, "data.image_size", tuple(config.data.image_size))
+    for camera in config.data.cameras:
+        if camera in source.camera_sizes:
+            what = f"image size of camera '{camera}'"
+            _require_equal(source, what, source.camera_sizes[camera], "data.image_size", tuple(config.data.image_size))
     if config.stage == "action":
         mixed = config.decoder.embodiments > 1  # then narrower datasets are padded
         for what, found, field, wanted in (

@@ -78,3 +78,8 @@ class Episode:
 
     def __len__(self) -> int:
         return len(self.timestamps)
+
+    @property
+    def cameras(self) -> dict[str, Frames]:
+        """All cameras by name, "primary" first."""
+        return {"primary": self.frames, **self.further_cameras}

@@ -35,6 +35,7 @@ class WindowDataset(Sequence[dict]):
         episodes: all episodes, their frames read through the cache.
         action_dim: width of actions, or None if windows have none.
         raw_dims: dimensions of "action" and "proprio" that are not to be normalised.
+        cameras: those of `config` that the source has.
 
     Args:
         source: the episodes.
@@ -55,9 +56,14 @@ class WindowDataset(Sequence[dict]):
         self._config, self._actions = config, actions
         self.action_dim = source.action_dim if actions else None
         self.raw_dims = raw_dims or {"action": config.raw_action_dims, "proprio": config.raw_proprio_dims}
+        self.cameras = tuple(camera for camera in config.cameras if camera in source.camera_sizes)
         cache = _FrameCache(source, config.frame_cache_mb * 2**20)
-        self.episodes = [dataclasses.replace(episode, frames=_CachedFrames(cache, index, len(episode)))
-                         for index, episode in enumerate(source)]
+
+        def cached(index: int, episode: Episode) -> Episode:
+            primary, *further = (_CachedFrames(cache, camera, index, len(episode)) for camera in self.cameras)
+            return dataclasses.replace(episode, frames=primary, further_cameras=dict(zip(self.cameras[1:], further, strict=True)))
+
+        self.episodes = [cached(index, episode) for index, episode in enumerate(source)]
         _check_horizons(source.name, self.episodes, config, actions)
         steps = [anchors(episode.timestamps, config, actions=actions) for episode in self.episodes]
         self._episode_of = np.repeat(np.arange(len(steps)), [len(s) for s in steps])
@@ -114,10 +120,10 @@ def make_batches(parts: Sequence[Part], mixture: Mixture, *, batch_size: int, st
             an error.
 
     Returns:
-        Iterator of dicts: `video` uint8 (b, past+future, H, W, 3), `video_mask` bool (b, past+future), `text` float32
-        (b, rows, width); for datasets with actions also `proprio` (b, 1, p), `actions` (b, A, m) and `action_mask` bool (b, A);
-        of these also `action_dims` bool (b, m) if a dataset is narrower than m, and `embodiment` int32 (b,), the number of the
-        row's dataset, if the decoder tells them apart.
+        Iterator of dicts: `video`, `video_mask` and with several cameras `view_mask` as `video_window` has them, behind a leading
+        axis b; `text` float32 (b, rows, width); for datasets with actions also `proprio` (b, 1, p), `actions` (b, A, m) and
+        `action_mask` bool (b, A); of these also `action_dims` bool (b, m) if a dataset is narrower than m, and `embodiment` int32
+        (b,), the number of the row's dataset, if the decoder tells them apart.
 
     Raises:
         ValueError: if `batch_size` cannot be divided.
@@ -180,31 +186,32 @@ class _FrameCache:
 
     def __init__(self, source: Sequence[Episode], capacity: int):
         self._source, self._capacity, self._used = source, capacity, 0
-        self._frames: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._frames: OrderedDict[tuple[str, int, int], np.ndarray] = OrderedDict()  # camera, episode, step
         self._lock = threading.Lock()
 
     def __reduce__(self):
         return _FrameCache, (self._source, self._capacity)  # worker processes start with an empty cache
 
-    def take(self, episode: int, indices: Sequence[int]) -> np.ndarray:
+    def take(self, camera: str, episode: int, indices: Sequence[int]) -> np.ndarray:
+        frames = self._source[episode].cameras[camera]
         if not self._capacity:
-            return self._source[episode].frames.take(indices)
+            return frames.take(indices)
         with self._lock:
-            found = {i: self._frames[episode, i] for i in indices if (episode, i) in self._frames}
+            found = {i: self._frames[camera, episode, i] for i in indices if (camera, episode, i) in self._frames}
             for i in found:
-                self._frames.move_to_end((episode, i))
+                self._frames.move_to_end((camera, episode, i))
         missing = [i for i in dict.fromkeys(indices) if i not in found]
         if missing:  # decoded outside the lock, so threads decode in parallel
-            decoded = dict(zip(missing, self._source[episode].frames.take(missing), strict=True))
+            decoded = dict(zip(missing, frames.take(missing), strict=True))
             found |= decoded
-            self._keep(episode, decoded)
+            self._keep(camera, episode, decoded)
         return np.stack([found[i] for i in indices])
 
-    def _keep(self, episode: int, decoded: Mapping[int, np.ndarray]) -> None:
+    def _keep(self, camera: str, episode: int, decoded: Mapping[int, np.ndarray]) -> None:
         with self._lock:
             for i, frame in decoded.items():
-                if (episode, i) not in self._frames:
-                    self._frames[episode, i] = frame.copy()  # not a view that keeps its whole window alive
+                if (camera, episode, i) not in self._frames:
+                    self._frames[camera, episode, i] = frame.copy()  # not a view that keeps its whole window alive
                     self._used += frame.nbytes
             while self._used > self._capacity:
                 self._used -= self._frames.popitem(last=False)[1].nbytes
@@ -212,9 +219,10 @@ class _FrameCache:
 
 @dataclasses.dataclass(frozen=True)
 class _CachedFrames:
-    """`Frames` of one episode of a `_FrameCache`."""
+    """`Frames` of one camera of one episode of a `_FrameCache`."""
 
     cache: _FrameCache
+    camera: str
     episode: int
     length: int
 
@@ -222,7 +230,7 @@ class _CachedFrames:
         return self.length
 
     def take(self, indices: Sequence[int]) -> np.ndarray:
-        return self.cache.take(self.episode, indices)
+        return self.cache.take(self.camera, self.episode, indices)
 
 
 def _check_horizons(name: str, episodes: Sequence[Episode], config: DataConfig, actions: bool) -> None:

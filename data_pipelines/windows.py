@@ -11,7 +11,7 @@ from scipy.spatial.transform import Rotation, Slerp
 
 from data_pipelines.episode import POSE_DIM, Episode
 from mimic_video.config import DataConfig
-from mimic_video.transforms import matrix_from_rot6d, relative_poses, rot6d_from_matrix
+from mimic_video.transforms import matrix_from_rot6d, relative_poses, rot6d_from_matrix, stack_views
 
 TOLERANCE = 1e-4  # seconds. Far below any step, far above the rounding of k / rate with a float32 rate
 
@@ -41,14 +41,18 @@ def video_window(episode: Episode, anchor: int, config: DataConfig) -> dict[str,
     """The frames of one window.
 
     Returns:
-        video: uint8 (past+future, H, W, 3), the frames nearest to `video_times`.
+        video: uint8 (past+future, V·H, W, 3), the frames nearest to `video_times` of the V cameras of `config`, one above the
+            other; black where the episode lacks a camera.
         video_mask: bool (past+future,), False where the requested time lies outside the episode.
+        view_mask: bool (V,), which cameras the episode has; only if V > 1.
     """
     times = video_times(episode.timestamps[anchor], config)
     steps, rows = np.unique(nearest(episode.timestamps, times), return_inverse=True)
-    frames = episode.frames.take(steps.tolist())
-    video = frames if len(steps) == len(times) else frames[rows]  # copied only where frames repeat
-    return {"video": video, "video_mask": inside(episode.timestamps, times)}
+    cameras = {name: frames for name, frames in episode.cameras.items() if name in config.cameras}
+    views = stack_views({name: frames.take(steps.tolist()) for name, frames in cameras.items()}, config.cameras)
+    video = views if len(steps) == len(times) else views[rows]  # copied only where frames repeat
+    window = {"video": video, "video_mask": inside(episode.timestamps, times)}
+    return window if len(config.cameras) == 1 else window | {"view_mask": np.isin(config.cameras, list(cameras))}
 
 
 def action_windows(episode: Episode, anchors: Sequence[int] | np.ndarray, config: DataConfig) -> dict[str, np.ndarray]:

@@ -39,7 +39,7 @@ def timed(call: Callable[[], Any]) -> dict[str, float]:
 def random_batch(config: ExperimentConfig, size: int) -> dict[str, np.ndarray]:
     data, decoder, random = config.data, config.decoder, np.random.default_rng(0)
     return {
-        "video": random.integers(0, 256, (size, data.num_frames, *data.image_size, 3), np.uint8),
+        "video": random.integers(0, 256, (size, data.num_frames, *data.frame_size, 3), np.uint8),
         "video_mask": np.ones((size, data.num_frames), bool),
         "text": random.standard_normal((size, config.text.rows, config.text.width)).astype(np.float32),
         "proprio": random.standard_normal((size, decoder.obs_horizon, decoder.proprio_dim)).astype(np.float32),

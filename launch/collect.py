@@ -19,6 +19,7 @@ from data_pipelines.episode import Episode
 from data_pipelines.sources.metaworld import demonstrations
 from data_pipelines.writers import VERSION, write_rlds
 from mimic_video.config import ExperimentConfig
+from mimic_video.evaluation.metaworld import MetaworldFactory
 
 _OUT = flags.DEFINE_string("out", None, "Folder for the datasets", required=True)
 _VIDEOS = flags.DEFINE_integer("videos", 100, "Action-free episodes per task", lower_bound=1)
@@ -37,8 +38,8 @@ def episodes(config: ExperimentConfig, dataset: str, split: str, count: int) -> 
     """`count` successful episodes of every task, with a progress bar."""
     labelled, workers = dataset == "demonstrations", config.evaluation.workers
     for task in config.evaluation.tasks:
-        seeds = itertools.count(_FIRST_SEEDS[dataset, split])
-        source = demonstrations(task, seeds, config.data.image_size, labelled, workers, config.evaluation.layout)
+        factory = MetaworldFactory(task, config.data.image_size, config.evaluation.layout, config.data.cameras)
+        source = demonstrations(factory, itertools.count(_FIRST_SEEDS[dataset, split]), labelled, workers)
         yield from tqdm(itertools.islice(source, count), total=count, desc=f"{dataset}/{split} {task}", unit="episode")
 
 

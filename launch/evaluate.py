@@ -73,7 +73,11 @@ def evaluate_video(config: ExperimentConfig, run: pathlib.Path) -> dict:
     encode_text = make_text_encoder(config.text)
     text = np.stack([encode_text(window["instruction"]) for window in chosen])
     noise = vam.policy_noise(config.seed, len(chosen))["video"]
-    predicted = np.asarray(jax.jit(vam.sample_video)(params, real[:, :past], text, noise))
+    views = np.isin(config.data.cameras, windows.cameras)
+    view_mask = np.tile(views, (len(chosen), 1)) if len(views) > 1 else None
+    predicted = np.asarray(jax.jit(vam.sample_video)(params, real[:, :past], text, noise, view_mask=view_mask))
+    rows = np.repeat(views, config.data.image_size[0])
+    real, predicted = real[:, :, rows], predicted[:, :, rows]
     mask = np.stack([window["video_mask"] for window in chosen])[:, past:]
     repeated = np.repeat(real[:, past - 1 : past], config.data.future_frames, axis=1)
     for i in range(min(_RECORDED.value, len(chosen))):
@@ -93,7 +97,8 @@ def evaluate_policy(config: ExperimentConfig, run: pathlib.Path) -> dict:
     windows = chosen_windows(config)
     samples = [windows[index] for index in range(0, len(windows), 4)]
     open_loop = action_errors(policy, samples, config.data.past_frames, policy.normalizers["action"])
-    factory = functools.partial(MetaworldFactory, image_size=config.data.image_size, layout=config.evaluation.layout)
+    factory = functools.partial(MetaworldFactory, image_size=config.data.image_size, layout=config.evaluation.layout,
+                                cameras=config.data.cameras)  # fmt: skip
     results = run_rollouts(policy, factory, config, record=_RECORDED.value)
     for result in results:
         if result.frames is not None:

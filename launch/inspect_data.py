@@ -76,7 +76,7 @@ def draw_windows(source: Sequence[Episode], count: int) -> tuple[Image.Image, li
         times = video_times(episode.timestamps[anchor], config)
         times = times[np.linspace(0, len(times) - 1, _COLUMNS).round().astype(int)]
         steps, rows = np.unique(nearest(episode.timestamps, times), return_inverse=True)
-        for camera, frames in {"primary": episode.frames, **episode.further_cameras}.items():
+        for camera, frames in episode.cameras.items():
             pictures = [thumbnail(frame) for frame in frames.take(steps.tolist())]
             strips.append(np.concatenate([pictures[row] for row in rows], axis=1))
             first, last = times[[0, -1]] - episode.timestamps[anchor]

@@ -6,6 +6,8 @@
 The same command after an interruption continues from the last checkpoint and ends with the same parameters.
 """
 
+import dataclasses
+import itertools
 import pathlib
 from collections.abc import Mapping
 
@@ -40,7 +42,10 @@ def fit_tokenizer(config: ExperimentConfig, datasets: Windows) -> Params:
     """Parameters of a tokenizer fitted to evenly spaced windows of all datasets."""
     every = [(windows, index) for windows in datasets.values() for index in range(len(windows))]
     chosen = np.linspace(0, len(every) - 1, min(config.tokenizer.fit_windows, len(every))).astype(int)
-    video = np.stack([every[i][0][every[i][1]]["video"] for i in chosen]).astype(np.float32) / 127.5 - 1
+    samples = [every[i][0][every[i][1]] for i in chosen]
+    views = [view for sample in samples for view in np.split(sample["video"], len(config.data.cameras), axis=1)]
+    there = [there for sample in samples for there in sample.get("view_mask", [True])]
+    video = np.stack(list(itertools.compress(views, there))).astype(np.float32) / 127.5 - 1
     tokenizer = PatchTokenizer()
     unexplained = tokenizer.fit(video)
     print(f"tokenizer: unexplained variance {unexplained[0]:.1%} of first frames, {unexplained[1]:.1%} of the others")
@@ -54,8 +59,19 @@ def initial_params(config: ExperimentConfig, datasets: Windows) -> Params:
         run = pathlib.Path(config.backbone_run)
         pretrained, step = checkpoints.load_params(run, "float32" if config.stage == "video" else "configured")
         print(f"backbone: step {step} of {run}")
-        return params | {name: pretrained[name] for name in ("tokenizer", "backbone")}
+        new = {name: params["backbone"][name] for name in params["backbone"].keys() - pretrained["backbone"].keys()}
+        return params | {"tokenizer": pretrained["tokenizer"], "backbone": pretrained["backbone"] | new}  # new: view embedding
     return params | {"tokenizer": fit_tokenizer(config, datasets)}
+
+
+def with_views_of(config: ExperimentConfig, trained: ExperimentConfig) -> ExperimentConfig:
+    """The configuration of a backbone of one view, extended to those of `config`; other backbones' as it is."""
+    if trained.backbone.views > 1:
+        return trained
+    return dataclasses.replace(
+        trained, data=dataclasses.replace(trained.data, cameras=config.data.cameras),
+        backbone=dataclasses.replace(trained.backbone, views=config.backbone.views),
+    )  # fmt: skip
 
 
 def find_embodiments(run: pathlib.Path, config: ExperimentConfig, datasets: Windows) -> dict[str, Embodiment]:
@@ -63,7 +79,7 @@ def find_embodiments(run: pathlib.Path, config: ExperimentConfig, datasets: Wind
     if (run / "embodiments.json").exists():
         return checkpoints.load_embodiments(run)
     embodiments = {
-        name: Embodiment(name, index, action_statistics(windows.episodes, config.data), windows.raw_dims)
+        name: Embodiment(name, index, action_statistics(windows.episodes, config.data), windows.raw_dims, windows.cameras)
         for index, (name, windows) in enumerate(datasets.items())
     }
     checkpoints.save_embodiments(run, embodiments)
@@ -76,7 +92,8 @@ def main(config: ExperimentConfig) -> None:
         raise ConfigError("config field 'backbone_run' is empty; expected a run with the weights of the Wan tokenizer")
     if config.backbone_run:
         backbone = pathlib.Path(config.backbone_run)
-        checkpoints.require_same_model(checkpoints.read_config(backbone), config, _BACKBONE_FIELDS, backbone)
+        trained = with_views_of(config, checkpoints.read_config(backbone))
+        checkpoints.require_same_model(trained, config, _BACKBONE_FIELDS, backbone)
         checkpoints.require_checkpoint(backbone)
     datasets, phases = open_datasets(config, config.data.train_split)
     if config.decoder.embodiments and config.stage == "action" and len(datasets) != config.decoder.embodiments:

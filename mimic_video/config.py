@@ -42,6 +42,7 @@ class DataConfig:
     train_split: str = "train"
     validation_split: str = "val"
     image_size: tuple[int, int] = (480, 640)  # height, width in pixels, as the tokenizer sees them
+    cameras: tuple[Literal["primary", "secondary", "wrist"], ...] = ("primary",)  # of a sample, one above the other in its frames
     past_frames: int = 5
     future_frames: int = 56
     video_hz: float = 5.0
@@ -61,6 +62,8 @@ class DataConfig:
         _require(self.future_frames % 4 == 0, "data.future_frames", self.future_frames, "a multiple of 4 (tokenizer groups)")
         _require(self.workers >= 0, "data.workers", self.workers, "0 (threads) or a number of processes")
         _require(self.action_delay >= 0, "data.action_delay", self.action_delay, "zero or more seconds")
+        _require(self.cameras[:1] == ("primary",) and len(self.cameras) == len(set(self.cameras)), "data.cameras", self.cameras,
+                 "'primary', and maybe others after it")
         for size in self.image_size:
             _require(size > 0 and size % 16 == 0, "data.image_size", self.image_size, "multiples of 16 pixels (latents, patches)")
 
@@ -74,9 +77,14 @@ class DataConfig:
         return 1 + (self.past_frames - 1) // 4
 
     @property
+    def frame_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of a sample's frames, in which cameras stand one above the other."""
+        return len(self.cameras) * self.image_size[0], self.image_size[1]
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(t, h, w) of a whole window's latents."""
-        return 1 + (self.num_frames - 1) // 4, self.image_size[0] // 8, self.image_size[1] // 8
+        """(t, h, w) of a whole window's latents; those of several cameras stand one above the other."""
+        return 1 + (self.num_frames - 1) // 4, self.frame_size[0] // 8, self.frame_size[1] // 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,10 +130,11 @@ class VideoDiTConfig:
     patch: tuple[int, int, int] = (1, 2, 2)  # t, h, w
     rope_ratio: tuple[float, float, float] = (1.0, 3.0, 3.0)  # t, h, w extrapolation
     hidden_block: int = 20  # blocks run before the decoder reads the residual stream (SPEC 3.8)
+    views: int = 1  # cameras of a sample; several are told apart by a learned embedding, which published weights do not have
 
     def __post_init__(self):
         _require_positive(self, "width", "num_blocks", "num_heads", "mlp_ratio", "text_width", "adaln_lora_dim",
-                          "latent_channels")
+                          "latent_channels", "views")
         _require(self.width % self.num_heads == 0, "backbone.width", self.width, f"a multiple of num_heads={self.num_heads}")
         head_dim = self.width // self.num_heads
         _require(head_dim % 2 == 0 and head_dim >= 6, "backbone.num_heads", self.num_heads,
@@ -316,9 +325,11 @@ class ExperimentConfig:
         _require(self.backbone.latent_channels == 16, "backbone.latent_channels", self.backbone.latent_channels,
                  "16, the tokenizer's")
         _, rows, columns = self.backbone.patch
-        _, height, width = self.data.latent_shape
+        height, width = (size // 8 for size in self.data.image_size)
         _require(height % rows == 0 and width % columns == 0, "backbone.patch", self.backbone.patch,
                  f"a divisor of the {height}x{width} latent pixels")
+        _require(self.backbone.views == len(self.data.cameras), "backbone.views", self.backbone.views,
+                 f"{len(self.data.cameras)}, the number of data.cameras")
         _require(self.text.width == self.backbone.text_width, "text.width", self.text.width,
                  f"backbone.text_width={self.backbone.text_width}")
         for name, width in (("action", self.decoder.action_dim), ("proprio", self.decoder.proprio_dim)):

@@ -24,12 +24,14 @@ class Embodiment:
         index: its number in the model's embodiment table.
         statistics: of "action" (A, m) and "proprio" (1, p), raw units.
         raw_dims: dimensions of "action" and of "proprio" that are not normalised: 6-D rotations.
+        cameras: those of the model's that the robot has.
     """
 
     name: str
     index: int
     statistics: Mapping[str, Statistics]
     raw_dims: Mapping[str, tuple[int, ...]]
+    cameras: tuple[str, ...] = ("primary",)
 
     @property
     def action_dim(self) -> int:
@@ -52,7 +54,8 @@ def to_table(embodiments: Mapping[str, Embodiment]) -> list[dict[str, Any]]:
     """JSON form of a model's embodiments, in their order. `from_table` inverts it exactly."""
     ordered = sorted(embodiments.values(), key=lambda embodiment: embodiment.index)
     return [
-        {"name": e.name, "raw_dims": {key: list(dims) for key, dims in e.raw_dims.items()}, "statistics": to_json(e.statistics)}
+        {"name": e.name, "cameras": list(e.cameras), "raw_dims": {key: list(dims) for key, dims in e.raw_dims.items()},
+         "statistics": to_json(e.statistics)}
         for e in ordered
     ]
 
@@ -63,7 +66,7 @@ def from_table(table: list[dict[str, Any]]) -> dict[str, Embodiment]:
         return {
             entry["name"]: Embodiment(
                 entry["name"], index, from_json(entry["statistics"]),
-                {key: tuple(entry["raw_dims"][key]) for key in ("action", "proprio")},
+                {key: tuple(entry["raw_dims"][key]) for key in ("action", "proprio")}, tuple(entry.get("cameras", ("primary",))),
             )
             for index, entry in enumerate(table)
         }  # fmt: skip

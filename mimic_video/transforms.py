@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from numpy.typing import ArrayLike, DTypeLike
 from PIL import Image
 
@@ -351,6 +351,14 @@ def _finite(name: str, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray
     if not np.isfinite(values).all():
         raise ValueError(f"'{name}' is not finite at index {_first(~np.isfinite(values))}")
     return values
+
+
+def stack_views(views: Mapping[str, UInt8[np.ndarray, "... h w 3"]], cameras: Sequence[str]) -> UInt8[np.ndarray, "... vh w 3"]:
+    """The views of `cameras`, one above the other in that order; black where there is none. The first one has to be there."""
+    if len(cameras) == 1:
+        return views[cameras[0]]
+    black = np.zeros_like(views[cameras[0]])
+    return np.concatenate([views.get(camera, black) for camera in cameras], axis=-3)
 
 
 def resize_images(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from mimic_video.config import ExperimentConfig
 from mimic_video.flow import matching, solvers
 from mimic_video.models.action_decoder import ActionDecoder, Context
 from mimic_video.models.patch_tokenizer import PatchTokenizer
-from mimic_video.models.video_dit import VideoDiT
+from mimic_video.models.video_dit import VideoDiT, ViewMask, token_mask
 from mimic_video.models.wan_vae import WanVAE
 
 Params = dict[str, Any]
@@ -26,6 +26,27 @@ Latents = Float[Array, "b t h w c"]
 Noise = dict[str, Float[Array, "b ..."]]  # standard normal: "video" as latents, "actions" (b a m)
 
 VIDEO_LOSS_SCALE, ACTION_LOSS_SCALE = 100.0, 10.0  # as published (SPEC 4.2, 7); metrics report unscaled errors
+
+
+class Robots(NamedTuple):
+    """What the samples of a batch have, for models of several robots; None where that is the same for all.
+
+    Attributes:
+        embodiment: number of each sample's robot, if the decoder tells robots apart.
+        action_dims: False for dimensions of actions that a robot lacks.
+        view_mask: False for views that a sample lacks.
+    """
+
+    embodiment: Int[Array, " b"] | None = None
+    action_dims: Bool[Array, "b m"] | None = None
+    view_mask: ViewMask | None = None
+
+    @classmethod
+    def of(cls, batch: Batch) -> "Robots":
+        return cls(*(batch.get(name) for name in cls._fields))
+
+
+ALIKE = Robots()
 
 
 class VideoActionModel:
@@ -61,14 +82,27 @@ class VideoActionModel:
     # Latents.
 
     def encode_video(self, params: Params, video: UInt8[Array, "b f h w 3"]) -> Latents:
-        """8-bit RGB frames → latents; a prefix of the frames gives the prefix of the latents."""
-        video = (video.astype(jnp.float32) / 127.5 - 1).astype(self.dtype("tokenizer"))
-        return jax.lax.stop_gradient(self.module("tokenizer", params).encode(video)).astype(jnp.float32)
+        """8-bit RGB frames → latents; a prefix of the frames gives the prefix of the latents. Views are encoded by themselves."""
+        video = (self._apart(video).astype(jnp.float32) / 127.5 - 1).astype(self.dtype("tokenizer"))
+        return self._stacked(jax.lax.stop_gradient(self.module("tokenizer", params).encode(video)).astype(jnp.float32))
 
     def decode_video(self, params: Params, latents: Latents) -> UInt8[Array, "b f h w 3"]:
         """Latents → 8-bit RGB frames."""
-        video = self.module("tokenizer", params).decode(latents.astype(self.dtype("tokenizer"))).astype(jnp.float32)
+        latents = self._apart(latents).astype(self.dtype("tokenizer"))
+        video = self._stacked(self.module("tokenizer", params).decode(latents).astype(jnp.float32))
         return jnp.clip(jnp.round((video + 1) * 127.5), 0, 255).astype(jnp.uint8)
+
+    def _apart(self, x: Float[Array, "b n vh w c"]) -> Float[Array, "bv n h w c"]:
+        """Views that stand one above the other as samples of their own."""
+        views = self.config.backbone.views
+        b, n, height, *rest = x.shape
+        return jnp.moveaxis(x.reshape(b, n, views, height // views, *rest), 2, 1).reshape(b * views, n, height // views, *rest)
+
+    def _stacked(self, x: Float[Array, "bv n h w c"]) -> Float[Array, "b n vh w c"]:
+        """Undoes `_apart`."""
+        views = self.config.backbone.views
+        bv, n, height, *rest = x.shape
+        return jnp.moveaxis(x.reshape(bv // views, views, n, height, *rest), 1, 2).reshape(bv // views, n, views * height, *rest)
 
     # Training.
 
@@ -76,10 +110,11 @@ class VideoActionModel:
         """Flow matching on the latents that follow 1 … past_latents clean ones (SPEC 4).
 
         Args:
-            batch: `video` uint8 (b f H W 3), `video_mask` bool (b f), `text` (b rows width).
+            batch: `video` uint8 (b f H W 3), `video_mask` bool (b f), `text` (b rows width), with several cameras `view_mask`.
 
         Returns:
-            The loss to differentiate, and metrics; unless configured otherwise, padded frames take no part.
+            The loss to differentiate, and metrics; views that are missing and, unless configured otherwise, padded frames take no
+            part.
         """
         data = self.config.data
         count_key, sigma_key, noise_key = jax.random.split(key, 3)
@@ -89,14 +124,17 @@ class VideoActionModel:
         time = matching.flow_time(matching.sample_video_sigma(sigma_key, size, self.config.noise))
         noise = jax.random.normal(noise_key, latents.shape)
         inputs, times = matching.frame_replacement(latents, matching.interpolate(latents, noise, time), time, mask)
-        velocity = self._video_velocity(params, inputs, times, batch["text"], mask)
+        velocity = self._video_velocity(params, inputs, times, batch["text"], mask, batch.get("view_mask"))
         error = (velocity - (noise - latents)) ** 2
         valid = self._valid(self._latent_mask(batch["video_mask"]))
+        if "view_mask" in batch:  # from here on, every row of latents has a weight of its own
+            valid = valid[:, :, None] * token_mask(batch["view_mask"], latents.shape[2])[:, None]
+            mask = mask[:, :, None]
         generated = matching.weighted_mean(error, valid * (1 - mask))
         if self.config.train.average_generated_only:
             loss = generated
         else:  # conditioned frames count in the denominator, with no error of their own
-            loss = matching.weighted_mean(error * (1 - mask)[..., None, None, None], valid)
+            loss = matching.weighted_mean(error * (1 - mask).reshape(*mask.shape, *[1] * (error.ndim - mask.ndim)), valid)
         return VIDEO_LOSS_SCALE * loss, {"video_mse": generated}
 
     def action_loss(self, params: Params, batch: Batch, key: jax.Array) -> tuple[Float[Array, ""], Metrics]:
@@ -104,17 +142,17 @@ class VideoActionModel:
 
         Args:
             batch: as for `video_loss`, and normalised `proprio` (b o p), `actions` (b a m), `action_mask` bool (b a). Of mixtures
-                also `action_dims` bool (b m), False for what a robot does not have, and `embodiment` (b,) if the decoder tells
-                robots apart.
+                also `action_dims` and `embodiment` as in `Robots`.
         """
         video_key, draws_key = jax.random.split(key)
-        hidden, video_time = self.hidden_of_noised_video(params, batch["video"], batch["text"], video_key)
+        robots = Robots.of(batch)
+        hidden, video_time = self.hidden_of_noised_video(params, batch["video"], batch["text"], video_key, robots.view_mask)
         decoder = self.module("decoder", params)
-        context = decoder.encode_context(jax.lax.stop_gradient(hidden))
+        context = decoder.encode_context(jax.lax.stop_gradient(hidden), self._context_mask(robots.view_mask))
 
         weights, dims = self._valid(batch["action_mask"]), 1.0
-        if "action_dims" in batch:  # the others stay at zero, here and in `decode_actions`
-            dims = batch["action_dims"][:, None]
+        if robots.action_dims is not None:  # the others stay at zero, here and in `decode_actions`
+            dims = robots.action_dims[:, None]
             weights = weights[:, :, None] * dims
 
         def draw(key: jax.Array) -> Float[Array, ""]:
@@ -125,7 +163,7 @@ class VideoActionModel:
             dropped = jax.random.bernoulli(drop_key, self.config.decoder.proprio_dropout, (len(actions),))
             noised = matching.interpolate(actions, noise, time)
             velocity = self._action_velocity(
-                decoder, batch["proprio"], noised, time, video_time, context, dropped, batch.get("embodiment")
+                decoder, batch["proprio"], noised, time, video_time, context, dropped, robots.embodiment
             )
             return matching.weighted_mean((velocity - (noise - actions)) ** 2, weights)
 
@@ -133,7 +171,7 @@ class VideoActionModel:
         return ACTION_LOSS_SCALE * loss, {"action_mse": loss}
 
     def hidden_of_noised_video(
-        self, params: Params, video: UInt8[Array, "b f h w 3"], text: Array, key: jax.Array
+        self, params: Params, video: UInt8[Array, "b f h w 3"], text: Array, key: jax.Array, view_mask: ViewMask | None = None
     ) -> tuple[Float[Array, "b k d"], Float[Array, " b"]]:
         """Hidden states of whole windows whose future latents are noised to random τ_v; and those τ_v."""
         sigma_key, noise_key = jax.random.split(key)
@@ -141,7 +179,7 @@ class VideoActionModel:
         time = matching.flow_time(matching.sample_video_sigma(sigma_key, len(latents), self.config.noise))
         noised = matching.interpolate(latents, jax.random.normal(noise_key, latents.shape), time)
         mask = matching.condition_mask(jnp.full(len(latents), self.config.data.past_latents), latents.shape[1])
-        return self._hidden(params, latents, mask, noised, time, text), time
+        return self._hidden(params, latents, mask, noised, time, text, view_mask), time
 
     # Sampling. Noise is an argument, so that a sample is a function of it whatever drew it.
 
@@ -168,6 +206,7 @@ class VideoActionModel:
         noise: Latents,
         negative_text: Array | None = None,
         guidance: float = 0.0,
+        view_mask: ViewMask | None = None,
     ) -> UInt8[Array, "b g h w 3"]:
         """A whole window of video that continues the observed frames, by the full solver and its final clean pass (SPEC 5).
 
@@ -176,15 +215,16 @@ class VideoActionModel:
             noise: of the whole window's latents; its shape says how long that is.
             negative_text: rows of the prompt to move away from; None for no guidance, at half the cost.
             guidance: g in x̂₀ + g·(x̂₀ − x̂₀(negative prompt)), one less than the scale of other codes (SPEC 2).
+            view_mask: False for views that are not given; what is made of those means nothing.
         """
         sigmas = solvers.karras_sigmas(self.config.policy.video_steps)
         clean, mask = self._observed(params, past_video, noise.shape[1])
-        predict_x0 = self._denoiser(params, clean, mask, text, negative_text, guidance)
+        predict_x0 = self._denoiser(params, clean, mask, text, negative_text, guidance, view_mask)
         x = solvers.solve_video(predict_x0, sigmas[0] * noise, sigmas)
         return self.decode_video(params, predict_x0(x, jnp.float32(sigmas[-1])))
 
     def sample_hidden(
-        self, params: Params, past_video: UInt8[Array, "b f h w 3"], text: Array, noise: Latents
+        self, params: Params, past_video: UInt8[Array, "b f h w 3"], text: Array, noise: Latents, view_mask=None
     ) -> tuple[Float[Array, "b k d"], Float[Array, " b"]]:
         """Hidden states where the policy stops the video sampler (SPEC 5.1), and the flow time τ_v there.
 
@@ -198,8 +238,9 @@ class VideoActionModel:
         if len(sigmas) == 1:
             x_tau = stop_time * noise
         else:
-            x_tau = (1 - stop_time) * solvers.solve_video(self._denoiser(params, clean, mask, text), sigmas[0] * noise, sigmas)
-        return self._hidden(params, clean, mask, x_tau, time, text), time
+            denoiser = self._denoiser(params, clean, mask, text, view_mask=view_mask)
+            x_tau = (1 - stop_time) * solvers.solve_video(denoiser, sigmas[0] * noise, sigmas)
+        return self._hidden(params, clean, mask, x_tau, time, text, view_mask), time
 
     def sample_actions(
         self,
@@ -208,17 +249,11 @@ class VideoActionModel:
         proprio: Float[Array, "b o p"],
         text: Array,
         noise: Noise,
-        embodiment: Int[Array, " b"] | None = None,
-        action_dims: Bool[Array, "b m"] | None = None,
+        robots: Robots = ALIKE,
     ) -> Float[Array, "b a m"]:
-        """Normalised action chunks: one partial video pass, then the action flow over a context encoded once.
-
-        Args:
-            embodiment: the robot of each sample, for decoders that tell robots apart.
-            action_dims: dimensions that each robot has; None for all.
-        """
-        hidden, video_time = self.sample_hidden(params, past_video, text, noise["video"])
-        return self.decode_actions(params, hidden, video_time, proprio, noise["actions"], embodiment, action_dims)
+        """Normalised action chunks: one partial video pass, then the action flow over a context encoded once."""
+        hidden, video_time = self.sample_hidden(params, past_video, text, noise["video"], robots.view_mask)
+        return self.decode_actions(params, hidden, video_time, proprio, noise["actions"], robots)
 
     def decode_actions(
         self,
@@ -227,17 +262,16 @@ class VideoActionModel:
         video_time: Float[Array, " b"],
         proprio: Array,
         noise: Array,
-        embodiment: Int[Array, " b"] | None = None,
-        action_dims: Bool[Array, "b m"] | None = None,
+        robots: Robots = ALIKE,
     ) -> Float[Array, "b a m"]:
         """The action flow from noise to a normalised chunk, by Euler steps; arguments as for `sample_actions`."""
         decoder = self.module("decoder", params)
-        context = decoder.encode_context(hidden.astype(self.dtype("decoder")))
-        dims = 1.0 if action_dims is None else action_dims[:, None]
+        context = decoder.encode_context(hidden.astype(self.dtype("decoder")), self._context_mask(robots.view_mask))
+        dims = 1.0 if robots.action_dims is None else robots.action_dims[:, None]
 
         def velocity(x: Array, time: Float[Array, ""]) -> Array:
             times = jnp.full(len(x), time)
-            return dims * self._action_velocity(decoder, proprio, x, times, video_time, context, embodiment=embodiment)
+            return dims * self._action_velocity(decoder, proprio, x, times, video_time, context, embodiment=robots.embodiment)
 
         state = jnp.bfloat16 if self.config.compat.bfloat16_action_state else jnp.float32
         return solvers.solve_euler(velocity, dims * noise, self.config.policy.action_steps, state)
@@ -251,15 +285,16 @@ class VideoActionModel:
             "actions": (batch, decoder.action_horizon, decoder.action_dim),
         }
 
-    def _video_velocity(self, params: Params, inputs: Latents, times: Array, text: Array, mask: Array) -> Latents:
+    def _video_velocity(self, params: Params, inputs: Latents, times: Array, text: Array, mask: Array, view_mask=None) -> Latents:
         dtype = self.dtype("backbone")
-        return self.module("backbone", params)(inputs.astype(dtype), times, text.astype(dtype), mask).astype(jnp.float32)
+        backbone = self.module("backbone", params)
+        return backbone(inputs.astype(dtype), times, text.astype(dtype), mask, view_mask=view_mask).astype(jnp.float32)
 
-    def _hidden(self, params: Params, clean: Latents, mask, x_tau: Latents, time, text) -> Float[Array, "b k d"]:
-        dtype = self.dtype("backbone")
+    def _hidden(self, params: Params, clean: Latents, mask, x_tau: Latents, time, text, view_mask=None) -> Float[Array, "b k d"]:
+        dtype, stop = self.dtype("backbone"), self.config.backbone.hidden_block
         inputs, times = matching.frame_replacement(clean, x_tau, time, mask)
         backbone = self.module("backbone", params)
-        hidden = backbone.hidden(inputs.astype(dtype), times, text.astype(dtype), mask, stop=self.config.backbone.hidden_block)
+        hidden = backbone.hidden(inputs.astype(dtype), times, text.astype(dtype), mask, view_mask=view_mask, stop=stop)
         return hidden.reshape(len(hidden), -1, hidden.shape[-1])
 
     def _action_velocity(
@@ -273,6 +308,13 @@ class VideoActionModel:
         """Weights in the loss of what a data mask calls real or padded."""
         return mask.astype(jnp.float32) if self.config.train.mask_padding else jnp.ones(mask.shape)
 
+    def _context_mask(self, view_mask: ViewMask | None) -> Bool[Array, "b k"] | None:
+        """Which of a window's hidden states belong to views that are there."""
+        if view_mask is None:
+            return None
+        (frames, *size), (_, *patch) = self.config.data.latent_shape, self.config.backbone.patch
+        return jnp.tile(token_mask(view_mask, size[0] // patch[0] * (size[1] // patch[1])), frames)
+
     def _latent_mask(self, video_mask: Array) -> Array:
         """True for latent frames all of whose pixel frames are real."""
         groups = video_mask[:, 1:].reshape(len(video_mask), -1, 4).all(axis=-1)
@@ -285,7 +327,8 @@ class VideoActionModel:
         return clean, matching.condition_mask(jnp.full(len(past), past.shape[1]), frames)
 
     def _denoiser(
-        self, params: Params, clean: Latents, mask: Array, text: Array, negative_text: Array | None = None, guidance: float = 0.0
+        self, params: Params, clean: Latents, mask: Array, text: Array, negative_text: Array | None = None, guidance: float = 0.0,
+        view_mask: ViewMask | None = None,
     ) -> Callable[[Latents, Float[Array, ""]], Latents]:
         """(x, σ) → x̂₀, with the observed frames given (SPEC 4.1)."""
 
@@ -293,9 +336,9 @@ class VideoActionModel:
             time = jnp.full(len(x), matching.flow_time(sigma))
             x_tau = (1 - time[0]) * x
             inputs, times = matching.frame_replacement(clean, x_tau, time, mask)
-            velocity = self._video_velocity(params, inputs, times, text, mask)
+            velocity = self._video_velocity(params, inputs, times, text, mask, view_mask)
             if negative_text is not None:  # guides by velocities, in which x̂₀ is linear
-                velocity += guidance * (velocity - self._video_velocity(params, inputs, times, negative_text, mask))
+                velocity += guidance * (velocity - self._video_velocity(params, inputs, times, negative_text, mask, view_mask))
             return jnp.where(mask[..., None, None, None] > 0, clean, matching.denoised(x_tau, velocity, time))
 
         return predict_x0

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from mimic_video.vam import VideoActionModel
+from mimic_video.vam import Robots, VideoActionModel
 
 KEY = jax.random.key(7)
 CLEAN = 1e-4 / 1.0001  # flow time of conditioned frames
@@ -25,7 +25,7 @@ class Recording(VideoActionModel):
         super().__init__(config)
         self.answer, self.asked = answer, []
 
-    def _video_velocity(self, params, inputs, times, text, mask):
+    def _video_velocity(self, params, inputs, times, text, mask, view_mask=None):
         self.asked.append({"inputs": inputs, "times": times, "mask": mask})
         return jnp.broadcast_to(self.answer, inputs.shape)
 
@@ -158,7 +158,7 @@ def test_proprioception_is_dropped_as_often_as_configured(params):
 def test_the_backbone_sees_the_true_video_noised_behind_the_observed_frames(params):
     vam, batch, seen = VideoActionModel(ACTION), tiny.batch(ACTION, 32), {}
 
-    def hidden(params, clean, mask, x_tau, time, text):
+    def hidden(params, clean, mask, x_tau, *_):
         seen.update(clean=clean, x_tau=x_tau)
         return jnp.zeros((len(clean), 6, 16))
 
@@ -233,7 +233,7 @@ def test_stop_step_zero_is_one_partial_pass_on_pure_noise(params):
 
 def test_stop_step_one_is_an_euler_step_away(params):
     vam, batch, seen = Recording(tiny.experiment(policy={"stop_step": 1}), answer=0.5), tiny.batch(ACTION, 2), {}
-    vam._hidden = lambda params, clean, mask, x_tau, time, text: seen.update(x_tau=x_tau)
+    vam._hidden = lambda params, clean, mask, x_tau, *_: seen.update(x_tau=x_tau)
     _, time = vam.sample_hidden(params, observed(batch), batch["text"], noise()["video"])
     sigma = (80 ** (1 / 7) + (0.002 ** (1 / 7) - 80 ** (1 / 7)) / 3) ** 7  # the second of three steps
     np.testing.assert_allclose(time, sigma / (1 + sigma), rtol=1e-6)
@@ -329,7 +329,7 @@ def test_a_stop_time_on_the_grid_is_that_stop_step(params):
 
 def test_stop_time_one_reads_the_noise_itself(params):
     vam, batch, seen = Recording(tiny.experiment(policy={"stop_time": 1.0})), tiny.batch(ACTION, 2), {}
-    vam._hidden = lambda params, clean, mask, x_tau, time, text: seen.update(x_tau=x_tau)
+    vam._hidden = lambda params, clean, mask, x_tau, *_: seen.update(x_tau=x_tau)
     _, time = vam.sample_hidden(params, observed(batch), batch["text"], noise()["video"])
     np.testing.assert_array_equal(time, 1.0)
     np.testing.assert_array_equal(seen["x_tau"], noise()["video"])
@@ -339,8 +339,8 @@ def test_guidance_moves_away_from_the_negative_prompt(params):
     """Estimates are linear in velocities: with a velocity that answers the text, x̂₀ + g·(x̂₀ − x̂₀(negative))."""
 
     class TextVelocity(Recording):
-        def _video_velocity(self, params, inputs, times, text, mask):
-            return super()._video_velocity(params, inputs, times, text, mask) + text.mean(axis=(1, 2))[:, None, None, None, None]
+        def _video_velocity(self, params, inputs, times, text, *rest):
+            return super()._video_velocity(params, inputs, times, text, *rest) + text.mean(axis=(1, 2))[:, None, None, None, None]
 
     batch, positive, negative = tiny.batch(VIDEO, 2), np.full((2, 4, 8), 0.5, np.float32), np.full((2, 4, 8), 0.2, np.float32)
     vam = TextVelocity(VIDEO)
@@ -396,7 +396,7 @@ def test_dimensions_that_a_robot_lacks_take_no_part(params):
 def test_dimensions_that_a_robot_lacks_stay_at_zero(params):
     batch, dims = tiny.batch(ACTION, 2), np.array([[True, True], [True, False]])
     arguments = (params, observed(batch), batch["proprio"], batch["text"])
-    plan = jax.jit(lambda *arguments, dims: VideoActionModel(ACTION).sample_actions(*arguments, action_dims=dims))
+    plan = jax.jit(lambda *arguments, dims: VideoActionModel(ACTION).sample_actions(*arguments, Robots(action_dims=dims)))
     actions = plan(*arguments, noise(), dims=dims)
     np.testing.assert_array_equal(actions[1, :, 1], 0)
     assert np.abs(actions[0]).min() > 0 and np.abs(actions[1, :, 0]).min() > 0
@@ -415,13 +415,13 @@ def test_robots_are_told_apart():
     assert moved[0] > 0 and moved[1] == 0 and moved[2] > 0
     arguments = (observed(batch), batch["proprio"], batch["text"], noise())
     plan = jax.jit(VideoActionModel(config).sample_actions)
-    one, two = (plan(params, *arguments, np.array([0, robot])) for robot in (1, 2))
+    one, two = (plan(params, *arguments, Robots(np.array([0, robot]))) for robot in (1, 2))
     np.testing.assert_array_equal(one[0], two[0])
     assert one.shape == (2, 4, 2) and np.abs(one[1] - two[1]).max() > 1e-4
     with pytest.raises(ValueError, match="embodiment is missing; this decoder has 3 embodiments"):
         VideoActionModel(config).sample_actions(params, *arguments)
     with pytest.raises(ValueError, match="embodiment is given; this decoder has 0 embodiments"):
-        VideoActionModel(ACTION).sample_actions(tiny.params(ACTION), *arguments, np.array([0, 1]))
+        VideoActionModel(ACTION).sample_actions(tiny.params(ACTION), *arguments, Robots(np.array([0, 1])))
 
 
 def test_padding_counts_in_the_loss_if_asked_to(params):
@@ -466,3 +466,53 @@ def test_bfloat16_stays_close_to_float32(params):
         np.testing.assert_allclose(rounded, exact, rtol=0.01)
     rounded = sample(params, batch, config=tiny.experiment(precision="bfloat16"))
     assert 0 < np.abs(rounded - sample(params, batch)).max() < 0.05  # of actions with unit variance
+
+
+# Several cameras.
+
+VIEWS = {"data": {"cameras": ("primary", "wrist")}, "backbone": {"views": 2}}
+
+
+@pytest.fixture(scope="module")
+def two_views():
+    """Experiment, parameters with a view embedding that is not zero, and a batch whose second sample lacks the second view."""
+    config = tiny.experiment(**VIEWS)
+    params, batch = tiny.params(config), tiny.batch(config, 2)
+    params["backbone"]["view_embedding"] = np.random.default_rng(1).standard_normal((2, 16)).astype(np.float32)
+    return config, params, batch | {"view_mask": np.array([[True, True], [True, False]])}
+
+
+def test_views_are_coded_by_themselves(two_views):
+    config, params, batch = two_views
+    both, one = VideoActionModel(config), VideoActionModel(ACTION)
+    latents = both.encode_video(params, batch["video"])
+    assert latents.shape == (2, *config.data.latent_shape, 16) and latents.shape[2] == 4
+    for rows, latent_rows in ((slice(0, 16), slice(0, 2)), (slice(16, 32), slice(2, 4))):
+        alone = one.encode_video(params, batch["video"][:, :, rows])
+        np.testing.assert_array_equal(latents[:, :, latent_rows], alone)
+        np.testing.assert_array_equal(both.decode_video(params, latents)[:, :, rows], one.decode_video(params, alone))
+
+
+@pytest.mark.parametrize("stage", ["video", "action"])
+@pytest.mark.parametrize("average_generated_only", [True, False])
+def test_what_a_missing_view_would_show_has_no_part_in_a_loss(two_views, stage, average_generated_only):
+    config, params, batch = two_views
+    config = tiny.experiment(stage=stage, train={"average_generated_only": average_generated_only}, **VIEWS)
+    loss = jax.jit(lambda batch: getattr(VideoActionModel(config), f"{stage}_loss")(params, batch, KEY)[0])
+    for sample, view, matters in ((1, 1, False), (1, 0, True), (0, 1, True)):
+        video = batch["video"].copy()
+        video[sample, :, 16 * view : 16 * (view + 1)] = 99
+        change = abs(loss(batch | {"video": video}) - loss(batch))
+        assert change > 1e-4 if matters else change == 0
+
+
+def test_plans_do_not_see_a_missing_view(two_views):
+    config, params, batch = two_views
+    vam = VideoActionModel(config)
+    plan = jax.jit(lambda past: vam.sample_actions(params, past, batch["proprio"], batch["text"], vam.draw_noise(KEY, 2),
+                                                   Robots(view_mask=batch["view_mask"])))  # fmt: skip
+    past = batch["video"][:, : config.data.past_frames]
+    other = past.copy()
+    other[:, :, 16:] = 99
+    difference = np.abs(plan(other) - plan(past)).max((1, 2))
+    assert difference[0] > 1e-4 and difference[1] == 0

@@ -62,7 +62,7 @@ def batch(config: ExperimentConfig, size: int, seed: int = 0) -> dict[str, np.nd
     """What the loader makes of `size` windows; nothing is padded."""
     data, decoder, random = config.data, config.decoder, np.random.default_rng(seed)
     return {
-        "video": random.integers(0, 256, (size, data.num_frames, *data.image_size, 3), np.uint8),
+        "video": random.integers(0, 256, (size, data.num_frames, *data.frame_size, 3), np.uint8),
         "video_mask": np.ones((size, data.num_frames), bool),
         "text": random.standard_normal((size, config.text.rows, config.text.width)).astype(np.float32),
         "proprio": random.standard_normal((size, 1, decoder.proprio_dim)).astype(np.float32),

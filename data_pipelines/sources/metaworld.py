@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.episode import ArrayFrames, Episode
-from mimic_video.evaluation.metaworld import Layout, MetaworldEnvironment, MetaworldFactory, to_delta
+from mimic_video.evaluation.metaworld import MetaworldEnvironment, MetaworldFactory, to_delta
 
 NOISE_SCALES = (0.0, 0.25, 0.5)  # standard deviation of the noise on executed x, y, z; episodes cycle through them
 MAX_STEPS = 125  # control steps, Meta-World's own limit: an expert that has not succeeded by then has failed
@@ -26,12 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 def demonstrations(
-    task: str,
-    seeds: Iterable[int],
-    image_size: tuple[int, int],
-    labelled: bool = True,
-    num_workers: int = 2,
-    layout: Layout = "native",
+    factory: MetaworldFactory, seeds: Iterable[int], labelled: bool = True, num_workers: int = 2
 ) -> Iterator[Episode]:
     """Successful episodes of a task's scripted expert, in the order of the seeds, simulated in worker processes.
 
@@ -43,18 +38,25 @@ def demonstrations(
     exactly k of them, take the first k of `demonstrations(task, itertools.count(), ...)`.
 
     Args:
-        task: a Meta-World task, e.g. "drawer-open-v3".
+        factory: of the task's environments; one of its cameras is "primary".
         seeds: one per episode; may be endless.
-        image_size: (height, width) in pixels.
         labelled: False yields action-free videos, without proprioception and actions.
         num_workers: simulator processes.
-        layout: of actions and proprioception, see `MetaworldEnvironment`.
 
     Raises:
-        ValueError: for an unknown task.
         RuntimeError: when the simulator fails, naming the seed; and after the last seed, when the expert never succeeded.
     """
-    return _collect(MetaworldFactory(task, image_size, layout), seeds, labelled, num_workers)
+    succeeded = attempted = 0
+    for seed, episode in _demonstrate_all(factory, seeds, num_workers):
+        attempted += 1
+        if episode is None:
+            _log.warning("%s, seed %d: the expert failed; episode left out", factory.task, seed)
+            continue
+        succeeded += 1
+        yield episode if labelled else dataclasses.replace(episode, proprio=None, actions=None)
+    _log.info("%s: %d of %d demonstrations succeeded", factory.task, succeeded, attempted)
+    if attempted and not succeeded:
+        raise RuntimeError(f"the expert for {factory.task} succeeded on none of {attempted} seeds")
 
 
 def demonstrate(factory: MetaworldFactory, seed: int) -> Episode | None:
@@ -80,10 +82,12 @@ def demonstrate(factory: MetaworldFactory, seed: int) -> Episode | None:
             succeeded, remaining = True, STEPS_AFTER_SUCCESS
     if not succeeded:
         return None
+    views = dict(zip(factory.cameras, np.split(np.stack(images), len(factory.cameras), axis=1), strict=True))
     return Episode(
         name=f"metaworld/{factory.task}/seed {seed}",
         timestamps=np.arange(len(images)) / environment.control_hz,
-        frames=ArrayFrames(np.stack(images)),
+        frames=ArrayFrames(views["primary"]),
+        further_cameras={camera: ArrayFrames(frames) for camera, frames in views.items() if camera != "primary"},
         instruction=environment.instruction,
         proprio=np.stack(proprio),
         actions=np.stack(actions),
@@ -119,20 +123,6 @@ def _expert(task: str) -> Callable[[np.ndarray], np.ndarray]:
             return np.clip(expert.get_action(state), -1, 1).astype(np.float32)
 
     return act
-
-
-def _collect(factory: MetaworldFactory, seeds: Iterable[int], labelled: bool, num_workers: int) -> Iterator[Episode]:
-    succeeded = attempted = 0
-    for seed, episode in _demonstrate_all(factory, seeds, num_workers):
-        attempted += 1
-        if episode is None:
-            _log.warning("%s, seed %d: the expert failed; episode left out", factory.task, seed)
-            continue
-        succeeded += 1
-        yield episode if labelled else dataclasses.replace(episode, proprio=None, actions=None)
-    _log.info("%s: %d of %d demonstrations succeeded", factory.task, succeeded, attempted)
-    if attempted and not succeeded:
-        raise RuntimeError(f"the expert for {factory.task} succeeded on none of {attempted} seeds")
 
 
 def _demonstrate_all(

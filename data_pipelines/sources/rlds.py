@@ -76,6 +76,7 @@ class RldsSource(Sequence[Episode]):
     Attributes:
         name: the directory and the split, for error messages.
         image_size: (height, width) in pixels of the primary camera's frames.
+        camera_sizes: the same of all cameras by name; empty where images of a camera differ in size.
         action_dim, proprio_dim: int, or None where the dataset has none.
         control_hz: steps per second of the first episode.
 
@@ -128,7 +129,8 @@ class RldsSource(Sequence[Episode]):
                            directories=cache_directories(directory, cache_dir))  # fmt: skip
         self._index = Index(index, None if continues is None else continues.path)
 
-        self.image_size = tuple(image_size or self._cameras["primary"].size or ())
+        self.camera_sizes = {name: tuple(image_size or camera.size or ()) for name, camera in self._cameras.items()}
+        self.image_size = self.camera_sizes["primary"]
         first = self._first_readable()
         self.control_hz = self._control_hz(f"{self.name} episode {first}", self._index.record_range(first)[0])
         episode = self[first]

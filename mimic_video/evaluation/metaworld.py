@@ -72,6 +72,15 @@ INSTRUCTIONS = {
 }
 
 
+# Where each camera looks at, from what distance, azimuth and elevation; or its name in the model.
+CAMERAS: dict[str, tuple[tuple[float, float, float], float, float, float] | str] = {
+    # Facing the robot from above: left and right of the gripper are left and right in the image, with nothing in front.
+    "primary": ((0.0, 0.68, 0.12), 0.95, 270, -50),
+    "secondary": ((0.0, 0.68, 0.12), 1.1, 190, -20),  # from the side
+    "wrist": "gripperPOV",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class MetaworldFactory:
     """Makes environments of one task, in this process or, being picklable, in a pool's workers.
@@ -80,14 +89,17 @@ class MetaworldFactory:
         task: a key of `INSTRUCTIONS`.
         image_size: (height, width) of the camera image in pixels.
         layout: of actions and proprioception, see `MetaworldEnvironment`.
+        cameras: of `CAMERAS`; images are of all of them, one above the other.
 
     Raises:
-        ValueError: for an unknown task, naming the nearest known one. Meta-World itself is only needed by the call.
+        ValueError: for an unknown task, naming the nearest known one, or an unknown camera. Meta-World itself is only needed by
+            the call.
     """
 
     task: str
     image_size: tuple[int, int]
     layout: Layout = "native"
+    cameras: tuple[str, ...] = ("primary",)
 
     def __post_init__(self):
         if self.task not in INSTRUCTIONS:
@@ -95,9 +107,11 @@ class MetaworldFactory:
             raise ValueError(f"unknown Meta-World task '{self.task}'; did you mean '{nearest[0]}'?")
         if min(self.image_size) < 1:
             raise ValueError(f"image_size is {self.image_size}; expected a positive height and width")
+        if not self.cameras or not set(self.cameras) <= set(CAMERAS):
+            raise ValueError(f"cameras are {self.cameras}; expected some of {', '.join(CAMERAS)}")
 
     def __call__(self) -> "MetaworldEnvironment":
-        return MetaworldEnvironment(self.task, self.image_size, self.layout)
+        return MetaworldEnvironment(self.task, self.image_size, self.layout, self.cameras)
 
 
 class MetaworldEnvironment:
@@ -113,13 +127,14 @@ class MetaworldEnvironment:
     Meta-World's own limit of 500 simulator steps is lifted: how long an episode lasts is the caller's decision.
     """
 
-    def __init__(self, task: str, image_size: tuple[int, int], layout: Layout = "native"):
+    def __init__(self, task: str, image_size: tuple[int, int], layout: Layout, cameras: tuple[str, ...]):
         """Prefer `MetaworldFactory`, which checks its arguments. Raises ImportError when Meta-World or OpenGL is missing."""
         self.layout = layout
         self.action_dim = self.proprio_dim = {"native": 4, "delta": 10}[layout]
         self.instruction = INSTRUCTIONS[task]
         self._simulator = _make_simulator(task)
         self.control_hz = 1 / (self._simulator.dt * ACTION_REPEAT)
+        self._cameras = cameras
         self._renderer = _renderer_for(task, image_size, self._simulator.model)
         self._state: np.ndarray | None = None
 
@@ -152,7 +167,8 @@ class MetaworldEnvironment:
         self._state = None
 
     def _observe(self) -> Observation:
-        image = self._renderer.render(self._simulator.model, self._simulator.data)
+        views = [self._renderer.render(self._simulator.model, self._simulator.data, camera) for camera in self._cameras]
+        image = np.concatenate(views)
         x, y, z, opening = self.state[:4]
         proprio = (x, y, z, opening) if self.layout == "native" else (x, y, z, *_UPRIGHT, opening)
         return Observation(image, np.asarray(proprio, np.float32))
@@ -246,7 +262,7 @@ def _release_graphics() -> None:
 
 
 class _Renderer:
-    """Draws the same fixed view of any simulator whose model has the assets of the one given here."""
+    """Draws the same views of any simulator whose model has the assets of the one given here."""
 
     def __init__(self, model: Any, height: int, width: int):
         import mujoco
@@ -258,20 +274,23 @@ class _Renderer:
         self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50)
         self._scene = mujoco.MjvScene(model, maxgeom=1000)
         self._option = mujoco.MjvOption()
-        self._camera = mujoco.MjvCamera()
-        # Facing the robot from above: left and right of the gripper are left and right in the image, with nothing in front.
-        self._camera.lookat[:] = (0.0, 0.68, 0.12)
-        self._camera.distance = 0.95
-        self._camera.azimuth = 270
-        self._camera.elevation = -50
+        self._cameras = {name: self._camera(model, name) for name in CAMERAS}
 
-    def render(self, model: Any, data: Any) -> np.ndarray:
-        """uint8 (height, width, 3)."""
+    def _camera(self, model: Any, name: str) -> Any:
+        camera, place = self._mujoco.MjvCamera(), CAMERAS[name]
+        if isinstance(place, str):
+            camera.type, camera.fixedcamid = self._mujoco.mjtCamera.mjCAMERA_FIXED, model.camera(place).id
+        else:
+            camera.lookat[:], camera.distance, camera.azimuth, camera.elevation = place
+        return camera
+
+    def render(self, model: Any, data: Any, camera: str) -> np.ndarray:
+        """uint8 (height, width, 3) of one of `CAMERAS`."""
         mujoco = self._mujoco
         _gl_context.make_current()
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         view = mujoco.MjrRect(0, 0, self._width, self._height)
-        mujoco.mjv_updateScene(model, data, self._option, None, self._camera, mujoco.mjtCatBit.mjCAT_ALL, self._scene)
+        mujoco.mjv_updateScene(model, data, self._option, None, self._cameras[camera], mujoco.mjtCatBit.mjCAT_ALL, self._scene)
         mujoco.mjr_render(view, self._scene, self._context)
         image = np.empty((self._height, self._width, 3), np.uint8)
         mujoco.mjr_readPixels(image, None, view, self._context)

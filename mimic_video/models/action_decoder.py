@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,15 @@ from mimic_video.models.layers import (
 )
 
 Tokens = Float[Array, "b s d"]  # s = proprioception tokens, then action tokens
-Context = tuple[Float[Array, "blocks b k n e"], Float[Array, "blocks b k n e"]]  # keys and values of every block
+
+
+class Context(NamedTuple):
+    """Keys and values of every block, and which of them to attend to; None for all."""
+
+    keys: Float[Array, "blocks b k n e"]
+    values: Float[Array, "blocks b k n e"]
+    mask: Bool[Array, "b k"] | None
+
 
 PROPRIO_TIME = 1e-3  # the flow time that proprioception tokens carry
 BILINEAR_BIAS = 0.382050174
@@ -110,9 +119,11 @@ class ActionBlock(nnx.Module):
         self.self_attn_modulation = Modulation(width, rank, 3, rngs, time)
         self.mlp_modulation = Modulation(width, rank, 3, rngs, time)
 
-    def __call__(self, x: Tokens, time: Array, shared: Array, keys_values: tuple[Heads, Heads]) -> Tokens:
+    def __call__(
+        self, x: Tokens, time: Array, shared: Array, keys_values: tuple[Heads, Heads], mask: Bool[Array, "b k"] | None
+    ) -> Tokens:
         for layer, modulation in (
-            (lambda y: self.cross_attn(y, keys_values), self.cross_attn_modulation),
+            (lambda y: self.cross_attn(y, keys_values, mask=mask), self.cross_attn_modulation),
             (lambda y: self.self_attn(y, self.self_attn.keys_values(y)), self.self_attn_modulation),
             (self.mlp, self.mlp_modulation),
         ):
@@ -141,11 +152,15 @@ class ActionDecoder(nnx.Module):
         self.final_modulation = Modulation(width, config.adaln_lora_dim, 2, rngs, config.time_rank)
         self.final_proj = linear(width, config.action_dim, rngs)
 
-    def encode_context(self, hidden: Float[Array, "b k c"]) -> Context:
-        """Keys and values of every block's cross-attention: all that the decoder needs of the video, at any action time."""
+    def encode_context(self, hidden: Float[Array, "b k c"], mask: Bool[Array, "b k"] | None = None) -> Context:
+        """Keys and values of every block's cross-attention: all that the decoder needs of the video, at any action time.
+
+        Args:
+            mask: False for hidden states that take no part; None for none.
+        """
         graphdef, state = nnx.split(self.blocks.cross_attn)
         context = self.context_norm(hidden)
-        return jax.lax.map(lambda block: nnx.merge(graphdef, block).keys_values(context), state)
+        return Context(*jax.lax.map(lambda block: nnx.merge(graphdef, block).keys_values(context), state), mask)
 
     def __call__(
         self,
@@ -195,6 +210,10 @@ class ActionDecoder(nnx.Module):
         x = x + self.position_embedding[...]
         if embodiment is not None:
             x = jnp.concatenate([self.embodiment_tokens[...][embodiment][:, None].astype(x.dtype), x], axis=1)
-        x = scan_blocks(self.blocks, lambda block, x, k, v: block(x, embedding, shared, (k, v)), x, *context)
+
+        def apply(block: ActionBlock, x: Tokens, keys: Heads, values: Heads) -> Tokens:
+            return block(x, embedding, shared, (keys, values), context.mask)
+
+        x = scan_blocks(self.blocks, apply, x, context.keys, context.values)
         shift, scale = self.final_modulation(embedding, shared)
         return self.final_proj(modulate(x, shift, scale))[:, extra:]

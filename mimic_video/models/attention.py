@@ -5,22 +5,23 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from mimic_video.models.layers import RMSNorm, linear
 
 Heads = Float[Array, "b s n k"]
 
 
-def attention(q: Heads, k: Heads, v: Heads, backend: str | None = None) -> Heads:
-    """Softmax attention without a mask, scale 1/√head_dim; softmax in float32.
+def attention(q: Heads, k: Heads, v: Heads, mask: Bool[Array, "b k"] | None = None, backend: str | None = None) -> Heads:
+    """Softmax attention, scale 1/√head_dim; softmax in float32.
 
     Args:
+        mask: False for keys that no query attends to; None for none.
         backend: "xla" or "cudnn" (flash attention on GPU, bfloat16 only); None chooses by platform.
     """
     if backend is None:
         backend = "cudnn" if jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 else "xla"
-    return jax.nn.dot_product_attention(q, k, v, implementation=backend)
+    return jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else mask[:, None, None], implementation=backend)
 
 
 class Attention(nnx.Module):
@@ -46,8 +47,12 @@ class Attention(nnx.Module):
         return rotate(self.k_norm(self._heads(self.k_proj(context)))), self._heads(self.v_proj(context))
 
     def __call__(
-        self, x: Float[Array, "b s d"], keys_values: tuple[Heads, Heads], rotate: Callable[[Heads], Heads] = lambda x: x
+        self,
+        x: Float[Array, "b s d"],
+        keys_values: tuple[Heads, Heads],
+        rotate: Callable[[Heads], Heads] = lambda x: x,
+        mask: Bool[Array, "b k"] | None = None,
     ) -> Float[Array, "b s d"]:
-        """Attends from `x` to `keys_values`; `rotate` applies position to queries as it was applied to the keys."""
+        """Attends from `x` to those of `keys_values` that `mask` allows; `rotate` applies position as to the keys."""
         q = rotate(self.q_norm(self._heads(self.q_proj(x))))
-        return self.out_proj(attention(q, *keys_values).reshape(x.shape))
+        return self.out_proj(attention(q, *keys_values, mask).reshape(x.shape))

@@ -3,15 +3,17 @@
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from mimic_video.config import CompatConfig, VideoDiTConfig
 from mimic_video.models.attention import Attention
 from mimic_video.models.layers import MLP, Modulation, RMSNorm, linear, modulate, scan_blocks, silu, stack_blocks
 from mimic_video.models.rope import rope_angles, rotate
 
-Tokens = Float[Array, "b t n d"]  # n = patches of one latent frame, row by row
+Tokens = Float[Array, "b t n d"]  # n = patches of one latent frame, row by row; those of several views one view after the other
+ViewMask = Bool[Array, "b v"]  # False for a view that a sample does not have
 PerFrame = Float[Array, "b t d"]
 
 
@@ -20,6 +22,11 @@ def time_features(times: Float[Array, "b t"], width: int) -> PerFrame:
     frequencies = jnp.exp(-math.log(10000.0) / (width // 2) * jnp.arange(width // 2))
     angles = times.astype(jnp.float32)[..., None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def token_mask(view_mask: ViewMask, patches: int) -> Bool[Array, "b n"]:
+    """The mask of one latent frame's patches, or of its rows of latents."""
+    return jnp.repeat(view_mask, patches // view_mask.shape[1], axis=1)
 
 
 class VideoBlock(nnx.Module):
@@ -34,13 +41,15 @@ class VideoBlock(nnx.Module):
         self.cross_attn_modulation = Modulation(width, rank, 3, rngs)
         self.mlp_modulation = Modulation(width, rank, 3, rngs)
 
-    def __call__(self, x: Tokens, time: PerFrame, shared: PerFrame, text: Float[Array, "b s e"], rotate_heads) -> Tokens:
+    def __call__(
+        self, x: Tokens, time: PerFrame, shared: PerFrame, text: Float[Array, "b s e"], rotate_heads, mask: Array | None = None
+    ) -> Tokens:
         def sequence(tokens: Tokens) -> Float[Array, "b s d"]:
             return tokens.reshape(tokens.shape[0], -1, tokens.shape[-1])
 
         def self_attention(y: Tokens) -> Tokens:
             y = sequence(y)
-            return self.self_attn(y, self.self_attn.keys_values(y, rotate_heads), rotate_heads)
+            return self.self_attn(y, self.self_attn.keys_values(y, rotate_heads), rotate_heads, mask)
 
         def cross_attention(y: Tokens) -> Tokens:
             return self.cross_attn(sequence(y), self.cross_attn.keys_values(text))
@@ -62,6 +71,8 @@ class VideoDiT(nnx.Module):
         self.config, self.compat = config, compat
         width, patch_size = config.width, math.prod(config.patch)
         self.patch_proj = linear((config.latent_channels + 2) * patch_size, width, rngs)
+        if config.views > 1:  # zeros, so that views added to a pretrained model look like more of the same at first
+            self.view_embedding = nnx.Param(jnp.zeros((config.views, width)))
         self.time_in = linear(width, width, rngs)
         self.time_out = linear(width, 3 * width, rngs)
         self.time_norm = RMSNorm(width)
@@ -76,6 +87,7 @@ class VideoDiT(nnx.Module):
         text: Float[Array, "b s e"],
         condition_mask: Float[Array, "b t"],
         padding_mask: Float[Array, "b h w"] | None = None,
+        view_mask: ViewMask | None = None,
         *,
         stop: int,
     ) -> Tokens:
@@ -87,16 +99,18 @@ class VideoDiT(nnx.Module):
             text: text rows; every row takes part, so published models need exactly 512 (SPEC 2).
             condition_mask: 1 for conditioned frames.
             padding_mask: 1 for latent pixels outside the picture; None for none.
+            view_mask: False for views that nothing attends to; None if every sample has all of them. Views stand one above the
+                other in latents; each has positions of its own.
         """
         time, shared = self._time_embedding(times, latents.dtype)
         x = self._patchify(latents, condition_mask, padding_mask)
-        return self._run(x, time, shared, text, latents.shape, stop)
+        return self._run(x, time, shared, text, latents.shape, view_mask, stop)
 
-    def __call__(self, latents, times, text, condition_mask, padding_mask=None) -> Float[Array, "b t h w c"]:
+    def __call__(self, latents, times, text, condition_mask, padding_mask=None, view_mask=None) -> Float[Array, "b t h w c"]:
         """The velocity ε − x₀ of every latent frame; arguments as for `hidden`."""
         time, shared = self._time_embedding(times, latents.dtype)
         x = self._patchify(latents, condition_mask, padding_mask)
-        x = self._run(x, time, shared, text, latents.shape, self.config.num_blocks)
+        x = self._run(x, time, shared, text, latents.shape, view_mask, self.config.num_blocks)
         shift, scale = (part[:, :, None] for part in self.final_modulation(time, shared))
         return self._unpatchify(self.final_proj(modulate(x, shift, scale)), latents.shape)
 
@@ -106,22 +120,24 @@ class VideoDiT(nnx.Module):
         features = time_features(times, self.config.width).astype(dtype)
         return self.time_norm(features), self.time_out(silu(self.time_in(features)))
 
-    def _run(self, x: Tokens, time: PerFrame, shared: PerFrame, text, latent_shape, stop: int) -> Tokens:
+    def _run(self, x: Tokens, time: PerFrame, shared: PerFrame, text, latent_shape, view_mask, stop: int) -> Tokens:
         config = self.config
         _, t, h, w, _ = latent_shape
-        grid, head_dim = (t, h // config.patch[1], w // config.patch[2]), config.width // config.num_heads
+        grid, head_dim = (t, h // config.views // config.patch[1], w // config.patch[2]), config.width // config.num_heads
         angles = rope_angles(grid, head_dim, config.rope_ratio, bfloat16=self.compat.bfloat16_rope)
+        angles = np.tile(angles.reshape(t, -1, angles.shape[-1]), (1, config.views, 1)).reshape(-1, angles.shape[-1])
+        mask = None if view_mask is None else jnp.tile(token_mask(view_mask, x.shape[2]), t)
 
         def apply(block: VideoBlock, x: Tokens) -> Tokens:
-            return block(x, time, shared, text, lambda heads: rotate(heads, angles))
+            return block(x, time, shared, text, lambda heads: rotate(heads, angles), mask)
 
         return scan_blocks(self.blocks, apply, x, stop=stop)
 
     def _patchify(self, latents, condition_mask, padding_mask) -> Tokens:
         b, t, h, w, _ = latents.shape
         _, rows, columns = self.config.patch
-        if h % rows or w % columns:
-            raise ValueError(f"latents of {h}x{w} cannot be cut into patches of {rows}x{columns}")
+        if h % (rows * self.config.views) or w % columns:
+            raise ValueError(f"latents of {h}x{w} cannot be cut into patches of {rows}x{columns} in {self.config.views} views")
         if padding_mask is None:
             padding_mask = jnp.zeros((b, h, w))
         masks = (condition_mask[:, :, None, None, None], padding_mask[:, None, :, :, None])
@@ -129,7 +145,10 @@ class VideoDiT(nnx.Module):
         x = jnp.concatenate([latents, *masks], axis=-1)
         x = x.reshape(b, t, h // rows, rows, w // columns, columns, -1)
         x = x.transpose(0, 1, 2, 4, 6, 3, 5)  # b t h w (c m n): channel slowest (SPEC 3.3)
-        return self.patch_proj(x.reshape(b, t, (h // rows) * (w // columns), -1))
+        x = self.patch_proj(x.reshape(b, t, (h // rows) * (w // columns), -1))
+        if self.config.views > 1:
+            x = x + jnp.repeat(self.view_embedding[...], x.shape[2] // self.config.views, axis=0)
+        return x
 
     def _unpatchify(self, x: Tokens, latent_shape) -> Float[Array, "b t h w c"]:
         b, t, h, w, c = latent_shape

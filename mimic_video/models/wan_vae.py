@@ -188,7 +188,7 @@ class AttentionBlock(nnx.Module):
         b, t, h, w, c = x.shape
         qkv = self.qkv(self.norm(x)).reshape(b * t, h * w, 3, 1, c)
         q, k, v = (qkv[:, :, i] for i in range(3))
-        y = attention(q, k, v, "xla")  # a head this wide is beyond cudnn's flash attention
+        y = attention(q, k, v, backend="xla")  # a head this wide is beyond cudnn's flash attention
         return x + self.proj(y.reshape(x.shape))
 
 

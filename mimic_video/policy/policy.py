@@ -1,7 +1,7 @@
 """A trained Video-Action Model as a policy: observations in, action chunks out, in raw units."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import jax
@@ -13,7 +13,8 @@ from mimic_video.config import ExperimentConfig
 from mimic_video.embodiments import Embodiment, choose, pad_last
 from mimic_video.models.text import make_text_encoder
 from mimic_video.training import checkpoints
-from mimic_video.vam import Params, VideoActionModel
+from mimic_video.transforms import stack_views
+from mimic_video.vam import Params, Robots, VideoActionModel
 
 
 class Policy:
@@ -52,7 +53,7 @@ class Policy:
 
     def __call__(
         self,
-        images: UInt8[np.ndarray, "b f h w 3"],
+        images: UInt8[np.ndarray, "b f h w 3"] | Mapping[str, UInt8[np.ndarray, "b f h w 3"]],
         proprio: Float[np.ndarray, "b p"],
         instructions: Sequence[str],
         query: int = 0,
@@ -60,7 +61,8 @@ class Policy:
         """Action chunks in raw units, at `data.control_hz`.
 
         Args:
-            images: the last `data.past_frames` frames at `data.video_hz`, the current one last.
+            images: the last `data.past_frames` frames at `data.video_hz`, the current one last. With several `data.cameras` those
+                of each by its name, or of all, one above the other.
             proprio: current proprioception in raw units.
             instructions: one per robot.
             query: counts the plans of an episode, so that their noise differs (unless it is the published one).
@@ -70,23 +72,38 @@ class Policy:
         """
         data, decoder = self.config.data, self.config.decoder
         batch = len(instructions)
+        video = self._stack(images) if isinstance(images, Mapping) else images
         for name, value, shape in (
-            ("images", images, (batch, data.past_frames, *data.image_size, 3)),
+            ("images", video, (batch, data.past_frames, *data.frame_size, 3)),
             ("proprio", proprio, (batch, self.embodiment.proprio_dim)),
         ):
             if value.shape != shape:
                 raise ValueError(f"policy input '{name}' has shape {value.shape}; expected {shape}")
-        if images.dtype != np.uint8:
-            raise ValueError(f"policy input 'images' has dtype {images.dtype}; expected uint8")
+        if video.dtype != np.uint8:
+            raise ValueError(f"policy input 'images' has dtype {video.dtype}; expected uint8")
         for instruction in set(instructions) - self._text.keys():
             self._text[instruction] = self._encode_text(instruction)
         text = np.stack([self._text[instruction] for instruction in instructions])
         noise = self._vam.policy_noise(self._seed, batch, query)
         normalised = pad_last(self.normalizers["proprio"].normalize(proprio[:, None]), decoder.proprio_dim)
-        robot = {}
-        if decoder.embodiments:
-            robot["embodiment"] = np.full(batch, self.embodiment.index)
-        if self.embodiment.action_dim < decoder.action_dim:
-            robot["action_dims"] = np.tile(np.arange(decoder.action_dim) < self.embodiment.action_dim, (batch, 1))
-        actions = self._plan(self._params, jnp.asarray(images), normalised, text, noise, **robot)
+        actions = self._plan(self._params, jnp.asarray(video), normalised, text, noise, self._robots(batch))
         return self.normalizers["action"].unnormalize(np.asarray(actions)[..., : self.embodiment.action_dim])
+
+    def _stack(self, images: Mapping[str, np.ndarray]) -> np.ndarray:
+        expected = set(self.config.data.cameras) & set(self.embodiment.cameras)
+        if set(images) != expected:
+            raise ValueError(f"policy input 'images' is of the cameras {sorted(images)}; expected {sorted(expected)}")
+        if len({value.shape for value in images.values()}) > 1:
+            shapes = {name: value.shape for name, value in images.items()}
+            raise ValueError(f"policy input 'images' has shapes {shapes}; expected one and the same")
+        return stack_views(images, self.config.data.cameras)
+
+    def _robots(self, batch: int) -> Robots:
+        """What the model has to be told of `batch` times this robot."""
+        robot, cameras, width = self.embodiment, self.config.data.cameras, self.config.decoder.action_dim
+        narrow, views = robot.action_dim < width, np.isin(cameras, robot.cameras)
+        return Robots(
+            embodiment=jnp.full(batch, robot.index) if self.config.decoder.embodiments else None,
+            action_dims=jnp.tile(jnp.arange(width) < robot.action_dim, (batch, 1)) if narrow else None,
+            view_mask=jnp.tile(views, (batch, 1)) if len(cameras) > 1 else None,
+        )

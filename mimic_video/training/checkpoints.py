@@ -27,7 +27,7 @@ Precision = Literal["configured", "stored", "float32", "bfloat16"]
 _MAY_CHANGE = ("train.log_every", "train.validate_every", "train.checkpoint_every", "train.keep_checkpoints", "text.model",
                "text.cache", "tokenizer.chunk_latents", "mesh.", "policy.", "evaluation.")  # fmt: skip
 # What the weights of a tokenizer and backbone depend on.
-MODEL_FIELDS = ("tokenizer.kind", "tokenizer.width", "text.kind", "text.rows", "text.width", "backbone")
+MODEL_FIELDS = ("data.cameras", "tokenizer.kind", "tokenizer.width", "text.kind", "text.rows", "text.width", "backbone")
 
 
 class RunError(RuntimeError):

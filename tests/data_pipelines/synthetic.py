@@ -1,6 +1,7 @@
 """Small synthetic episodes whose pixels, proprio and actions tell their step; here so that worker processes can import them."""
 
 import dataclasses
+from types import MappingProxyType
 
 import numpy as np
 
@@ -29,12 +30,13 @@ class ListSource(list):
 
     name = "memory"
     image_size = SIZE
+    camera_sizes = MappingProxyType({"primary": SIZE})
     action_dim = 2
     proprio_dim = 3
 
 
-def step_episode(length: int, *, hz: float = 10.0, episode: int = 0, action_free: bool = False) -> Episode:
-    """Step k of episode e has pixels 4k, proprio 100e + k and actions 100e + k + 0.5."""
+def step_episode(length: int, *, hz: float = 10.0, episode: int = 0, action_free: bool = False, wrist: bool = False) -> Episode:
+    """Step k of episode e has pixels 4k, of its wrist camera 4k + 1, proprio 100e + k and actions 100e + k + 0.5."""
     steps = np.arange(length)
     frames = np.broadcast_to((4 * steps).astype(np.uint8)[:, None, None, None], (length, *SIZE, 3))
     values = (100 * episode + steps)[:, None].astype(np.float32)
@@ -42,10 +44,20 @@ def step_episode(length: int, *, hz: float = 10.0, episode: int = 0, action_free
         name=f"episode {episode}",
         timestamps=steps / hz,
         frames=ArrayFrames(frames),
+        further_cameras={"wrist": ArrayFrames(frames + np.uint8(1))} if wrist else {},
         instruction=f"do task {episode % 2}",
         proprio=None if action_free else np.tile(values, (1, 3)),
         actions=None if action_free else np.tile(values + 0.5, (1, 2)),
     )
+
+
+class WristSource(ListSource):
+    """With a wrist camera."""
+
+    camera_sizes = MappingProxyType({"primary": SIZE, "wrist": SIZE})
+
+    def __init__(self, *lengths: int):
+        super().__init__(step_episode(n, episode=e, wrist=True) for e, n in enumerate(lengths))
 
 
 class NarrowSource(ListSource):

@@ -7,16 +7,18 @@ from data_pipelines.datasets import check_dataset, open_datasets
 from data_pipelines.mixture import Phase
 from data_pipelines.sources.rlds import DatasetError, RldsSource
 from data_pipelines.writers import write_rlds
-from mimic_video.config import ActionDecoderConfig, ConfigError, DataConfig, ExperimentConfig, PolicyConfig
+from mimic_video.config import ActionDecoderConfig, ConfigError, DataConfig, ExperimentConfig, PolicyConfig, VideoDiTConfig
 
 
-def experiment_of(stage: str, data: DataConfig, **decoder: int) -> ExperimentConfig:
+def experiment_of(stage: str, data: DataConfig, views: int = 1, **decoder: int) -> ExperimentConfig:
     decoder = ActionDecoderConfig(**{"action_horizon": 4, "action_dim": 2, "proprio_dim": 3} | decoder)
-    return ExperimentConfig(stage=stage, data=data, decoder=decoder, policy=PolicyConfig(execute_steps=2))
+    backbone = VideoDiTConfig(views=views)
+    return ExperimentConfig(stage=stage, data=data, backbone=backbone, decoder=decoder, policy=PolicyConfig(execute_steps=2))
 
 
 @pytest.mark.parametrize("data, decoder, message", [
-    ({"image_size": (32, 32)}, {}, r"image size \(16, 32\); the config field 'data\.image_size' is \(32, 32\)"),
+    ({"image_size": (32, 32)}, {},
+     r"image size of camera 'primary' \(16, 32\); the config field 'data\.image_size' is \(32, 32\)"),
     ({}, {"action_dim": 7}, r"action width 2; the config field 'decoder\.action_dim' is 7"),
     ({}, {"proprio_dim": 8}, r"proprio width 3; the config field 'decoder\.proprio_dim' is 8"),
 ])
@@ -46,8 +48,8 @@ def test_rates_of_commanded_steps_have_to_be_the_decoders(make_source, config):
         check_dataset(source, experiment_of("action", dataclasses.replace(config, control_hz=5.0)))
 
 
-def write(folder, name, *lengths):
-    splits = {"train": [step_episode(n, episode=e) for e, n in enumerate(lengths)]}
+def write(folder, name, *lengths, wrist=False):
+    splits = {"train": [step_episode(n, episode=e, wrist=wrist) for e, n in enumerate(lengths)]}
     return write_rlds(folder, name, splits, control_hz=10.0, image_size=SIZE, description="Steps that count.")
 
 
@@ -60,6 +62,15 @@ def test_several_directories_go_by_their_names(tmp_path, config):
     again = dataclasses.replace(config, video_dataset=f"{one},{write(tmp_path / 'other', 'one', 12)}")
     with pytest.raises(ConfigError, match=r"'data.video_dataset' names two datasets 'one'"):
         open_datasets(experiment_of("video", again), "train")
+
+
+def test_a_camera_that_some_dataset_has(tmp_path, config):
+    one, two = write(tmp_path, "one", 12), write(tmp_path, "two", 15, wrist=True)
+    config = dataclasses.replace(config, cameras=("primary", "wrist"), video_dataset=f"{one},{two}")
+    windows = open_datasets(experiment_of("video", config, views=2), "train").windows
+    assert {name: each.cameras for name, each in windows.items()} == {"one": ("primary",), "two": ("primary", "wrist")}
+    with pytest.raises(DatasetError, match=r"'data.cameras' has 'wrist', which none of one has"):
+        open_datasets(experiment_of("video", dataclasses.replace(config, video_dataset=str(one)), views=2), "train")
 
 
 @pytest.mark.parametrize(("fields", "error", "message"), [

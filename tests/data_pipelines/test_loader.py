@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from synthetic import BrokenFrames, NarrowSource
+from synthetic import BrokenFrames, NarrowSource, WristSource
 
 from data_pipelines.loader import Part, WindowDataset, make_batches
 from data_pipelines.mixture import Mixture, Phase
@@ -195,6 +195,18 @@ def test_each_robot_has_its_own_normaliser(parts, config):
             width = parts[which].windows[0]["proprio"].shape[-1]
             expected = normalised[which].normalizers["proprio"].normalize(value[:, :width])
             np.testing.assert_array_equal(row[:, :width], expected)
+
+
+def test_samples_without_a_camera_share_batches_with_those_that_have_it(make_source, config):
+    config = dataclasses.replace(config, cameras=("primary", "wrist"))
+    sources = {"without": make_source(12), "with": WristSource(20, 9)}
+    datasets = {name: WindowDataset(source, config, actions=True) for name, source in sources.items()}
+    assert [windows.cameras for windows in datasets.values()] == [("primary",), ("primary", "wrist")]
+    for batch in mixed_batches([Part(name, windows) for name, windows in datasets.items()], 8):
+        assert batch["video"].shape == (4, 9, 32, 32, 3) and batch["view_mask"].shape == (4, 2)
+        for video, there in zip(batch["video"], batch["view_mask"], strict=True):
+            primary, wrist = np.split(video, 2, axis=1)
+            np.testing.assert_array_equal(wrist, primary + 1 if there[1] else 0)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("metaworld") is None, r
 
 @pytest.fixture(scope="module")
 def episodes():
-    return list(source.demonstrations("drawer-open-v3", [0, 2, 1], (64, 64)))
+    return list(source.demonstrations(DRAWER, [0, 2, 1]))
 
 
 def test_episodes_come_in_the_order_of_the_seeds(episodes):
@@ -75,7 +75,7 @@ def test_with_noise_the_labels_are_the_clean_expert(episodes):
 
 
 def test_unlabelled_videos_have_neither_actions_nor_proprioception(episodes):
-    (video,) = source.demonstrations("drawer-open-v3", [0], (64, 64), labelled=False, num_workers=1)
+    (video,) = source.demonstrations(DRAWER, [0], labelled=False, num_workers=1)
     assert video.actions is None and video.proprio is None
     np.testing.assert_array_equal(video.frames.array, episodes[0].frames.array)
 
@@ -84,11 +84,11 @@ def test_failed_experts_are_left_out_and_logged(monkeypatch, caplog):
     fake = [(4, None), (5, source.demonstrate(DRAWER, 0)), (6, None)]
     monkeypatch.setattr(source, "_demonstrate_all", lambda *_: iter(fake))
     with caplog.at_level(logging.INFO):
-        assert len(list(source.demonstrations("drawer-open-v3", [4, 5, 6], (64, 64)))) == 1
+        assert len(list(source.demonstrations(DRAWER, [4, 5, 6]))) == 1
     assert "seed 4" in caplog.text and "seed 6" in caplog.text and "1 of 3 demonstrations succeeded" in caplog.text
     monkeypatch.setattr(source, "_demonstrate_all", lambda *_: iter(fake[:1]))
     with pytest.raises(RuntimeError, match="none of 1 seeds"):
-        list(source.demonstrations("drawer-open-v3", [4], (64, 64)))
+        list(source.demonstrations(DRAWER, [4]))
 
 
 def test_an_expert_that_runs_out_of_steps_has_failed(monkeypatch):
@@ -97,15 +97,11 @@ def test_an_expert_that_runs_out_of_steps_has_failed(monkeypatch):
 
 
 def test_an_endless_supply_of_seeds_can_be_cut_short():
-    few = itertools.islice(source.demonstrations("button-press-topdown-v3", itertools.count(), (32, 32), num_workers=1), 2)
+    factory = MetaworldFactory("button-press-topdown-v3", (32, 32))
+    few = itertools.islice(source.demonstrations(factory, itertools.count(), num_workers=1), 2)
     assert [episode.name[-6:] for episode in few] == ["seed 0", "seed 1"]
-
-
-def test_an_unknown_task_is_an_error_at_the_call():
-    with pytest.raises(ValueError, match="unknown Meta-World task 'drawer'"):
-        source.demonstrations("drawer", [0], (64, 64))
 
 
 def test_a_failure_in_a_worker_names_task_and_seed():
     with pytest.raises(RuntimeError, match=r"drawer-open-v3.*seed -1"):
-        list(source.demonstrations("drawer-open-v3", [-1], (64, 64), num_workers=1))
+        list(source.demonstrations(DRAWER, [-1], num_workers=1))

@@ -63,6 +63,18 @@ def test_pose_vectors_drive_the_same_robot():
     np.testing.assert_allclose(delta.state, native.state, atol=1e-6)
 
 
+def test_several_cameras_of_one_scene():
+    cameras = ("primary", "secondary", "wrist")
+    environment, alone = dataclasses.replace(DRAWER, cameras=cameras)(), DRAWER()
+    views = np.split(environment.reset(0).image, 3)
+    np.testing.assert_array_equal(views[0], alone.reset(0).image)
+    moved = np.split(environment.step(np.array([0, 0, -1, 0], np.float32))[0].image, 3)
+    changes = [np.abs(np.float32(after) - before).mean() for before, after in zip(views, moved, strict=True)]
+    assert min(changes) > 0.5 and max(changes) == changes[2]  # the wrist's camera moves, the others see an arm that does
+    with pytest.raises(ValueError, match=r"cameras are \('gripper',\); expected some of primary, secondary, wrist"):
+        dataclasses.replace(DRAWER, cameras=("gripper",))
+
+
 def test_observation_and_rates():
     environment = DRAWER()
     observation = environment.reset(0)

@@ -108,7 +108,7 @@ def test_the_context_is_that_of_each_blocks_cross_attention(decoder):
         context = model.context_norm(hidden)
         return model.encode_context(hidden), [block(i).cross_attn.keys_values(context) for i in range(CONFIG.num_blocks)]
 
-    (keys, values), again = both(hidden)
+    (keys, values, _), again = both(hidden)
     assert keys.shape == (3, 2, 7, 2, 8)
     for i, (key, value) in enumerate(again):
         np.testing.assert_allclose(keys[i], key, atol=1e-6)

@@ -170,3 +170,47 @@ def test_another_number_of_blocks_only_changes_the_leading_axis():
     assert three.keys() == seven.keys()
     for name, shape in three.items():
         assert seven[name] == ((7, *shape[1:]) if "blocks" in name else shape)
+
+
+# Several views.
+
+
+@pytest.fixture(scope="module")
+def both():
+    """A model of two views with the parameters of the single-view one, as a function of its view embedding."""
+    config = dataclasses.replace(CONFIG, views=2)
+    graphdef = nnx.split(nnx.eval_shape(lambda: VideoDiT(config, nnx.Rngs(0))))[0]
+
+    def run(state, embedding, *inputs, view_mask=None):
+        state = nnx.State(nnx.to_pure_dict(state) | {"view_embedding": embedding})
+        return nnx.merge(graphdef, state).hidden(*inputs, view_mask=view_mask, stop=2)
+
+    return jax.jit(run)
+
+
+def test_a_view_without_the_other_is_the_single_view_model(both, hidden, state):
+    first, second = random(2, 3, 4, 6, 3), random(2, 3, 4, 6, 3, seed=1)
+    rest = (jnp.full((2, 3), 0.5), random(2, 5, 6, seed=2), jnp.zeros((2, 3)))
+    stacked, zeros = jnp.concatenate([first, second], axis=2), jnp.zeros((2, 16))
+    for view, latents in enumerate((first, second)):
+        alone = hidden(state, latents, *rest, stop=2)
+        found = both(state, zeros, stacked, *rest, view_mask=jnp.arange(2)[None] == jnp.full((2, 1), view))
+        np.testing.assert_allclose(found[:, :, 6 * view : 6 * (view + 1)], alone, atol=1e-5)
+    together = both(state, zeros, stacked, *rest)
+    assert np.abs(together[:, :, :6] - hidden(state, first, *rest, stop=2)).max() > 1e-3
+    np.testing.assert_allclose(both(state, zeros, stacked, *rest, view_mask=jnp.ones((2, 2), bool)), together, atol=1e-6)
+
+
+def test_views_differ_by_their_embedding_alone(both, state):
+    first, second = random(1, 3, 4, 6, 3), random(1, 3, 4, 6, 3, seed=1)
+    rest, embedding = (jnp.full((1, 3), 0.5), random(1, 5, 6, seed=2), jnp.zeros((1, 3))), random(2, 16, seed=3)
+    found = both(state, embedding, jnp.concatenate([first, second], axis=2), *rest)
+    swapped = both(state, embedding[::-1], jnp.concatenate([second, first], axis=2), *rest)
+    np.testing.assert_allclose(swapped, jnp.concatenate([found[:, :, 6:], found[:, :, :6]], axis=2), atol=1e-5)
+    same = both(state, jnp.zeros((2, 16)), jnp.concatenate([first, second], axis=2), *rest)
+    assert np.abs(same - found).max() > 1e-2
+
+
+def test_latents_have_to_hold_whole_views(both, state):
+    with pytest.raises(ValueError, match="latents of 6x6 cannot be cut into patches of 2x2 in 2 views"):
+        both(state, jnp.zeros((2, 16)), random(1, 3, 6, 6, 3), jnp.zeros((1, 3)), random(1, 5, 6), jnp.zeros((1, 3)))

@@ -146,3 +146,23 @@ def test_one_model_for_two_robots(tmp_path):
         lift(images, proprio, instructions)
     with pytest.raises(ConfigError, match="the embodiment is None; this model has 'arm', 'lift'"):
         Policy.load(tmp_path)
+
+
+def test_cameras_by_name():
+    config = tiny.experiment(data={"cameras": ("primary", "wrist")}, backbone={"views": 2})
+    params = tiny.params(config)
+    both = Policy(config, params, dataclasses.replace(ROBOT, cameras=("primary", "wrist")))
+    one, (images, *rest) = Policy(config, params, ROBOT), observation()
+    cameras = {"primary": images, "wrist": 255 - images}
+    stacked = np.concatenate([images, 255 - images], axis=2)
+    plan = both(cameras, *rest)
+    np.testing.assert_array_equal(both(stacked, *rest), plan)
+    without = one({"primary": images}, *rest)
+    assert np.abs(without - plan).max() > 1e-4
+    np.testing.assert_array_equal(one(stacked, *rest), without)  # this robot has no such camera, whatever is there
+    with pytest.raises(ValueError, match=r"is of the cameras \['primary'\]; expected \['primary', 'wrist'\]"):
+        both({"primary": images}, *rest)
+    with pytest.raises(ValueError, match=r"'images' has shapes .* expected one and the same"):
+        both(cameras | {"wrist": images[:, :, :8]}, *rest)
+    with pytest.raises(ValueError, match=r"'images' has shape .*; expected \(2, 5, 32, 32, 3\)"):
+        both(images, *rest)

@@ -1,0 +1,41 @@
+"""A backbone that has seen one camera learns a second one, and the policy acts by both."""
+
+import numpy as np
+import pytest
+import tiny
+
+from data_pipelines.sources.rlds import RldsSource
+from mimic_video.training import checkpoints
+
+RATES = {"image_size": (32, 32), "video_hz": 20.0, "control_hz": 20.0, "action_delay": 0.0}
+BOTH = {"cameras": ("primary", "wrist")}
+
+
+def experiment(stage, data=(), **changes):
+    evaluation = {"tasks": ("drawer-close-v3",), "episodes_per_task": 2, "max_steps": 6}
+    values = {"decoder": {"action_dim": 4, "proprio_dim": 4}, "train": {"steps": 2, "batch_size": 8}} | changes
+    return tiny.experiment(stage=stage, data=RATES | dict(data), evaluation=evaluation, **values)
+
+
+@pytest.mark.slow
+def test_a_second_camera(launch, config_file, tmp_path):
+    folder, views = tmp_path / "data", {"backbone": {"views": 2}}
+    counts = ["--videos=1", "--demonstrations=1", "--validation=1"]
+    launch("collect", f"--config={config_file(experiment('action', BOTH, **views))}", f"--out={folder}", *counts)
+    dataset = str(folder / "demonstrations" / "1.0.0")
+    episode = RldsSource(dataset, "train")[0]
+    assert set(episode.cameras) == {"primary", "wrist"}
+
+    data = {"video_dataset": dataset, "action_dataset": dataset}
+    runs = {name: tmp_path / name for name in ("one", "two", "action")}
+    launch("train", f"--config={config_file(experiment('video', data))}", f"--workdir={runs['one']}")
+    two = experiment("video", data | BOTH, backbone_run=str(runs["one"]), **views)
+    launch("train", f"--config={config_file(two)}", f"--workdir={runs['two']}")
+    embedding = checkpoints.load_params(runs["two"])[0]["backbone"]["view_embedding"]
+    assert embedding.shape == (2, 16) and np.abs(embedding).min(axis=1).max() > 0
+    file = config_file(experiment("action", data | BOTH, backbone_run=str(runs["two"]), **views))
+    launch("train", f"--config={file}", f"--workdir={runs['action']}")
+    assert checkpoints.load_embodiments(runs["action"])["demonstrations"].cameras == ("primary", "wrist")
+    assert "drawer-close-v3: " in launch("evaluate", f"--config={file}", f"--workdir={runs['action']}")
+    one = config_file(experiment("action", data, backbone_run=str(runs["two"])))  # but not the other way
+    assert "'backbone.views' is 1, there 2" in launch("train", f"--config={one}", f"--workdir={tmp_path / 'other'}")
