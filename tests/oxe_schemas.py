@@ -4,10 +4,10 @@
 
 writes all of them. TFRecord needs TensorFlow, which has to be in a process of its own.
 
-Sources. bridge and language_table: the features.json that the tensorflow/datasets repository has for its tests. fractal20220817_data,
-kuka and taco_play: the TensorFlow Datasets catalogue, and the encodings of kuka from its features.json. droid: features.json of
-droid 1.0.0 and the dataset's documentation. bridge_orig: the converter in kvablack/dlimp that made the release of BridgeData V2.
-libero_spatial_no_noops: features.json of openvla/modified_libero_rlds and its converter in moojink/rlds_dataset_builder.
+Sources. bridge and language_table: the features.json that the tensorflow/datasets repository has for its tests.
+fractal20220817_data, kuka and taco_play: the TensorFlow Datasets catalogue, and the encodings of kuka from its features.json.
+droid: its features.json where it could be seen and the dataset's documentation. bridge_orig: the converter of the raw recordings
+with four cameras and depth. libero_spatial_no_noops: the converter of OpenVLA's modified LIBERO and descriptions of its release.
 """
 
 import functools
@@ -21,9 +21,9 @@ from PIL import Image
 
 STEPS = 8
 
-# A feature is its connector, dtype and shape: "tensor float32 7 zlib" has an encoding, "image uint8 480x640x3 jpeg" a file format.
+# A feature is its connector, dtype and shape, and maybe an encoding or a file format: "tensor float32 7 zlib".
 _FLAGS = {f"steps/is_{flag}": "tensor bool" for flag in ("first", "last", "terminal")}
-_SCALAR_FLAGS = {path: "scalar bool" for path in _FLAGS}
+_SCALAR_FLAGS = dict.fromkeys(_FLAGS, "scalar bool")
 _REWARD = {"steps/reward": "scalar float32"}
 _DISCOUNT = {"steps/discount": "scalar float32"}
 _RTX_TEXT = {
@@ -190,7 +190,7 @@ def instruction(name: str, episode: int) -> str:
 
 
 def write(root: Path, name: str, file_format: str, episodes: int = 1) -> Path:
-    """`root/NAME/1.0.0` of episodes of `STEPS` steps; step k of camera c, in the order of their names, is of the grey 30·k + c."""
+    """`root/NAME/1.0.0` of episodes of `STEPS` steps; step k of the c-th camera by name has the grey 30·k + c."""
     schema, directory = SCHEMAS[name], root / name / "1.0.0"
     directory.mkdir(parents=True)
     features = tfds.features.FeaturesDict(_tree({path: _feature(text) for path, text in schema.items()}))

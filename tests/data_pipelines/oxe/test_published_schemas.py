@@ -58,9 +58,9 @@ def _open_all(root: Path, file_format: str) -> dict[str, WindowDataset]:
         source = foreign_formats.write_lerobot(root / f"lerobot {version}", version, (9,))
         name = f"lerobot_{version.replace('.', '_')}"
         script = Path(__file__).parents[3] / "launch" / "import_dataset.py"
-        arguments = ["--format=lerobot", f"--camera=primary={foreign_formats.TOP}", "--image_size=32,48", f"--name={name}"]
-        subprocess.run([sys.executable, script, f"--source={source}", f"--out={root}", f"--file_format={file_format}", *arguments],
-                       check=True, capture_output=True)  # fmt: skip
+        command = [sys.executable, script, "--format=lerobot", f"--source={source}", f"--out={root}", f"--name={name}",
+                   f"--camera=primary={foreign_formats.TOP}", "--image_size=32,48", f"--file_format={file_format}"]  # fmt: skip
+        subprocess.run(command, check=True, capture_output=True)
         parts[version] = str(root / name / "1.0.0")
     return {name: next(iter(open_datasets(experiment(name, part, root), "train").windows.values()))
             for name, part in parts.items()}  # fmt: skip
@@ -91,8 +91,8 @@ def rows(request, datasets):
     return found
 
 
-# By hand. A pose layout: the change from the anchor, 0.02 m along the base's x and 0.1 rad about its z a step, as the hand sees it,
-# whose x and y axes are turned by the angle t about that z.
+# By hand. A pose layout: the change from the anchor, 0.02 m along the base's x and 0.1 rad about its z a step, as the hand sees
+# it, whose x and y axes are turned by the angle t about that z.
 t = turn(ANCHOR)
 DROID = [[0.02 * n * cos(t), -0.02 * n * sin(t), 0, cos(0.1 * n), -sin(0.1 * n), 0, sin(0.1 * n), cos(0.1 * n), 0, 0.75]
          for n in (3, 4)]  # a command is two steps ahead  # fmt: skip
@@ -104,6 +104,8 @@ TURNED = [cos(YAW), -sin(YAW) * cos(ROLL), sin(YAW) * sin(ROLL), sin(YAW), cos(Y
 ABOUT_Z = [cos(YAW), -sin(YAW), 0, sin(YAW), cos(YAW), 0]
 UNTURNED = [1, 0, 0, 0, 1, 0]
 HAND = [cos(t), -sin(t), 0, sin(t), cos(t), 0]
+# Rz(t) times the tool's matrix, whose rows are (0, 0, 1), (0, 1, 0), (−1, 0, 0).
+BRIDGE_HAND = [*position(ANCHOR), 0, -sin(t), cos(t), 0, cos(t), sin(t), 0.75]
 PADDING = [0.0] * 7
 
 ACTIONS = {
@@ -115,19 +117,20 @@ ACTIONS = {
     "libero_spatial_no_noops": [[*COMMAND, *ABOUT_Z, 0]] * 2,
     "taco_play": [[*COMMAND, *TURNED, 0]] * 2,
     "language_table": [[0.1, -0.2, 0, *UNTURNED, 1]] * 2,
-    **dict.fromkeys(LEROBOT, [[k + 0.5, k + 0.75, k + 1.0, *PADDING] for k in (3, 4)]),
+    **{version: [[k + 0.5, k + 0.75, k + 1.0, *PADDING] for k in (3, 4)] for version in LEROBOT},
 }
 PROPRIO = {
-    # Rz(t) times the tool's matrix, whose rows are (0, 0, 1), (0, 1, 0), (−1, 0, 0)
-    **dict.fromkeys(("bridge", "bridge_orig"), [*position(ANCHOR), 0, -sin(t), cos(t), 0, cos(t), sin(t), 0.75]),
-    **dict.fromkeys(("fractal20220817_data", "kuka"), [*position(ANCHOR), *HAND, 0.75]),
+    "bridge": BRIDGE_HAND,
+    "bridge_orig": BRIDGE_HAND,
+    "fractal20220817_data": [*position(ANCHOR), *HAND, 0.75],
+    "kuka": [*position(ANCHOR), *HAND, 0.75],
     "droid": [*position(ANCHOR), *HAND, 0],
     "libero_spatial_no_noops": [*position(ANCHOR), *HAND, 0.75],
     "taco_play": [*position(ANCHOR), *HAND, 1],
     "language_table": [*position(ANCHOR)[:2], *[0] * 8],
-    **dict.fromkeys(LEROBOT, [2, 2.25, 2.5, *PADDING]),
+    **{version: [2, 2.25, 2.5, *PADDING] for version in LEROBOT},
 }
-CAMERA = {"droid": 0, "taco_play": 1}  # of the primary camera among all by name
+CAMERA = {"taco_play": 1}  # place of the primary camera among all by name, where it is not the first
 
 
 @pytest.mark.parametrize("name", RATES)
