@@ -230,7 +230,7 @@ class _CachedFrames:
 
 
 def _readable(source: Sequence[Episode], skip_broken: bool) -> Iterator[tuple[int, Episode]]:
-    """Episodes with their numbers in the source."""
+    """Episodes with their numbers in the source. One that cannot be read is an error, or is left out and counted in the log."""
     skipped = 0
     for index in range(len(source)):
         try:

@@ -15,13 +15,15 @@ from data_pipelines.datasets import open_datasets
 from data_pipelines.loader import Part, WindowDataset, make_batches
 from data_pipelines.mixture import Mixture, Phase
 from data_pipelines.oxe import registry
+from data_pipelines.sources.lerobot import LeRobotSource
+from data_pipelines.writers import write_rlds
 from mimic_video.config import ExperimentConfig, experiment_from
 
 SIZE = (32, 48)
 ANCHOR = 2
 LEROBOT = ("v2.1", "v3.0")
 RATES = {name: registry.find(name).control_hz for name in oxe_schemas.SCHEMAS} | dict.fromkeys(LEROBOT, 10.0)
-FORMATS = ("array_record", "tfrecord")
+FORMATS = ("array_record", pytest.param("tfrecord", marks=pytest.mark.slow))  # which TensorFlow has to write
 
 
 def experiment(name: str, dataset: str, root: Path) -> ExperimentConfig:
@@ -56,12 +58,10 @@ def _open_all(root: Path, file_format: str) -> dict[str, WindowDataset]:
     parts = {name: f"{name}*1" for name in oxe_schemas.SCHEMAS}  # "bridge" alone is the mixture of that name
     for version in LEROBOT:
         source = foreign_formats.write_lerobot(root / f"lerobot {version}", version, (9,))
-        name = f"lerobot_{version.replace('.', '_')}"
-        script = Path(__file__).parents[3] / "launch" / "import_dataset.py"
-        command = [sys.executable, script, "--format=lerobot", f"--source={source}", f"--out={root}", f"--name={name}",
-                   f"--camera=primary={foreign_formats.TOP}", "--image_size=32,48", f"--file_format={file_format}"]  # fmt: skip
-        subprocess.run(command, check=True, capture_output=True)
-        parts[version] = str(root / name / "1.0.0")
+        episodes = LeRobotSource(source, cameras={"primary": foreign_formats.TOP})
+        path = write_rlds(root, f"lerobot_{version.replace('.', '_')}", {"train": episodes}, control_hz=10.0, image_size=SIZE,
+                          description="", file_format=file_format)  # fmt: skip
+        parts[version] = str(path)
     return {name: next(iter(open_datasets(experiment(name, part, root), "train").windows.values()))
             for name, part in parts.items()}  # fmt: skip
 
@@ -148,9 +148,10 @@ def test_every_published_format_streams_as_the_same_batches(rows, name):
     assert row["text"][0, 0] == len(words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RATES)
 def test_both_file_formats_hold_the_same_windows(datasets, name):
-    arrays, records = (datasets(file_format)[name] for file_format in FORMATS)
+    arrays, records = (datasets(file_format)[name] for file_format in ("array_record", "tfrecord"))
     assert len(arrays) == len(records) == (8 if name in LEROBOT else STEPS - 1)
     for key, value in arrays[ANCHOR].items():
         np.testing.assert_array_equal(records[ANCHOR][key], value)
