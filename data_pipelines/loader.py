@@ -29,10 +29,11 @@ class WindowDataset(Sequence[dict]):
     """Every window of a source's episodes, in order: episode by episode, anchor by anchor.
 
     Reads each episode once to keep what is not an image; frames are decoded when a window needs them and kept in
-    `config.frame_cache_mb` megabytes. Thread-safe.
+    `config.frame_cache_mb` megabytes. With `config.skip_broken` an episode that cannot be read is left out, and the log says so.
+    Thread-safe.
 
     Attributes:
-        episodes: all episodes, their frames read through the cache.
+        episodes: those that can be read, their frames read through the cache.
         action_dim: width of actions, or None if windows have none.
         raw_dims: dimensions of "action" and "proprio" that are not to be normalised.
         cameras: those of `config` that the source has.
@@ -44,8 +45,8 @@ class WindowDataset(Sequence[dict]):
         raw_dims: None for those of `config`.
 
     Raises:
-        DatasetError: if the source lacks actions or proprio that are asked for, or if even its longest episode is shorter than
-            the window.
+        DatasetError: if the source lacks actions or proprio that are asked for, if an episode cannot be read, or if even the
+            longest one is shorter than the window.
     """
 
     def __init__(self, source: RldsSource, config: DataConfig, *, actions: bool,
@@ -63,9 +64,12 @@ class WindowDataset(Sequence[dict]):
             primary, *further = (_CachedFrames(cache, camera, index, len(episode)) for camera in self.cameras)
             return dataclasses.replace(episode, frames=primary, further_cameras=dict(zip(self.cameras[1:], further, strict=True)))
 
-        self.episodes = [cached(index, episode) for index, episode in enumerate(source)]
+        self.episodes = [cached(index, episode) for index, episode in _readable(source, config.skip_broken)]
         _check_horizons(source.name, self.episodes, config, actions)
         steps = [anchors(episode.timestamps, config, actions=actions) for episode in self.episodes]
+        if short := sum(not len(each) for each in steps):
+            logging.warning("%d of %d episodes of %s have no window: they end before their first action", short, len(steps),
+                            source.name)  # fmt: skip
         self._episode_of = np.repeat(np.arange(len(steps)), [len(s) for s in steps])
         self._anchor_of = np.concatenate(steps)
 
@@ -231,6 +235,21 @@ class _CachedFrames:
 
     def take(self, indices: Sequence[int]) -> np.ndarray:
         return self.cache.take(self.camera, self.episode, indices)
+
+
+def _readable(source: Sequence[Episode], skip_broken: bool) -> Iterator[tuple[int, Episode]]:
+    """Episodes with their numbers in the source. One that cannot be read is an error, or is left out and counted in the log."""
+    skipped = 0
+    for index in range(len(source)):
+        try:
+            episode = source[index]
+        except DatasetError as error:
+            if not skip_broken:
+                raise
+            skipped += 1
+            logging.warning("skipped an episode (%d so far): %s", skipped, error)
+        else:
+            yield index, episode
 
 
 def _check_horizons(name: str, episodes: Sequence[Episode], config: DataConfig, actions: bool) -> None:

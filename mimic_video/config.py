@@ -54,7 +54,7 @@ class DataConfig:
     raw_proprio_dims: tuple[int, ...] = ()
     frame_cache_mb: int = 512  # decoded frames of a dataset that are kept in host memory
     workers: int = 0  # processes that read windows; 0 reads in threads of the training process
-    skip_broken: bool = False  # replaces windows that cannot be read, with a warning, instead of ending training
+    skip_broken: bool = False  # leaves out episodes and windows that cannot be read, counted in the log, instead of ending
 
     def __post_init__(self):
         _require_positive(self, "past_frames", "future_frames", "video_hz", "action_horizon", "control_hz")

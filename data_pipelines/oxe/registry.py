@@ -277,7 +277,7 @@ _DATASETS = (
         features={"action": (2,), "observation/effector_translation": (2,)},
         proprio=vector(Values("observation/effector_translation[0:2]", "position in the plane")),
         actions=delta(step("action[0:2]"), Constant((0.0,), "Δheight"), NO_TURN, NO_GRIPPER),
-        notes="Instructions are code points, padded with zeros. The tool is a fixed peg.",
+        notes="Instructions are bytes of UTF-8 as integers, padded with zeros. The tool is a fixed peg.",
     ),
     DatasetSpec(
         "columbia_cairlab_pusht_real", primary="image", wrist="wrist_image", language=_RTX_LANGUAGE, control_hz=10.0,

@@ -165,7 +165,7 @@ def _expectations(spec: DatasetSpec) -> dict[str, tuple[str, Callable[[Feature],
     expectations: dict[str, tuple[str, Callable[[Feature], bool]]] = {}
     for camera, key in spec.cameras.items():
         expectations[f"steps/observation/{key}"] = (f"the {camera} camera, an image uint8 (height, width, 3)", _is_rgb)
-    expectations[spec.language_path] = ("the instruction, text or code points", _is_instruction)
+    expectations[spec.language_path] = ("the instruction, text or its bytes as integers", _is_instruction)
     for key, shape in spec.features.items():
         expectations[f"steps/{key}"] = (f"numbers of shape {shape}", functools.partial(_has_shape, shape=shape))
     return expectations

@@ -32,7 +32,7 @@ import numpy as np
 from data_pipelines.sources.records import DatasetError, Feature, TfRecordFile, is_remote, open_records, parse_example
 
 FOLDER = ".mimic_video_index"  # inside the dataset, where that can be written
-_VERSION = 1  # of what is on disk
+_VERSION = 2  # of what is on disk
 _BYTES_PER_PROCESS = 4 << 30  # fewer are indexed sooner than a process starts
 _RECORD = np.dtype([("shard", "<i4"), ("record", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("steps", "<i8")])
 
@@ -53,7 +53,7 @@ class Column(NamedTuple):
     Kinds:
         steps: numbers of every step, (steps, *shape).
         record: numbers of every record, (records, *shape).
-        text: a string of every record, its first one: UTF-8, or code points up to the first zero if the feature holds integers.
+        text: a string of every record, its first one: UTF-8, whose bytes up to the first zero may be stored as integers.
         count: nothing but how many steps there are, from a feature of bytes.
     """
 
@@ -89,8 +89,8 @@ class Column(NamedTuple):
     def _text(self, feature: Feature) -> str:
         if self.dtype == "object":
             return bytes(next(iter(feature.strings(1)), b"")).decode()
-        points = feature.numbers()[: int(np.prod(self.shape))].tolist()
-        return "".join(map(chr, points[: points.index(0)] if 0 in points else points))
+        encoded = feature.numbers()[: int(np.prod(self.shape))].tolist()
+        return bytes(encoded[: encoded.index(0)] if 0 in encoded else encoded).decode()
 
     def _numbers(self, feature: Feature) -> np.ndarray:
         if self.encoding == "none":
@@ -183,7 +183,8 @@ def open_index(shards: Sequence[Shard], file_format: str, columns: Sequence[Colu
                directories: Sequence[Path]) -> Path:
     """The folder of the split's index, which is built if none of `directories` has it; in the first that can be written.
 
-    A record that cannot be read does not fail the build: the index says so, and looks at it again once its shard has changed.
+    A record that cannot be read does not fail the build: the index says so, and looks at it again once its shard has changed. Of
+    a shard that is truncated none can.
 
     Args:
         shards: of the split, in order.
@@ -192,7 +193,7 @@ def open_index(shards: Sequence[Shard], file_format: str, columns: Sequence[Colu
         name: for messages.
 
     Raises:
-        DatasetError: if a shard has another number of records than it should, or no folder can be written.
+        DatasetError: if no folder can be written.
     """
     columns = sorted(set(columns))
     content = [_VERSION, file_format, [(os.path.basename(s.path), s.records, s.size) for s in shards], columns]
@@ -253,17 +254,23 @@ def _part(parts: Path, shard: int) -> Path:
 
 def _index_shard(shard: Shard, file_format: str, columns: Sequence[Column], part: Path) -> None:
     """Writes the records of one shard and their columns to the file `part`."""
-    file = open_records(shard.path, file_format)
-    if len(file) != shard.records:
-        raise DatasetError(f"shard {shard.path} is truncated or damaged: it has {len(file)} of its {shard.records} records")
     records = np.zeros(shard.records, _RECORD)
     records["record"] = np.arange(shard.records)
-    if isinstance(file, TfRecordFile):
-        records["offset"], records["size"] = file.table.T
     rows: list[dict[Column, Any]] = []
-    errors = {}
+    errors: dict[int, str] = {}
+    try:
+        file = open_records(shard.path, file_format)
+        if len(file) != shard.records:
+            raise DatasetError(f"shard {shard.path} is truncated or damaged: it has {len(file)} of its {shard.records} records")
+        if isinstance(file, TfRecordFile):
+            records["offset"], records["size"] = file.table.T
+    except DatasetError as error:
+        errors = dict.fromkeys(range(shard.records), str(error))
     for i in range(shard.records):
         row = {column: _absent(column) for column in columns}
+        if i in errors:
+            rows.append(row)
+            continue
         try:
             features = parse_example(file.peek(i))
             row = {column: column.decode(features) for column in columns}

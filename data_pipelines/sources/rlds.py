@@ -78,7 +78,7 @@ class RldsSource(Sequence[Episode]):
         image_size: (height, width) in pixels of the primary camera's frames.
         camera_sizes: the same of all cameras by name; empty where images of a camera differ in size.
         action_dim, proprio_dim: int, or None where the dataset has none.
-        control_hz: steps per second of the first episode.
+        control_hz, action_layout: steps per second and `Episode.action_layout` of the first episode that can be read.
 
     Args:
         directory: the prepared version's folder, e.g. `.../my_dataset/1.0.0`. A TFRecord dataset may be a URL of fsspec, from
@@ -92,8 +92,7 @@ class RldsSource(Sequence[Episode]):
 
     Raises:
         DatasetError: if the directory is missing, half-written or not a dataset, the split is missing or empty, a required
-            feature is missing or has another type or shape, a shard is missing or has another number of records than it should,
-            or no episode can be read.
+            feature is missing or has another type or shape, a shard is missing, or no episode can be read.
     """
 
     def __init__(self, directory: str | os.PathLike, split: str, *, spec: DatasetLayout | None = None,
@@ -131,17 +130,18 @@ class RldsSource(Sequence[Episode]):
 
         self.camera_sizes = {name: tuple(image_size or camera.size or ()) for name, camera in self._cameras.items()}
         self.image_size = self.camera_sizes["primary"]
-        first = self._first_readable()
-        self.control_hz = self._control_hz(f"{self.name} episode {first}", self._index.record_range(first)[0])
-        episode = self[first]
+        first, episode = self._first_readable()
+        self.control_hz = self._control_hz(episode.name, self._index.record_range(first)[0])
+        self.action_layout = episode.action_layout
         self.action_dim, self.proprio_dim = (None if v is None else v.shape[1] for v in (episode.actions, episode.proprio))
 
-    def _first_readable(self) -> int:
+    def _first_readable(self) -> tuple[int, Episode]:
         for index in range(len(self)):
-            error = self._index.error(*self._index.record_range(index))
-            if error is None:
-                return index
-        raise DatasetError(f"{self.name}: none of its {len(self)} episodes can be read; the last one: {error}")
+            try:
+                return index, self[index]
+            except DatasetError as error:
+                last = error
+        raise DatasetError(f"{self.name}: none of its {len(self)} episodes can be read; the last one: {last}") from last
 
     def __len__(self) -> int:
         return len(self._index)
@@ -458,7 +458,7 @@ class _Features:
         return Column(image, "count")
 
     def text(self, path: str) -> Column:
-        """The instruction at `path` under steps or episode_metadata: a Text, or integers that are its code points."""
+        """The instruction at `path` under steps or episode_metadata: a Text, or its bytes as integers."""
         candidates = (f"steps/{path}", path, f"episode_metadata/{path}")
         found = next((c for c in candidates if self.get(c) is not None), candidates[0])
         feature = self.require(found, tfds.features.Tensor, "a Text feature")

@@ -33,6 +33,11 @@ class ListSource(list):
     camera_sizes = MappingProxyType({"primary": SIZE})
     action_dim = 2
     proprio_dim = 3
+    control_hz = 10.0
+
+    @property
+    def action_layout(self) -> str:
+        return self[0].action_layout
 
 
 def step_episode(length: int, *, hz: float = 10.0, episode: int = 0, action_free: bool = False, wrist: bool = False) -> Episode:

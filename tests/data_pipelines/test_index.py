@@ -179,10 +179,12 @@ def test_a_shard_that_had_errors_is_looked_at_again_once_it_has_changed(tmp_path
 
 
 @pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
-def test_a_shard_of_another_length_is_an_error(tmp_path, file_format):
-    (shard,) = write(tmp_path, [[record(3, 0)]], file_format)
-    with pytest.raises(DatasetError, match=r"shard-0 is truncated or damaged: it has 1 of its 2 records"):
-        build([shard._replace(records=2)], tmp_path / "cache", file_format)
+def test_no_record_of_a_shard_of_another_length_is_used(tmp_path, file_format):
+    whole, short = write(tmp_path, [[record(3, 0)], [record(2, 1)]], file_format)
+    index = Index(build([whole, short._replace(records=2)], tmp_path / "cache", file_format))
+    assert index.records["steps"].tolist() == [3, 0, 0] and index.error(0, 1) is None
+    for number in (1, 2):
+        assert index.error(number, 3) == f"shard {short.path} is truncated or damaged: it has 1 of its 2 records"
 
 
 def test_where_it_is_kept(shards, tmp_path, monkeypatch):

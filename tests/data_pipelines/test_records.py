@@ -240,10 +240,10 @@ def test_text_metadata_and_images_are_those_of_tfds():
             np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(files[k]))), step["observation"][key])
 
 
-def test_code_points_are_an_instruction():
-    points = np.zeros(8, np.int64)
-    points[:5] = [ord(c) for c in "größe"]
-    feature = tf_feature_pb2.Feature(int64_list=tf_feature_pb2.Int64List(value=np.tile(points, 3)))
+def test_bytes_stored_as_integers_are_an_instruction():
+    encoded = np.zeros(8, np.int64)
+    encoded[:7] = list("größe".encode())
+    feature = tf_feature_pb2.Feature(int64_list=tf_feature_pb2.Int64List(value=np.tile(encoded, 3)))
     record = tf_example_pb2.Example(features=tf_feature_pb2.Features(feature={"steps/words": feature})).SerializeToString()
     assert Column("steps/words", "text", "int32", (8,)).decode(parse_example(memoryview(record))) == "größe"
 

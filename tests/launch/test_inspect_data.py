@@ -4,6 +4,7 @@ import io
 import pathlib
 
 import numpy as np
+import oxe_schemas
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
@@ -78,6 +79,23 @@ def test_dataset_on_disk(launch, tmp_path, by_name):
     assert picture.shape == (2 * (96 + 2), 8 * 128, 3)  # two cameras
     assert picture[40, 5, 0] < picture[40, -5, 0] and picture[140].min() > 240
     assert Image.open(tmp_path / "out" / "bridge_orig" / "actions.png").size[0] > 500
+
+
+@pytest.mark.parametrize(("name", "cameras"), [("bridge_orig", 2), ("droid", 3)])
+def test_datasets_with_all_of_their_published_features(launch, tmp_path, name, cameras):
+    directory = oxe_schemas.write(tmp_path, name, "array_record", episodes=3)
+    output = launch("inspect_data", name, f"--directory={directory}", f"--out={tmp_path / 'out'}", "--samples=2")
+    for path in oxe_schemas.SCHEMAS[name]:
+        assert lines(output, f"{path} "), path
+    assert len(lines(output, "episode 0, ")) == len(lines(output, "episode 2, ")) == cameras
+    assert oxe_schemas.instruction(name, 2) in output
+    # x of the poses: reached at steps 0 to 7, or commanded two steps ahead.
+    ahead = {"bridge_orig": 0, "droid": 2}[name]
+    first, last = (oxe_schemas.position(k + ahead)[0] for k in (0, oxe_schemas.STEPS - 1))
+    assert lines(output, "position 0") == [f"position 0 [m] {first:.4f} {(first + last) / 2:.4f} {last:.4f}"]
+    out = tmp_path / "out" / name
+    assert np.asarray(Image.open(out / "windows.png")).shape[0] == 2 * cameras * (96 + 2)
+    assert Image.open(out / "actions.png").size[0] > 500
 
 
 def test_features_that_differ(launch, tmp_path):

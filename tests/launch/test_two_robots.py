@@ -1,7 +1,9 @@
-"""Two robots, one model: collected, trained and evaluated by the launch scripts."""
+"""Two robots, one model: collected, converted, trained from either file format and evaluated by the launch scripts."""
 
 import json
 
+import jax
+import numpy as np
 import pytest
 import tiny
 
@@ -27,12 +29,29 @@ def test_a_mixture_of_two_action_layouts(launch, config_file, tmp_path):
         launch("collect", f"--config={config_file(experiment('action', layout))}", f"--out={folder}", *counts)
         (folder / "demonstrations").rename(folder / layout)  # a dataset goes by the name of its directory
         folders[layout] = folder / layout / "1.0.0"
-    mixed = f"{folders['native']}*1,{folders['delta']}*3"
-    data = RATES | {"video_dataset": mixed, "action_dataset": mixed, "workers": 1}
-    video, action = tmp_path / "video", tmp_path / "action"
-    launch("train", f"--config={config_file(experiment('video', 'native', data=data))}", f"--workdir={video}")
-    files = {layout: config_file(experiment("action", layout, data=data, backbone_run=str(video))) for layout in folders}
-    launch("train", f"--config={files['native']}", f"--workdir={action}")
+    records = tmp_path / "tfrecord"
+    copies = {}
+    for layout, folder in folders.items():
+        launch("convert_dataset", f"--source={folder}", f"--out={records / layout}", "--format=tfrecord", "--workers=1")
+        (converted,) = (records / layout).glob("*/1.0.0")
+        copies[layout] = converted.rename(records / layout / "1.0.0")
+        assert list(copies[layout].glob("*.tfrecord-*")) and list(folder.glob("*.array_record-*"))
+
+    def train(name, sources):
+        """Both stages from one mixture; returns the run of stage 2, its experiment for each robot, and its data."""
+        mixed = f"{sources['native']}*1,{sources['delta']}*3"
+        data = RATES | {"video_dataset": mixed, "action_dataset": mixed, "workers": 1}
+        video, action = tmp_path / f"{name}_video", tmp_path / f"{name}_action"
+        launch("train", f"--config={config_file(experiment('video', 'native', data=data))}", f"--workdir={video}")
+        files = {layout: config_file(experiment("action", layout, data=data, backbone_run=str(video))) for layout in sources}
+        launch("train", f"--config={files['native']}", f"--workdir={action}")
+        return action, files, data
+
+    action, files, data = train("array_record", folders)
+    other, _, _ = train("tfrecord", copies)
+    (params, step), (others, _) = (checkpoints.load_params(run, "float32") for run in (action, other))
+    assert step == 3
+    jax.tree.map(np.testing.assert_array_equal, params, others)  # so what follows holds for both
     robots = checkpoints.load_embodiments(action)
     assert [(e.name, e.action_dim, e.proprio_dim) for e in robots.values()] == [("native", 4, 4), ("delta", 10, 10)]
     for layout, file in files.items():

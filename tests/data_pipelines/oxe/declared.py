@@ -35,15 +35,15 @@ def make_columns(spec):
             for path, values in columns.items()}  # fmt: skip
 
 
-def write_dataset(root: Path, spec, columns, code_points: bool = False) -> Path:
+def write_dataset(root: Path, spec, columns, as_bytes: bool = False) -> Path:
     """One episode in the dataset's own schema, by tfds; pixels of step k of every camera are 30 k."""
     directory = root / spec.name / "1.0.0"
     directory.mkdir(parents=True)
     image = tfds.features.Image(shape=(*SIZE, 3), dtype=np.uint8, encoding_format="jpeg")
-    text = tfds.features.Tensor(shape=(16,), dtype=np.int32) if code_points else tfds.features.Text()
+    text = tfds.features.Tensor(shape=(16,), dtype=np.int32) if as_bytes else tfds.features.Text()
     flat = {f"observation/{key}": image for key in spec.cameras.values()} | {spec.language: text}
     flat |= {path: tfds.features.Tensor(shape=shape, dtype=np.float32) for path, shape in spec.features.items()}
-    steps = [_nest({path: _value(path, k, columns, code_points) for path in flat}) for k in range(STEPS)]
+    steps = [_nest({path: _value(path, k, columns, as_bytes) for path in flat}) for k in range(STEPS)]
 
     features = tfds.features.FeaturesDict({"steps": tfds.features.Dataset(_nest(flat))})
     identity = tfds.core.DatasetIdentity(spec.name, tfds.core.Version("1.0.0"), data_dir=str(directory), module_name="")
@@ -55,11 +55,11 @@ def write_dataset(root: Path, spec, columns, code_points: bool = False) -> Path:
     return directory
 
 
-def _value(path, k, columns, code_points):
+def _value(path, k, columns, as_bytes):
     if f"steps/{path}" in columns:
         return columns[f"steps/{path}"][k]
     if "instruction" in path:
-        return np.array([*map(ord, INSTRUCTION), *[0] * (16 - len(INSTRUCTION))], np.int32) if code_points else INSTRUCTION
+        return np.array([*map(ord, INSTRUCTION), *[0] * (16 - len(INSTRUCTION))], np.int32) if as_bytes else INSTRUCTION
     file = io.BytesIO()
     Image.fromarray(np.full((*SIZE, 3), 30 * k, np.uint8)).save(file, "JPEG")
     file.seek(0)

@@ -248,7 +248,7 @@ def test_schema_names_everything_that_is_wrong():
         "the nearest is 'steps/observation/image_9'",
         "  'steps/observation/image_1' is image uint8 (256, 256, 1); expected the secondary camera, an image uint8 (height, "
         "width, 3)",
-        "  'steps/language_instruction' is tensor float32 (512,); expected the instruction, text or code points",
+        "  'steps/language_instruction' is tensor float32 (512,); expected the instruction, text or its bytes as integers",
         "  'steps/action' is tensor float32 (8,); expected numbers of shape (7,)",
         "  'steps/observation/state' is missing; expected numbers of shape (7,); the nearest is 'steps/observation/stat'",
     ]
@@ -272,7 +272,7 @@ def test_features_of_a_tfds_tree():
     }
 
 
-def test_instructions_may_be_code_points_or_of_the_episode():
+def test_instructions_may_be_as_bytes_or_of_the_episode():
     spec = registry.find("language_table")
     check_schema(features_of(spec) | {spec.language_path: Feature("tensor", (512,), "int32")}, spec)
     spec = dataclasses.replace(ROBOT, language="episode_metadata/task")

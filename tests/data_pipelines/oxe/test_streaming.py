@@ -13,7 +13,7 @@ from data_pipelines.sources.rlds import RldsSource, open_dataset
 def test_episodes_of_every_dataset(tmp_path, name):
     spec = registry.find(name)
     columns = declared.make_columns(spec)
-    directory = declared.write_dataset(tmp_path, spec, columns, code_points=name == "language_table")
+    directory = declared.write_dataset(tmp_path, spec, columns, as_bytes=name == "language_table")
     check_schema(flatten_features(open_dataset(directory).features), spec)
 
     episode = RldsSource(directory, "train", spec=spec)[0]
