@@ -108,10 +108,10 @@ def _read(path: Path) -> dict[str, Statistics] | None:
     try:
         found = from_json(json.loads(path.read_text()))
         return {key: found[key] for key in ("action", "proprio")}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, KeyError) as error:
-        logging.warning("%s is damaged, so its statistics are computed again: %s", path, error)
+    except (OSError, ValueError, KeyError) as error:
+        logging.warning("%s cannot be read, so its statistics are computed again: %s", path, error)
         return None
 
 
