@@ -63,6 +63,9 @@ def action_statistics(episodes: Sequence[Episode], config: DataConfig, hosts: Ho
     Exact, quantiles included: all windows, but only so many steps of their horizon at once as fit `_MEMORY`. Each host has some
     of these steps; the result does not depend on how many hosts there are, not in one bit.
 
+    A million steps with a horizon of 15 take one core 39 s for vectors of 20 numbers, 79 s for poses, without reading an image
+    (`pytest -s -k million tests/data_pipelines/test_statistics.py`).
+
     Returns:
         "action": per-step statistics (A, m); "proprio": (1, p). Raw units.
 

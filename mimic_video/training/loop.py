@@ -65,9 +65,9 @@ def train(
             frozen = checkpoints.load_frozen(run)  # what an earlier start of this run kept, if there was one
             state = place(make_state(config, trained), mesh)
         else:
-            checkpoints.require_same_data(manager, data)
             frozen = checkpoints.load_frozen(run)
             state = checkpoints.restore(manager, abstract_state(vam, mesh))
+            checkpoints.require_same_data(manager, data)
         start = int(state.step)
         if start < config.train.steps:
             state = _run_steps(config, vam, mesh, state, place(frozen, mesh), batches(start), data, validation, run, manager)
