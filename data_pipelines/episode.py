@@ -1,7 +1,9 @@
 """The one in-memory form of a trajectory, whatever it was read from."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, Protocol
 
 import numpy as np
@@ -83,3 +85,18 @@ class Episode:
     def cameras(self) -> dict[str, Frames]:
         """All cameras by name, "primary" first."""
         return {"primary": self.frames, **self.further_cameras}
+
+
+def content_hash(episodes: Iterable[Episode]) -> str:
+    """32 hexadecimal digits that tell episodes apart by their order and all that they hold, but not by their images or names.
+
+    The same data has the same hash under another path and in another file format.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for episode in episodes:
+        arrays = [values for values in (episode.timestamps, episode.proprio, episode.actions) if values is not None]
+        header = [episode.instruction, episode.action_layout, episode.proprio is None, [(a.dtype.str, a.shape) for a in arrays]]
+        digest.update(json.dumps(header).encode())
+        for values in arrays:
+            digest.update(values.tobytes())
+    return digest.hexdigest()

@@ -6,12 +6,13 @@ import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
 from absl import flags, logging
 
-from data_pipelines.episode import Episode
+from data_pipelines.episode import Episode, content_hash
 from data_pipelines.mixture import Mixture
 from data_pipelines.sources.rlds import DatasetError, RldsSource
 from data_pipelines.windows import TOLERANCE, action_times, action_window, anchors, video_times, video_window
@@ -75,6 +76,11 @@ class WindowDataset(Sequence[dict]):
 
     def __len__(self) -> int:
         return len(self._anchor_of)
+
+    @functools.cached_property
+    def content(self) -> str:
+        """`content_hash` of the episodes."""
+        return content_hash(self.episodes)
 
     def __getitem__(self, index: int) -> dict:  # type: ignore[override]  # no slices
         """One window: `instruction` (str) and the arrays of `video_window`, and of `action_window` if it has actions."""
@@ -146,6 +152,27 @@ def make_batches(parts: Sequence[Part], mixture: Mixture, *, batch_size: int, st
             flags.FLAGS.mark_as_parsed()
         iterator = iterator.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
     return iter(iterator)
+
+
+def data_state(parts: Sequence[Part], mixture: Mixture, step: int) -> dict[str, Any]:
+    """Where the batches of a mixture stand after `step` steps, and all that their order depends on besides; for JSON.
+
+    Images do not count, nor where and in which file format a dataset lies: it may be moved or converted.
+
+    Returns:
+        next_step, next_sample: numbers of those to come, from 0.
+        seed, batch_size, phases: of the mixture; phases are [first step, weights].
+        datasets: by name the `number` in the mixture, how many `windows` and a hash of the episodes' `content`.
+    """
+    return {
+        "next_step": step,
+        "next_sample": step * mixture.batch_size,
+        "seed": mixture.seed,
+        "batch_size": mixture.batch_size,
+        "phases": [[phase.first_step, list(phase.weights)] for phase in mixture.phases],
+        "datasets": {part.name: {"number": number, "windows": len(part.windows), "content": part.windows.content}
+                     for number, part in enumerate(parts)},
+    }  # fmt: skip
 
 
 class _Load:

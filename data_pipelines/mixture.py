@@ -81,6 +81,9 @@ class Mixture:
         batch_size: samples of a step, all hosts together. A later phase begins with the first whole block after its step.
         seed: 0 to 2³²−1.
 
+    Attributes:
+        phases, batch_size, seed: the arguments.
+
     Raises:
         ConfigError: if a dataset that has a weight has no windows.
     """
@@ -91,7 +94,7 @@ class Mixture:
             if empty:
                 raise ConfigError(f"dataset number {empty[0] + 1} of the mixture has no windows")
         self._arguments = (sizes, phases, batch_size, seed)
-        self._seed = seed
+        self.phases, self.batch_size, self.seed = phases, batch_size, seed
         self._counts = [block_counts(phase.weights) for phase in phases]
         self._first_blocks = [-(-phase.first_step * batch_size // BLOCK) for phase in phases]
         self._before = [np.zeros(len(sizes), np.int64)]  # samples of each dataset before each phase
@@ -111,11 +114,11 @@ class Mixture:
         phase = int(np.searchsorted(self._first_blocks, block, side="right")) - 1
         counts = self._counts[phase]
         start = self._before[phase] + counts * (block - self._first_blocks[phase])
-        datasets = np.random.default_rng((self._seed, block)).permutation(np.repeat(np.arange(len(counts)), counts))
+        datasets = np.random.default_rng((self.seed, block)).permutation(np.repeat(np.arange(len(counts)), counts))
         windows = np.empty(BLOCK, np.int64)
         for dataset in np.flatnonzero(counts).tolist():
             epoch, position = np.divmod(start[dataset] + np.arange(counts[dataset]), self._sizes[dataset])
-            windows[datasets == dataset] = shuffled(position, self._sizes[dataset], (self._seed, dataset), epoch)
+            windows[datasets == dataset] = shuffled(position, self._sizes[dataset], (self.seed, dataset), epoch)
         return datasets, windows
 
 

@@ -1,22 +1,70 @@
 """Statistics of a dataset's low-dimensional windows, computed without reading an image."""
 
 import dataclasses
-from collections.abc import Sequence
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
+from absl import logging
 
-from data_pipelines.episode import Episode
+from data_pipelines.episode import Episode, content_hash
+from data_pipelines.sources.index import user_cache
 from data_pipelines.windows import action_windows, anchors
 from mimic_video.config import DataConfig
-from mimic_video.transforms import Statistics, compute_statistics
+from mimic_video.transforms import PERCENTILES, Statistics, compute_statistics, from_json, to_json
 
-_MEMORY = 2**27  # bytes of actions that are held at once
+_VERSION = 1  # of what is computed
+_MEMORY = 2**29  # bytes of actions that are held at once
+_ROWS = {name: len(PERCENTILES) if name == "percentiles" else 1 for name in Statistics.__dataclass_fields__}
 
 
-def action_statistics(episodes: Sequence[Episode], config: DataConfig) -> dict[str, Statistics]:
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+    """The processes that compute statistics together, each of them one part; all have the same episodes.
+
+    Attributes:
+        index: of this process.
+        count: of processes.
+        gather: an array that has the same shape in every process → theirs in order, (count, *shape), in every process.
+    """
+
+    index: int = 0
+    count: int = 1
+    gather: Callable[[np.ndarray], np.ndarray] = lambda values: values[None]
+
+
+ONE_HOST = Hosts()
+
+
+def cached_statistics(episodes: Sequence[Episode], config: DataConfig, hosts: Hosts = ONE_HOST) -> dict[str, Statistics]:
+    """`action_statistics`, kept in `~/.cache/mimic_video/statistics` by a hash of the episodes and of the fields that matter.
+
+    So the same data under another path or in another file format has them already. A damaged file is replaced.
+    """
+    content = [_VERSION, content_hash(episodes), config.action_horizon, config.control_hz, config.action_delay]
+    path = user_cache("statistics") / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]}.json"
+    found = _read(path)
+    if hosts.gather(np.array(found is not None)).all():  # or else all compute, as each of them has a part
+        assert found is not None
+        return found
+    computed = action_statistics(episodes, config, hosts)
+    if found is None:
+        _write(path, computed)
+    return computed
+
+
+def action_statistics(episodes: Sequence[Episode], config: DataConfig, hosts: Hosts = ONE_HOST) -> dict[str, Statistics]:
     """Statistics over every action window of the episodes, repeated steps at their ends included (SPEC 7.1, 8.3).
 
-    Exact, quantiles included: all windows, but only so many steps of their horizon at once as fit `_MEMORY`.
+    Exact, quantiles included: all windows, but only so many steps of their horizon at once as fit `_MEMORY`. Each host has some
+    of these steps; the result does not depend on how many hosts there are, not in one bit.
+
+    A million steps with a horizon of 15 take one core 39 s for vectors of 20 numbers, 79 s for poses, without reading an image
+    (`pytest -s -k million tests/data_pipelines/test_statistics.py`).
 
     Returns:
         "action": per-step statistics (A, m); "proprio": (1, p). Raw units.
@@ -25,23 +73,56 @@ def action_statistics(episodes: Sequence[Episode], config: DataConfig) -> dict[s
         ValueError: if an episode has no actions or proprio, or no episode has an anchor.
     """
     chosen = [(episode, anchors(episode.timestamps, config, actions=True)) for episode in episodes]
-    if not any(len(steps) for _, steps in chosen):
+    count = sum(len(steps) for _, steps in chosen)
+    if not count:
         raise ValueError(f"no action windows: no episode reaches data.action_delay={config.action_delay} s")
     width = 0 if episodes[0].actions is None else episodes[0].actions.shape[1]
-    together = max(1, _MEMORY // (4 * width * sum(len(steps) for _, steps in chosen) + 1))
-    actions = []
-    for first in range(0, config.action_horizon, together):
-        part = dataclasses.replace(
-            config, action_delay=config.action_delay + first / config.control_hz,
-            action_horizon=min(together, config.action_horizon - first),
-        )  # fmt: skip
-        windows = [action_windows(episode, steps, part) for episode, steps in chosen]
-        actions.append(compute_statistics(np.concatenate([window["actions"] for window in windows])))
-    proprio = np.concatenate([window["proprio"] for window in windows])
-    return {"action": _join(actions), "proprio": compute_statistics(proprio)}
+    together = max(1, _MEMORY // (4 * width * count + 1))
+    own = range(hosts.index, config.action_horizon, hosts.count)
+    rows = np.zeros((sum(_ROWS.values()), config.action_horizon, width), np.float32)
+    for first in range(0, max(len(own), 1), together):  # once at least, for the proprioception
+        part = own[first : first + together]
+        actions, proprio = np.empty((len(part), count, width), np.float32), []
+        end = 0
+        for episode, steps in chosen:
+            windows = action_windows(episode, steps, config, slice(part.start, part.stop, part.step))
+            start, end = end, end + len(steps)
+            actions[:, start:end] = windows["actions"].swapaxes(0, 1)
+            proprio.append(windows["proprio"])
+        for step, values in zip(part, actions, strict=True):
+            rows[:, step] = _to_rows(compute_statistics(values[:, None]))[:, 0]
+    steps = np.arange(config.action_horizon)
+    rows = np.moveaxis(hosts.gather(rows)[steps % hosts.count, :, steps], 0, 1)
+    return {"action": _from_rows(rows), "proprio": compute_statistics(np.concatenate(proprio))}
 
 
-def _join(steps: Sequence[Statistics]) -> Statistics:
-    """Statistics of parts of a horizon as those of the whole."""
-    fields = [field.name for field in dataclasses.fields(Statistics)]
-    return Statistics(**{name: np.concatenate([getattr(step, name) for step in steps], axis=-2) for name in fields})
+def _to_rows(statistics: Statistics) -> np.ndarray:
+    """Statistics of (H, d) as one array (rows, H, d)."""
+    shape = statistics.mean.shape
+    return np.concatenate([getattr(statistics, name).reshape(rows, *shape) for name, rows in _ROWS.items()])
+
+
+def _from_rows(values: np.ndarray) -> Statistics:
+    parts = np.split(values, np.cumsum(list(_ROWS.values()))[:-1])
+    return Statistics(**{name: part if name == "percentiles" else part[0] for name, part in zip(_ROWS, parts, strict=True)})
+
+
+def _read(path: Path) -> dict[str, Statistics] | None:
+    try:
+        found = from_json(json.loads(path.read_text()))
+        return {key: found[key] for key in ("action", "proprio")}
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError) as error:
+        logging.warning("%s cannot be read, so its statistics are computed again: %s", path, error)
+        return None
+
+
+def _write(path: Path, statistics: dict[str, Statistics]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".partial", delete=False) as file:  # hosts may share it
+            json.dump(to_json(statistics), file)
+        os.replace(file.name, path)
+    except OSError as error:
+        logging.warning("statistics are not kept: %s", error)

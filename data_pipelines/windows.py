@@ -55,8 +55,9 @@ def video_window(episode: Episode, anchor: int, config: DataConfig) -> dict[str,
     return window if len(config.cameras) == 1 else window | {"view_mask": np.isin(config.cameras, list(cameras))}
 
 
-def action_windows(episode: Episode, anchors: Sequence[int] | np.ndarray, config: DataConfig) -> dict[str, np.ndarray]:
-    """The low-dimensional part of k windows at once; no frame is decoded.
+def action_windows(episode: Episode, anchors: Sequence[int] | np.ndarray, config: DataConfig,
+                   steps: slice = slice(None)) -> dict[str, np.ndarray]:
+    """The low-dimensional part of k windows at once, or these steps of their horizon; no frame is decoded.
 
     Returns:
         proprio: float32 (k, 1, p) at the anchors, raw units.
@@ -70,7 +71,7 @@ def action_windows(episode: Episode, anchors: Sequence[int] | np.ndarray, config
     if episode.actions is None or episode.proprio is None:
         raise ValueError(f"{episode.name}: action windows need both actions and proprio")
     anchors = np.asarray(anchors)
-    times, proprio = action_times(episode.timestamps[anchors], config), episode.proprio[anchors][:, None]
+    times, proprio = action_times(episode.timestamps[anchors], config)[:, steps], episode.proprio[anchors][:, None]
     if episode.action_layout == "pose":
         actions = relative_poses(proprio, poses_at(episode.timestamps, episode.actions, times))
     else:

@@ -3,7 +3,8 @@
     python launch/train.py --config=configs/quickstart.py:video --workdir=runs/video
     python launch/train.py --config=configs/quickstart.py:action --config.backbone_run=runs/video --workdir=runs/action
 
-The same command after an interruption continues from the last checkpoint and ends with the same parameters.
+The same command after an interruption continues from the last checkpoint and ends with the same parameters. It is an error if the
+datasets have changed in between.
 """
 
 import dataclasses
@@ -16,12 +17,13 @@ import jax
 import numpy as np
 from absl import flags
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from data_pipelines.datasets import open_datasets
-from data_pipelines.loader import Part, WindowDataset, make_batches
+from data_pipelines.loader import Part, WindowDataset, data_state, make_batches
 from data_pipelines.mixture import Mixture
 from data_pipelines.sources.rlds import DatasetError
-from data_pipelines.statistics import action_statistics
+from data_pipelines.statistics import Hosts, cached_statistics
 from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.embodiments import Embodiment
 from mimic_video.models.patch_tokenizer import PatchTokenizer
@@ -75,15 +77,19 @@ def with_views_of(config: ExperimentConfig, trained: ExperimentConfig) -> Experi
 
 
 def find_embodiments(run: pathlib.Path, config: ExperimentConfig, datasets: Windows) -> dict[str, Embodiment]:
-    """The robots of a run with the statistics it started with, or of a new run with those of its datasets."""
-    if (run / "embodiments.json").exists():
-        return checkpoints.load_embodiments(run)
-    embodiments = {
-        name: Embodiment(name, index, action_statistics(windows.episodes, config.data), windows.raw_dims, windows.cameras)
-        for index, (name, windows) in enumerate(datasets.items())
-    }
-    checkpoints.save_embodiments(run, embodiments)
-    return embodiments
+    """The robots of a run with the statistics it started with, or of a new run with those of its datasets.
+
+    Several hosts compute them together; all have to call this.
+    """
+    hosts = Hosts(jax.process_index(), jax.process_count(), multihost_utils.process_allgather)
+    if not hosts.gather(np.array((run / "embodiments.json").exists())).all():  # asked together: none goes ahead and writes it
+        checkpoints.save_embodiments(run, {
+            name: Embodiment(name, index, cached_statistics(windows.episodes, config.data, hosts), windows.raw_dims,
+                             windows.cameras)
+            for index, (name, windows) in enumerate(datasets.items())
+        })  # fmt: skip
+        multihost_utils.sync_global_devices("embodiments")
+    return checkpoints.load_embodiments(run)
 
 
 def main(config: ExperimentConfig) -> None:
@@ -107,9 +113,11 @@ def main(config: ExperimentConfig) -> None:
     if config.stage == "action":
         normalizers = {name: e.normalizers(config) for name, e in find_embodiments(run, config, datasets).items()}
 
-    def batches(datasets: Windows, seed: int, start_step: int):
+    def mixed(datasets: Windows, seed: int) -> tuple[list[Part], Mixture]:
         parts = [Part(name, windows, normalizers.get(name)) for name, windows in datasets.items()]
-        mixture = Mixture([len(windows) for windows in datasets.values()], phases, config.train.batch_size, seed)
+        return parts, Mixture([len(windows) for windows in datasets.values()], phases, config.train.batch_size, seed)
+
+    def batches(parts: list[Part], mixture: Mixture, start_step: int):
         return make_batches(
             parts, mixture, batch_size=config.train.batch_size, start_step=start_step, text=encode_text, decoder=config.decoder,
             process_index=jax.process_index(), process_count=jax.process_count(), workers=config.data.workers,
@@ -118,9 +126,11 @@ def main(config: ExperimentConfig) -> None:
 
     validation = []
     if config.train.validate_every:
-        stream = batches(open_datasets(config, config.data.validation_split).windows, 0, 0)
+        stream = batches(*mixed(open_datasets(config, config.data.validation_split).windows, 0), 0)
         validation = [next(stream) for _ in range(_VALIDATION_BATCHES)]
-    train(config, run, lambda: initial_params(config, datasets), lambda step: batches(datasets, config.seed, step), validation)
+    data = mixed(datasets, config.seed)
+    train(config, run, lambda: initial_params(config, datasets), lambda step: batches(*data, step),
+          lambda step: data_state(*data, step), validation)  # fmt: skip
 
 
 if __name__ == "__main__":

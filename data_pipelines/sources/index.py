@@ -175,8 +175,13 @@ def cache_directories(directory: str | os.PathLike, cache_dir: str | os.PathLike
     """Where the index of a dataset may lie: `cache_dir`, or without it the dataset's own folder and the user's cache."""
     if cache_dir is not None:
         return [Path(cache_dir)]
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mimic_video" / "index"
+    user = user_cache("index")
     return [user] if is_remote(directory) else [Path(directory) / FOLDER, user]
+
+
+def user_cache(what: str) -> Path:
+    """The folder under `~/.cache`, or the environment's XDG_CACHE_HOME, for `what`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mimic_video" / what
 
 
 def open_index(shards: Sequence[Shard], file_format: str, columns: Sequence[Column], *, identity: bytes, name: str,

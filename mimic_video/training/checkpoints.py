@@ -3,18 +3,20 @@
     run/config.json        the resolved configuration
     run/embodiments.json   the robots and their normalisation statistics (stage `action`)
     run/frozen/            parameters that the stage reads but does not train
-    run/checkpoints/N/     orbax items after N steps: params, train_state, and ema when it is on; of converted weights, params
+    run/checkpoints/N/     orbax items after N steps: params, train_state, data (JSON: where the batches stand and what they are
+                           drawn from), and ema when it is on; of converted weights, params
     run/metrics.jsonl, run/tensorboard/
 """
 
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 
 from mimic_video.config import ConfigError, ExperimentConfig, experiment_from, to_dict
 from mimic_video.embodiments import Embodiment, from_table, to_table
@@ -35,7 +37,7 @@ class RunError(RuntimeError):
 
 
 def write_config(run: pathlib.Path, config: ExperimentConfig) -> None:
-    """Records the configuration; on resume, insists that it is the one the run was started with.
+    """Records the configuration, of several hosts the first one; on resume, insists that it is the one the run was started with.
 
     Raises:
         ConfigError: listing every field that changed and may not.
@@ -47,8 +49,9 @@ def write_config(run: pathlib.Path, config: ExperimentConfig) -> None:
                    if before[name] != now[name] and not name.startswith(_MAY_CHANGE)]  # fmt: skip
         if changed:
             raise ConfigError(f"{run} holds a run with another configuration ({'; '.join(changed)}); use another --workdir")
-    run.mkdir(parents=True, exist_ok=True)
-    write_json(path, to_dict(config))
+    if jax.process_index() == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        write_json(path, to_dict(config))
 
 
 def read_config(run: pathlib.Path) -> ExperimentConfig:
@@ -104,12 +107,13 @@ def open_checkpoints(run: pathlib.Path, keep: int) -> ocp.CheckpointManager:
     return ocp.CheckpointManager((run / "checkpoints").absolute(), options=options)
 
 
-def save(manager: ocp.CheckpointManager, state: TrainState) -> None:
-    """Saves the state after its step."""
+def save(manager: ocp.CheckpointManager, state: TrainState, data: Mapping[str, Any]) -> None:
+    """Saves the state after its step, and for `require_same_data` that of the data, as JSON has it."""
     items = {"params": state.params, "train_state": {"step": state.step, "opt_state": state.opt_state}}
     if state.ema:
         items["ema"] = state.ema
-    manager.save(int(state.step), args=ocp.args.Composite(**{name: ocp.args.StandardSave(item) for name, item in items.items()}))
+    args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+    manager.save(int(state.step), args=ocp.args.Composite(**args, data=ocp.args.JsonSave(dict(data))))
 
 
 def restore(manager: ocp.CheckpointManager, state: TrainState) -> TrainState | None:
@@ -132,6 +136,32 @@ def restore(manager: ocp.CheckpointManager, state: TrainState) -> TrainState | N
         step, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(_abstract(item)) for name, item in targets.items()})
     )
     return TrainState(params=restored["params"], ema=restored["ema"] if state.ema else {}, **restored["train_state"])
+
+
+def require_same_data(manager: ocp.CheckpointManager, data: Callable[[int], Mapping[str, Any]]) -> None:
+    """Checks that the newest checkpoint's batches were drawn from the data that there is now, if there is a checkpoint.
+
+    A checkpoint from before there was the item `data` passes, with a warning.
+
+    Args:
+        data: step → what was given to `save` after it.
+
+    Raises:
+        RunError: naming each value that differs, and with it its dataset. Samples would silently come in another order.
+    """
+    step = manager.latest_step()
+    if step is None:
+        return
+    run = manager.directory.parent
+    if not (manager.directory / str(step) / "data").exists():
+        logging.warning("%s does not say what data it was trained on; it continues with the data there are", run)
+        return
+    before = _flat(manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"])
+    now = _flat(dict(data(step)))
+    changed = [f"{name}: {before.get(name)!r} → {now.get(name)!r}" for name in before | now if before.get(name) != now.get(name)]
+    if changed:
+        raise RunError(f"the data are not those that {run} was trained on ({'; '.join(changed)}), so samples would come in "
+                       "another order; bring the data back, or use another --workdir")  # fmt: skip
 
 
 def save_frozen(run: pathlib.Path, frozen: Params) -> None:
@@ -172,7 +202,9 @@ def save_converted(
 
 
 def save_embodiments(run: pathlib.Path, embodiments: Mapping[str, Embodiment]) -> None:
-    write_json(run / "embodiments.json", to_table(embodiments))
+    """Writes the robots of a run of stage `action`; of several hosts the first one does."""
+    if jax.process_index() == 0:
+        write_json(run / "embodiments.json", to_table(embodiments))
 
 
 def load_embodiments(run: pathlib.Path) -> dict[str, Embodiment]:

@@ -2,7 +2,8 @@
 
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,6 +36,7 @@ def train(
     run: pathlib.Path,
     init: Callable[[], Params],
     batches: Callable[[int], Iterator[NumpyBatch]],
+    data: Callable[[int], Mapping[str, Any]],
     validation: Sequence[NumpyBatch] = (),
 ) -> TrainState:
     """Trains `config.stage` in the directory `run`, resuming from its newest checkpoint if it has one.
@@ -42,6 +44,7 @@ def train(
     Args:
         init: all parameters at the start: called unless there is a checkpoint.
         batches: step → the batches from that step on, this process's part; a function of (seed, step) alone.
+        data: step → where `batches` stand after it and what they are drawn from, for JSON; kept with each checkpoint.
         validation: fixed batches that validation errors are averaged over.
 
     Returns:
@@ -49,6 +52,7 @@ def train(
 
     Raises:
         ConfigError: if the directory holds a run with another configuration.
+        RunError: if it holds one that was trained on other data.
         NonFiniteLossError: if the loss becomes NaN or infinite.
     """
     checkpoints.write_config(run, config)
@@ -63,13 +67,14 @@ def train(
         else:
             frozen = checkpoints.load_frozen(run)
             state = checkpoints.restore(manager, abstract_state(vam, mesh))
+            checkpoints.require_same_data(manager, data)
         start = int(state.step)
         if start < config.train.steps:
-            state = _run_steps(config, vam, mesh, state, place(frozen, mesh), batches(start), validation, run, manager)
+            state = _run_steps(config, vam, mesh, state, place(frozen, mesh), batches(start), data, validation, run, manager)
     return state
 
 
-def _run_steps(config, vam, mesh, state, frozen, batches, validation, run, manager) -> TrainState:
+def _run_steps(config, vam, mesh, state, frozen, batches, data, validation, run, manager) -> TrainState:
     settings, start = config.train, int(state.step)
     step_function = make_train_step(vam, mesh, state)
     validate = make_validation_step(vam)
@@ -100,7 +105,7 @@ def _run_steps(config, vam, mesh, state, frozen, batches, validation, run, manag
             writer.write(step, values)
             clock = time.perf_counter()
         if saving:
-            checkpoints.save(manager, state)
+            checkpoints.save(manager, state, data(step))
     progress.close()
     writer.close()
     return state

@@ -209,17 +209,6 @@ def test_samples_without_a_camera_share_batches_with_those_that_have_it(make_sou
             np.testing.assert_array_equal(wrist, primary + 1 if there[1] else 0)
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
-@pytest.mark.parametrize("hosts", [1, 2])
-def test_resuming_with_any_workers_and_hosts(parts, workers, hosts):
-    whole = mixed_batches(parts, 9)
-    resumed = [mixed_batches(parts, 3, start_step=6, workers=workers, process_index=host, process_count=hosts)
-               for host in range(hosts)]  # fmt: skip
-    for step in range(3):
-        shares = list(itertools.chain(*(windows_of(part[step]) for part in resumed)))
-        assert sorted(shares) == sorted(windows_of(whole[6 + step]))
-
-
 def test_a_broken_window_ends_training_or_is_skipped_and_counted(make_source, config, caplog):
     source = make_source(12, 20, 9)
     source[1] = dataclasses.replace(source[1], frames=BrokenFrames(source[1].frames.frames))

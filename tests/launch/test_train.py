@@ -1,6 +1,12 @@
-"""launch/train.py on weights that were converted."""
+"""launch/train.py on weights that were converted, on data that changed, and in several processes."""
 
 import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +14,10 @@ import numpy as np
 import pytest
 import tiny
 
+from data_pipelines.sources.rlds import RldsSource
+from data_pipelines.statistics import action_statistics
 from data_pipelines.writers import write_rlds
+from mimic_video.embodiments import Embodiment, to_table
 from mimic_video.training import checkpoints
 
 SETTINGS = {"precision": "bfloat16", "train": {"steps": 2, "ema_decay": 0.0}}
@@ -49,3 +58,63 @@ def test_either_stage_starts_from_converted_weights(launch, config_file, pretrai
         assert 0 < max(moved) < 0.01 and jax.tree.leaves(trained["backbone"])[0].dtype == jnp.float32
     else:  # frozen, and still in bfloat16
         assert max(moved) == 0 and jax.tree.leaves(trained["backbone"])[0].dtype == jnp.bfloat16
+
+
+def write(folder, *episodes):
+    return write_rlds(folder, "tiny", {"train": episodes}, control_hz=10.0, image_size=tiny.SIZE, description="Noise.")
+
+
+@pytest.mark.slow
+def test_a_run_does_not_continue_on_data_that_changed(launch, config_file, tmp_path):
+    data = write(tmp_path / "data", tiny.episode(15, 0), tiny.episode(12, 1))
+    file = config_file(tiny.experiment(stage="video", train={"steps": 2}, data={"video_dataset": str(data)}))
+    arguments = "train", f"--config={file}", f"--workdir={tmp_path / 'out'}"
+    launch(*arguments)
+    shutil.rmtree(data)
+    write(tmp_path / "data", tiny.episode(15, 0), tiny.episode(14, 1))
+    error = launch(*arguments)
+    assert f"not those that {tmp_path / 'out'} was trained on (datasets.tiny.content: " in error
+    assert "datasets.tiny.windows: 27 → 29)" in error
+
+
+HOST = """
+import sys
+import jax
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+import train
+from data_pipelines.loader import WindowDataset
+from data_pipelines.sources.rlds import RldsSource
+from mimic_video.training import checkpoints
+from pathlib import Path
+import tiny
+config, run = tiny.experiment(), Path(sys.argv[4])
+checkpoints.write_config(run, config)
+windows = WindowDataset(RldsSource(sys.argv[3], "train"), config.data, actions=True)
+for _ in range(2):  # computed, then read
+    found = train.find_embodiments(run, config, {"tiny": windows})
+print(list(found))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_compute_statistics_together_and_the_first_writes_them(tmp_path):
+    data, run = write(tmp_path / "data", tiny.episode(15, 0), tiny.episode(12, 1)), tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    root = pathlib.Path(__file__).parents[2]
+    paths = os.pathsep.join(map(str, (root, root / "launch", root / "tests")))
+    environment = os.environ | {"PYTHONPATH": paths, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", HOST, address]
+    processes = [subprocess.Popen([*command, str(index), data, run], env=environment, stdout=subprocess.PIPE, text=True)
+                 for index in range(2)]  # fmt: skip
+    try:
+        printed = [process.communicate(timeout=120)[0].splitlines() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [lines[-1] for lines in printed] == ["['tiny']"] * 2
+    source = RldsSource(data, "train")
+    alone = action_statistics(source, tiny.experiment().data)
+    expected = to_table({"tiny": Embodiment("tiny", 0, alone, {"action": (), "proprio": ()})})
+    assert json.loads((run / "embodiments.json").read_text()) == expected

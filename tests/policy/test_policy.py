@@ -89,7 +89,7 @@ def write_run(run, config, params):
     checkpoints.save_frozen(run, frozen)
     state = make_state(config, jax.tree.map(np.zeros_like, trained)).replace(step=np.int32(4), ema=trained)
     with checkpoints.open_checkpoints(run, 1) as manager:
-        checkpoints.save(manager, jax.device_put(state))
+        checkpoints.save(manager, jax.device_put(state), data={})
 
 
 def test_a_policy_is_loaded_from_a_run(tmp_path, policy, params):

@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from mimic_video.training.steps import abstract_state, make_state, place, split_
 from mimic_video.vam import VideoActionModel
 
 CONFIG = tiny.experiment()
+DATA = {"next_step": 5, "phases": [[0, [1.0, 0.1]]],
+        "datasets": {"one": {"windows": 12, "content": "ab"}, "two": {"windows": 9, "content": "cd"}}}  # fmt: skip
 ONE_DEVICE = make_mesh(MeshConfig(data=1), jax.devices()[:1])
 
 
@@ -42,7 +45,7 @@ def state_of(template, seed, config=CONFIG, mesh=ONE_DEVICE):
 def saved(run, states, keep=3):
     with checkpoints.open_checkpoints(run, keep) as manager:
         for state in states:
-            checkpoints.save(manager, state)
+            checkpoints.save(manager, state, DATA)
     return run
 
 
@@ -96,6 +99,36 @@ def test_a_checkpoint_that_a_kill_left_unfinished_is_not_one(tmp_path, template)
     (tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp-123").mkdir()
     with checkpoints.open_checkpoints(tmp_path, 3) as manager:
         assert int(checkpoints.restore(manager, state).step) == 2
+
+
+def test_the_data_have_to_be_those_of_the_checkpoint(tmp_path, template):
+    def check(**datasets):
+        with checkpoints.open_checkpoints(tmp_path, 3) as manager:
+            checkpoints.require_same_data(manager, lambda step: DATA | {"next_step": step, "datasets": datasets})
+
+    one, two = DATA["datasets"]["one"], DATA["datasets"]["two"]
+    check(any={"windows": 0})  # there is no checkpoint yet
+    saved(tmp_path, [state_of(template, 5)])
+    check(one=one, two=two)
+    with pytest.raises(checkpoints.RunError, match=r"datasets\.two\.windows: 9 → 8") as error:
+        check(one=one, two=two | {"windows": 8})
+    assert str(tmp_path) in str(error.value) and "one" not in str(error.value) and "content" not in str(error.value)
+    with pytest.raises(checkpoints.RunError, match=r"datasets\.one\.content: 'ab' → 'ef'"):
+        check(one=one | {"content": "ef"}, two=two)
+    with pytest.raises(checkpoints.RunError, match=r"datasets\.two\.windows: 9 → None"):
+        check(one=one)
+    with pytest.raises(checkpoints.RunError, match=r"datasets\.three\.windows: None → 3"):
+        check(one=one, two=two, three={"windows": 3})
+
+
+def test_a_checkpoint_from_before_the_item_data_continues_with_a_warning(tmp_path, template, caplog):
+    state = state_of(template, 5)
+    saved(tmp_path, [state])
+    shutil.rmtree(tmp_path / "checkpoints" / "5" / "data")
+    with checkpoints.open_checkpoints(tmp_path, 3) as manager, caplog.at_level("WARNING", logger="absl"):
+        checkpoints.require_same_data(manager, lambda step: DATA)
+        assert_equal_bits(checkpoints.restore(manager, state), state)
+    assert f"{tmp_path} does not say what data it was trained on" in caplog.text
 
 
 def test_frozen_parameters_are_kept_once(tmp_path, template):
