@@ -12,6 +12,7 @@ import grain
 import numpy as np
 from absl import flags, logging
 
+from data_pipelines import buffers
 from data_pipelines.episode import Episode, content_hash
 from data_pipelines.mixture import Mixture
 from data_pipelines.sources.rlds import DatasetError, RldsSource
@@ -144,7 +145,7 @@ def make_batches(parts: Sequence[Part], mixture: Mixture, *, batch_size: int, st
         grain.MapDataset.range(_ENDLESS)
         .slice(slice(process_index, None, process_count))
         .map(_Load(tuple(parts), mixture, _Once(text), decoder, skip_broken))
-        .batch(batch_size // process_count)
+        .batch(batch_size // process_count, batch_fn=_stack)
     )
     iterator = batches[start_step:].to_iter_dataset(_READ)
     if workers:
@@ -212,6 +213,14 @@ class _Load:
         raise AssertionError("unreachable")
 
 
+def _stack(samples: Sequence[dict]) -> dict[str, np.ndarray]:
+    """Rows → a batch."""
+    batch = {name: np.stack([sample[name] for sample in samples]) for name in samples[0] if name != "video"}
+    first = samples[0]["video"]
+    video = buffers.empty((len(samples), *first.shape))
+    return {"video": np.stack([sample["video"] for sample in samples], out=video), **batch}
+
+
 class _FrameCache:
     """Decoded frames of a source, the most recently used ones kept within a number of bytes."""
 
@@ -233,9 +242,12 @@ class _FrameCache:
                 self._frames.move_to_end((camera, episode, i))
         missing = [i for i in dict.fromkeys(indices) if i not in found]
         if missing:  # decoded outside the lock, so threads decode in parallel
-            decoded = dict(zip(missing, frames.take(missing), strict=True))
-            found |= decoded
+            taken = frames.take(missing)
+            decoded = dict(zip(missing, taken, strict=True))
             self._keep(camera, episode, decoded)
+            if missing == list(indices):
+                return taken
+            found |= decoded
         return np.stack([found[i] for i in indices])
 
     def _keep(self, camera: str, episode: int, decoded: Mapping[int, np.ndarray]) -> None:

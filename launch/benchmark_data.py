@@ -1,19 +1,31 @@
-"""Measures the loader on made-up episodes of 480x640 JPEG frames, beside decoding the same bytes; prints one JSON line.
+"""Measures the loader on made-up episodes of JPEG frames, beside OpenCV and tf.data; prints one JSON line.
 
-    python launch/benchmark_data.py [--size=480x640] [--workers=2] [--windows=200]
+    python launch/benchmark_data.py [--size=480x640] [--workers=0] [--windows=240] [--memory_windows=20000]
 
-Windows of 61 frames are drawn at random from all episodes. `ratio_to_opencv` is the loader's frames per second over those of
-OpenCV, which decodes (and resizes to --size, if that is another) frames of the same files in as many threads as the loader has
-processes, with nothing else to do. Memory is of the process and its workers; its growth, from a tenth of the windows to all.
+Readers take random windows of 61 frames of the same dataset in turns, each with the machine to itself and as many threads as it
+has cores: the loader; OpenCV, which decodes frames that are in memory already to RGB, in one array a window, and resizes them
+with INTER_AREA if --size is not what was recorded; and plain tfds with tf.data (`benchmark_tfdata.py`). `ratio_to_*` is the
+loader's frames per second over theirs; of tf.data they are null without TensorFlow. `opencv_pillow` is OpenCV with the loader's
+own way of resizing, an antialiased bilinear filter.
+
+`memory` is of the process and its workers while --memory_windows windows of --memory_frames pass, averaged over each twentieth
+after one to warm up: the first in MB, and the last and the largest over the first.
 """
 
 import concurrent.futures
+import contextlib
+import importlib.util
 import json
 import os
 import pathlib
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import cv2
 import numpy as np
 from absl import app, flags
 
@@ -23,24 +35,156 @@ from data_pipelines.mixture import Mixture, Phase
 from data_pipelines.sources.rlds import RldsSource
 from data_pipelines.writers import write_rlds
 from mimic_video.config import ActionDecoderConfig, DataConfig
+from mimic_video.transforms import resize_images
 
-_SIZE = flags.DEFINE_string("size", "480x640", "Height x width that windows have; recorded are 480x640")
-_WORKERS = flags.DEFINE_integer("workers", 2, "Processes that read windows, and threads of OpenCV", lower_bound=1)
-_WINDOWS = flags.DEFINE_integer("windows", 200, "Windows to read", lower_bound=20)
+_RECORDED = flags.DEFINE_string("recorded", "480x640", "Height x width of recorded frames")
+_SIZE = flags.DEFINE_string("size", None, "Height x width that windows have; as recorded by default")
+_WORKERS = flags.DEFINE_integer("workers", 0, "The loader's processes; 0 is threads", lower_bound=0)
+_WINDOWS = flags.DEFINE_integer("windows", 240, "Windows that each reader reads", lower_bound=8)
 _EPISODES = flags.DEFINE_integer("episodes", 20, "Episodes of 100 frames", lower_bound=1)
 _FORMAT = flags.DEFINE_enum("format", "tfrecord", ["tfrecord", "array_record"], "Of the dataset")
+_MEMORY_WINDOWS = flags.DEFINE_integer("memory_windows", 0, "Windows to watch memory over; 0 leaves it out", lower_bound=0)
+_MEMORY_FRAMES = flags.DEFINE_string("memory_frames", "120x160", "Height x width of those")
 
-_RECORDED, _LENGTH, _HZ = (480, 640), 100, 5.0
-_BATCH = 2
+_LENGTH, _HZ, _BATCH = 100, 5.0, 2
+_CACHE_MB = 64  # of decoded frames while memory is watched: full and evicting all the time
+_ROUNDS = 4
+_SETTLE = 2.0  # seconds for a reader to fill its buffers again before the next one starts
+_POINTS, _SAMPLES = 20, 25  # parts that memory is averaged over, samples of each
+
+Size = tuple[int, int]
+Measure = Callable[[int], float]  # windows to read → frames per second
 
 
-def episodes(count: int):
-    """Smooth pictures with some detail, so that files have the size of photographs."""
+class WholeWindows(WindowDataset):
+    """Windows that lie inside their episodes: of others, fewer frames would be decoded than counted."""
+
+    first, count = DataConfig().past_frames - 1, _LENGTH - DataConfig().num_frames + 1
+
+    def __len__(self) -> int:
+        return len(self.episodes) * self.count
+
+    def __getitem__(self, index: int) -> dict:
+        episode, start = divmod(index, self.count)
+        return super().__getitem__(episode * _LENGTH + self.first + start)
+
+
+def pictures(count: int, size: Size) -> Iterator[Episode]:
+    """Episodes of smooth pictures with some noise, so that files have the size of photographs."""
     random = np.random.default_rng(0)
     for number in range(count):
-        coarse = random.integers(0, 256, (_LENGTH, 30, 40, 3), np.uint8)
-        frames = np.repeat(np.repeat(coarse, 16, axis=1), 16, axis=2) // 2 + random.integers(0, 24, (*_RECORDED, 1), np.uint8)
-        yield Episode(f"episode {number}", np.arange(_LENGTH) / _HZ, ArrayFrames(frames.astype(np.uint8)), "do it")
+        coarse = random.integers(0, 128, (_LENGTH, size[0] // 16 + 1, size[1] // 16 + 1, 3), np.uint8)
+        smooth = coarse.repeat(16, axis=1).repeat(16, axis=2)[:, : size[0], : size[1]]
+        frames = smooth + random.integers(0, 24, (*size, 1), np.uint8)
+        yield Episode(f"episode {number}", np.arange(_LENGTH) / _HZ, ArrayFrames(frames), "do it")
+
+
+def write_pictures(folder: str, name: str, size: Size) -> pathlib.Path:
+    return write_rlds(folder, name, {"train": pictures(_EPISODES.value, size)}, control_hz=_HZ, image_size=size, jpeg_quality=90,
+                      description="Made up.", file_format=_FORMAT.value)  # fmt: skip
+
+
+def open_stream(source: RldsSource, config: DataConfig) -> Iterator[dict]:
+    """Batches of random windows, once every buffer of the loader has been filled for the first time."""
+    windows = WholeWindows(source, config, actions=False)
+    mixture = Mixture([len(windows)], [Phase(0, (1.0,))], _BATCH, seed=0)
+    stream = make_batches([Part("pictures", windows)], mixture, batch_size=_BATCH, start_step=0, workers=_WORKERS.value,
+                          text=_no_text, decoder=ActionDecoderConfig())  # fmt: skip
+    drain(stream)
+    return stream
+
+
+def drain(stream: Iterator[dict]) -> None:
+    """Takes what has been made ahead: up to four batches a process."""
+    for _ in range(4 * max(1, _WORKERS.value)):
+        next(stream)
+
+
+def _no_text(_: str) -> np.ndarray:
+    return np.zeros((1, 1), np.float32)
+
+
+def loader_reader(source: RldsSource, config: DataConfig) -> Measure:
+    stream = open_stream(source, config)
+
+    def measure(windows: int) -> float:
+        drain(stream)
+        start = time.perf_counter()
+        for _ in range(windows // _BATCH):
+            video = next(stream)["video"]
+        elapsed = time.perf_counter() - start
+        assert video.shape == (_BATCH, config.num_frames, *config.image_size, 3)
+        return windows // _BATCH * _BATCH * config.num_frames / elapsed
+
+    return measure
+
+
+def opencv_reader(encoded: list[list[bytes]], config: DataConfig, resize: Callable[[np.ndarray, Size], np.ndarray] | None,
+                  threads: int) -> Measure:  # fmt: skip
+    cv2.setNumThreads(1)
+    random = np.random.default_rng(1)
+
+    def read(window: tuple[int, int]) -> np.ndarray:
+        video = np.empty((config.num_frames, *config.image_size, 3), np.uint8)
+        episode, first = window
+        for frame, file in zip(video, encoded[episode][first : first + len(video)], strict=True):
+            image = cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_COLOR)
+            if resize is None:
+                cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=frame)
+            else:
+                frame[:] = resize(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), config.image_size)
+        return video
+
+    def measure(windows: int) -> float:
+        chosen = zip(random.integers(len(encoded), size=windows), random.integers(WholeWindows.count, size=windows), strict=True)
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            start = time.perf_counter()
+            for _ in pool.map(lambda window: read(window).shape, chosen):
+                pass
+            return windows * config.num_frames / (time.perf_counter() - start)
+
+    return measure
+
+
+def area(image: np.ndarray, size: Size) -> np.ndarray:
+    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
+
+
+@contextlib.contextmanager
+def tfdata_reader(directory: pathlib.Path, config: DataConfig, threads: int) -> Iterator[Measure]:
+    """In a process of its own, as TensorFlow cannot be imported next to JAX."""
+    arguments = [directory, config.num_frames, *config.image_size, _BATCH, threads]
+    with subprocess.Popen([sys.executable, pathlib.Path(__file__).with_name("benchmark_tfdata.py"), *map(str, arguments)],
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:  # fmt: skip
+
+        def measure(windows: int) -> float:
+            print(windows, file=child.stdin, flush=True)
+            answer = child.stdout.readline()
+            if not answer:
+                raise RuntimeError(f"the process of tf.data ended with exit code {child.wait()}; see its messages above")
+            return float(answer)
+
+        try:
+            measure(4 * _BATCH)  # fills its buffers
+            yield measure
+        finally:
+            child.stdin.close()
+
+
+def measure_memory(source: RldsSource, config: DataConfig, windows: int) -> dict[str, float]:
+    stream = open_stream(source, config)
+    batches = -(-windows // _BATCH // _POINTS)
+    means = []
+    for _ in range(1 + _POINTS):
+        samples = []
+        for step in range(batches):
+            next(stream)
+            if step % -(-batches // _SAMPLES) == 0:
+                samples.append(resident_bytes())
+        means.append(np.mean(samples))
+    means = means[1:]
+    return {"windows": batches * _BATCH * _POINTS, "first_mb": means[0] / 2**20, "last_over_first": means[-1] / means[0],
+            "largest_over_first": max(means) / means[0]}  # fmt: skip
 
 
 def resident_bytes() -> int:
@@ -55,63 +199,52 @@ def resident_bytes() -> int:
     return total
 
 
-def measure_loader(source: RldsSource, config: DataConfig, size: tuple[int, int]) -> dict[str, float]:
-    windows = WindowDataset(source, config, actions=False)
-    mixture = Mixture([len(windows)], [Phase(0, (1.0,))], _BATCH, seed=0)
-    stream = make_batches([Part("synthetic", windows)], mixture, batch_size=_BATCH, start_step=0, workers=_WORKERS.value,
-                          text=_no_text, decoder=ActionDecoderConfig())  # fmt: skip
-    steps, memory = _WINDOWS.value // _BATCH, []
-    for _ in range(_WORKERS.value + 1):  # start the workers, fill their buffers
-        next(stream)
-    start = time.perf_counter()
-    for step in range(steps):
-        frames = next(stream)["video"]
-        if step in (steps // 10, steps - 1):
-            memory.append(resident_bytes())
-    elapsed = time.perf_counter() - start
-    assert frames.shape == (_BATCH, config.num_frames, *size, 3)
-    return {"frames_per_second": steps * _BATCH * config.num_frames / elapsed, "memory_mb": memory[1] / 2**20,
-            "memory_growth": memory[1] / memory[0] - 1}  # fmt: skip
-
-
-def _no_text(_: str) -> np.ndarray:
-    return np.zeros((1, 1), np.float32)
-
-
-def measure_opencv(encoded: list[list[bytes]], frames: int, size: tuple[int, int]) -> float:
-    """Frames per second of decoding, and resizing if need be, windows of as many random frames."""
-    import cv2
-
-    cv2.setNumThreads(1)
-    random = np.random.default_rng(1)
-
-    def window(_: int) -> None:
-        episode = encoded[random.integers(len(encoded))]
-        first = random.integers(len(episode) - frames)
-        for file in episode[first : first + frames]:
-            image = cv2.cvtColor(cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
-            if size != _RECORDED:
-                cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
-
-    with concurrent.futures.ThreadPoolExecutor(_WORKERS.value) as pool:
-        start = time.perf_counter()
-        list(pool.map(window, range(_WINDOWS.value)))
-        return _WINDOWS.value * frames / (time.perf_counter() - start)
-
-
 def main(_: list[str]) -> None:
-    size = tuple(int(n) for n in _SIZE.value.split("x"))
-    config = DataConfig(image_size=size, frame_cache_mb=0)
-    with tempfile.TemporaryDirectory() as folder:
-        directory = write_rlds(folder, "synthetic", {"train": episodes(_EPISODES.value)}, control_hz=_HZ, image_size=_RECORDED,
-                               jpeg_quality=90, description="Made up.", file_format=_FORMAT.value)  # fmt: skip
-        source = RldsSource(directory, "train", image_size=None if size == _RECORDED else size)
-        result = {"size": _SIZE.value, "format": _FORMAT.value, "workers": _WORKERS.value, **measure_loader(source, config, size)}
-        path = "steps/observation/image_primary"
-        encoded = [[bytes(file) for file in source.encoded(i, path, range(_LENGTH))] for i in range(len(source))]
-        result["opencv_frames_per_second"] = measure_opencv(encoded, config.num_frames, size)
-        result["ratio_to_opencv"] = result["frames_per_second"] / result["opencv_frames_per_second"]
+    recorded = parse_size(_RECORDED.value)
+    size = parse_size(_SIZE.value or _RECORDED.value)
+    threads = len(os.sched_getaffinity(0))
+    result: dict[str, Any] = {"recorded": recorded, "size": size, "format": _FORMAT.value, "workers": _WORKERS.value,
+                              "cores": threads}  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        if _MEMORY_WINDOWS.value:  # first, while the process holds nothing else
+            frames = parse_size(_MEMORY_FRAMES.value)
+            source = RldsSource(write_pictures(folder, "memory", frames), "train")
+            config = DataConfig(image_size=frames, frame_cache_mb=_CACHE_MB)
+            result["memory"] = {"frames": frames, **measure_memory(source, config, _MEMORY_WINDOWS.value)}
+        directory = write_pictures(folder, "speed", recorded)
+        source = RldsSource(directory, "train", image_size=None if size == recorded else size)
+        config = DataConfig(image_size=size, frame_cache_mb=0)
+        encoded = [[bytes(file) for file in source.encoded(i, "steps/observation/image_primary", range(_LENGTH))]
+                   for i in range(len(source))]  # fmt: skip
+        readers = {"loader": loader_reader(source, config),
+                   "opencv": opencv_reader(encoded, config, None if size == recorded else area, threads)}  # fmt: skip
+        if size != recorded:
+            readers["opencv_pillow"] = opencv_reader(encoded, config, resize_images, threads)
+        if _FORMAT.value == "tfrecord" and importlib.util.find_spec("tensorflow"):
+            readers["tfdata"] = stack.enter_context(tfdata_reader(directory, config, threads))
+        else:
+            print("tf.data is left out: it needs TensorFlow, and --format=tfrecord", file=sys.stderr)
+        speeds = measure_in_turns(readers, _WINDOWS.value)
+    for name in dict.fromkeys([*speeds, "tfdata"]):
+        result[f"{name}_frames_per_second"] = speeds.get(name)
+        if name != "loader":
+            result[f"ratio_to_{name}"] = speeds["loader"] / speeds[name] if name in speeds else None
     print(json.dumps(result))
+
+
+def measure_in_turns(readers: dict[str, Measure], windows: int) -> dict[str, float]:
+    """Frames per second of each, over rounds, so that what else the machine does meets all of them alike."""
+    seconds = dict.fromkeys(readers, 0.0)  # for a frame, summed over rounds
+    for _ in range(_ROUNDS):
+        for name, measure in readers.items():
+            seconds[name] += 1 / measure(windows // _ROUNDS)
+            time.sleep(_SETTLE)
+    return {name: _ROUNDS / total for name, total in seconds.items()}
+
+
+def parse_size(text: str) -> Size:
+    height, width = (int(n) for n in text.split("x"))
+    return height, width
 
 
 if __name__ == "__main__":

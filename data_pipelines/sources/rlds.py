@@ -15,6 +15,7 @@ import simplejpeg
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from data_pipelines import buffers
 from data_pipelines.episode import CAMERAS, ActionLayout, Episode, Frames
 from data_pipelines.sources.index import Column, Index, Shard, cache_directories, open_index
 from data_pipelines.sources.records import DatasetError, RecordFiles, file_sizes, is_remote, parse_example, read_file
@@ -256,7 +257,7 @@ class RecordFrames:
         path, size = self._source._cameras[self._camera]
         target = self._source._resize or size
         assert target is not None  # the source has seen to it
-        frames = np.empty((len(wanted), *target, 3), np.uint8)
+        frames = buffers.empty((len(wanted), *target, 3))
         records = np.searchsorted(self._bounds, wanted, side="right") - 1
         for record in np.unique(records).tolist():
             rows = np.flatnonzero(records == record)

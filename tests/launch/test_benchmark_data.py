@@ -1,0 +1,18 @@
+import json
+
+import pytest
+
+pytest.importorskip("cv2")
+SMALL = ("--recorded=64x80", "--episodes=2", "--windows=16")
+
+
+@pytest.mark.slow
+def test_every_reader_and_memory_in_one_line(launch):
+    lines = launch("benchmark_data", *SMALL, "--size=32x48", "--memory_windows=80", "--memory_frames=32x48").splitlines()
+    result = json.loads(lines[-1])
+    assert len(lines) == 1 and result["workers"] == 0 and result["size"] == [32, 48]
+    for other in ("opencv", "opencv_pillow", "tfdata"):
+        assert result[f"ratio_to_{other}"] == result["loader_frames_per_second"] / result[f"{other}_frames_per_second"] > 0
+    memory = result["memory"]
+    assert memory["windows"] == 80 and memory["first_mb"] > 10
+    assert memory["largest_over_first"] >= memory["last_over_first"] > 0.5
