@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import io
 import itertools
 import os
@@ -78,6 +79,8 @@ class RldsSource(Sequence[Episode]):
         image_size: (height, width) in pixels of the primary camera's frames.
         action_dim, proprio_dim: int, or None where the dataset has none.
         control_hz: steps per second of the first episode.
+        identity: hex digits that change with the metadata, the shards' names and sizes or the choice of the primary camera, and
+            not with where the dataset lies.
 
     Args:
         directory: the prepared version's folder, e.g. `.../my_dataset/1.0.0`. A TFRecord dataset may be a URL of fsspec, from
@@ -113,6 +116,8 @@ class RldsSource(Sequence[Episode]):
         self._cameras = {camera: _Camera(path, features.image_size(path, fixed=image_size is None))
                          for camera, path in paths.items()}  # fmt: skip
 
+        shard_names = [(os.path.basename(shard.path), shard.records, shard.size) for shard in shards]
+        self.identity = hashlib.sha256(dataset.identity + repr((shard_names, paths["primary"])).encode()).hexdigest()
         columns = [features.steps(path) for path in spec.columns] or [features.any_steps(paths["primary"])]
         language = None if spec.language is None else features.text(spec.language)
         self._language = None if language is None else language.path
