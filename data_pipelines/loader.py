@@ -88,8 +88,10 @@ class WindowDataset(Sequence[dict]):
     @property
     def identity(self) -> str:
         """Hex digits that tell the frames and their times from those of other datasets, wherever they lie."""
-        times = b"".join(episode.timestamps.tobytes() for episode in self.episodes)
-        return hashlib.sha256(self._source.identity.encode() + times).hexdigest()
+        digest = hashlib.sha256(self._source.identity.encode())
+        for episode in self.episodes:
+            digest.update(episode.timestamps.tobytes())
+        return digest.hexdigest()
 
     def with_latents(self, latents: LatentCache) -> Self:
         """Those of the windows that `latents`, which are of the same episodes, hold.
