@@ -2,8 +2,9 @@
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from data_pipelines.episode import CAMERAS
 from data_pipelines.loader import WindowDataset
@@ -11,6 +12,7 @@ from data_pipelines.mixture import Phase, parse_mixture
 from data_pipelines.oxe import registry
 from data_pipelines.oxe.mixtures import MIXTURES, effective_weights
 from data_pipelines.oxe.spec import DatasetSpec, check_schema, flatten_features
+from data_pipelines.precompute import latent_key, open_latents
 from data_pipelines.sources.rlds import DatasetError, RldsSource, open_dataset
 from mimic_video.config import ConfigError, ExperimentConfig
 
@@ -57,6 +59,28 @@ def open_datasets(config: ExperimentConfig, split: str) -> Datasets:
         shares = effective_weights(named, {name: len(each) for name, each in windows.items()})
         phases = (Phase(0, tuple(shares.values())),)
     return Datasets(windows, phases)
+
+
+def with_latents(windows: Mapping[str, WindowDataset], config: ExperimentConfig, split: str,
+                 tokenizer: Mapping[str, Any]) -> dict[str, WindowDataset]:
+    """The same datasets with the windows that `data.latents` holds in place of frames.
+
+    Args:
+        windows: of `open_datasets` with the same configuration and split.
+        tokenizer: parameters that training uses, as for `latent_key`.
+
+    Raises:
+        ConfigError: if latents were made with another tokenizer or configuration, or of another dataset.
+        DatasetError: if latents are missing or damaged.
+    """
+    return {
+        name: each.with_latents(open_latents(latents_folder(config, name, split), latent_key(config, tokenizer, each.identity)))
+        for name, each in windows.items()
+    }
+
+
+def latents_folder(config: ExperimentConfig, dataset: str, split: str) -> Path:
+    return Path(config.data.latents) / dataset / split
 
 
 def _open(part: str, config: ExperimentConfig, split: str, field: str) -> WindowDataset:

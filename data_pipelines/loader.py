@@ -1,12 +1,14 @@
 """Datasets → an endless stream of training batches whose N-th one is a function of (seed, N)."""
 
+import copy
 import dataclasses
 import functools
+import hashlib
 import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import grain
 import numpy as np
@@ -15,8 +17,9 @@ from absl import flags, logging
 from data_pipelines import buffers
 from data_pipelines.episode import Episode, content_hash
 from data_pipelines.mixture import Mixture
+from data_pipelines.precompute import LatentCache, first_rows
 from data_pipelines.sources.rlds import DatasetError, RldsSource
-from data_pipelines.windows import TOLERANCE, action_times, action_window, anchors, video_times, video_window
+from data_pipelines.windows import TOLERANCE, action_times, action_window, anchors, video_masks, video_times, video_window
 from mimic_video.config import ActionDecoderConfig, DataConfig
 from mimic_video.embodiments import pad_last
 from mimic_video.transforms import Normalizer
@@ -56,7 +59,8 @@ class WindowDataset(Sequence[dict]):
         if actions and (source.action_dim is None or source.proprio_dim is None):
             missing = "action" if source.action_dim is None else "proprio"
             raise DatasetError(f"{source.name} has no {missing}; windows with actions need both action and proprio")
-        self._config, self._actions = config, actions
+        self._config, self._actions, self._source = config, actions, source
+        self._latents: tuple[LatentCache, np.ndarray] | None = None  # and its row of each window
         self.action_dim = source.action_dim if actions else None
         self.raw_dims = raw_dims or {"action": config.raw_action_dims, "proprio": config.raw_proprio_dims}
         self.cameras = tuple(camera for camera in config.cameras if camera in source.camera_sizes)
@@ -86,10 +90,35 @@ class WindowDataset(Sequence[dict]):
     def __getitem__(self, index: int) -> dict:  # type: ignore[override]  # no slices
         """One window: `instruction` (str) and the arrays of `video_window`, and of `action_window` if it has actions."""
         episode, anchor = self.episodes[self._episode_of[index]], self._anchor_of[index]
-        sample = {"instruction": episode.instruction, **video_window(episode, anchor, self._config)}
+        if self._latents is None:
+            video = video_window(episode, anchor, self._config)
+        else:
+            latents, rows = self._latents
+            video = {"latents": latents[int(rows[index])], **video_masks(episode, anchor, self._config)}
+        sample = {"instruction": episode.instruction, **video}
         if self._actions:
             sample |= action_window(episode, anchor, self._config)
         return sample
+
+    @property
+    def identity(self) -> str:
+        """Hex digits that tell the frames and their times from those of other datasets, wherever they lie."""
+        digest = hashlib.sha256(self._source.identity.encode())
+        for episode in self.episodes:
+            digest.update(episode.timestamps.tobytes())
+        return digest.hexdigest()
+
+    def with_latents(self, latents: LatentCache) -> Self:
+        """Those of the windows that `latents`, which are of the same episodes, hold.
+
+        They have `latents` (t, h, w, c), float32 or bfloat16, in place of `video`; no frame is decoded.
+        """
+        cached = copy.copy(self)
+        held = self._anchor_of % latents.stride == 0
+        cached._episode_of, cached._anchor_of = self._episode_of[held], self._anchor_of[held]
+        first = first_rows(list(map(len, self.episodes)), latents.stride)
+        cached._latents = latents, first[cached._episode_of] + cached._anchor_of // latents.stride
+        return cached
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,10 +160,10 @@ def make_batches(parts: Sequence[Part], mixture: Mixture, *, batch_size: int, st
             an error.
 
     Returns:
-        Iterator of dicts: `video`, `video_mask` and with several cameras `view_mask` as `video_window` has them, behind a leading
-        axis b; `text` float32 (b, rows, width); for datasets with actions also `proprio` (b, 1, p), `actions` (b, A, m) and
-        `action_mask` bool (b, A); of these also `action_dims` bool (b, m) if a dataset is narrower than m, and `embodiment` int32
-        (b,), the number of the row's dataset, if the decoder tells them apart.
+        Iterator of dicts: what `video_window` has behind a leading axis b, with `latents` (b, t, h, w, c) in place of `video` for
+        datasets `with_latents`; `text` float32 (b, rows, width); for datasets with actions also `proprio` (b, 1, p), `actions`
+        (b, A, m) and `action_mask` bool (b, A); of these also `action_dims` bool (b, m) if a dataset is narrower than m, and
+        `embodiment` int32 (b,), the number of the row's dataset, if the decoder tells them apart.
 
     Raises:
         ValueError: if `batch_size` cannot be divided.
@@ -216,9 +245,10 @@ class _Load:
 def _stack(samples: Sequence[dict]) -> dict[str, np.ndarray]:
     """Rows → a batch."""
     batch = {name: np.stack([sample[name] for sample in samples]) for name in samples[0] if name != "video"}
-    first = samples[0]["video"]
-    video = buffers.empty((len(samples), *first.shape))
-    return {"video": np.stack([sample["video"] for sample in samples], out=video), **batch}
+    if "video" not in samples[0]:
+        return batch
+    video = buffers.empty((len(samples), *samples[0]["video"].shape))
+    return batch | {"video": np.stack([sample["video"] for sample in samples], out=video)}
 
 
 class _FrameCache:

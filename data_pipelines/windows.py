@@ -43,16 +43,25 @@ def video_window(episode: Episode, anchor: int, config: DataConfig) -> dict[str,
     Returns:
         video: uint8 (past+future, V·H, W, 3), the frames nearest to `video_times` of the V cameras of `config`, one above the
             other; black where the episode lacks a camera.
-        video_mask: bool (past+future,), False where the requested time lies outside the episode.
-        view_mask: bool (V,), which cameras the episode has; only if V > 1.
+        video_mask, view_mask: see `video_masks`.
     """
     times = video_times(episode.timestamps[anchor], config)
     steps, rows = np.unique(nearest(episode.timestamps, times), return_inverse=True)
     cameras = {name: frames for name, frames in episode.cameras.items() if name in config.cameras}
     views = stack_views({name: frames.take(steps.tolist()) for name, frames in cameras.items()}, config.cameras)
     video = views if len(steps) == len(times) else views[rows]  # copied only where frames repeat
-    window = {"video": video, "video_mask": inside(episode.timestamps, times)}
-    return window if len(config.cameras) == 1 else window | {"view_mask": np.isin(config.cameras, list(cameras))}
+    return {"video": video, **video_masks(episode, anchor, config)}
+
+
+def video_masks(episode: Episode, anchor: int, config: DataConfig) -> dict[str, np.ndarray]:
+    """Which of a window's frames are real.
+
+    Returns:
+        video_mask: bool (past+future,), False where the requested time lies outside the episode.
+        view_mask: bool (V,), which of the V cameras of `config` the episode has; only if V > 1.
+    """
+    masks = {"video_mask": inside(episode.timestamps, video_times(episode.timestamps[anchor], config))}
+    return masks if len(config.cameras) == 1 else masks | {"view_mask": np.isin(config.cameras, list(episode.cameras))}
 
 
 def action_windows(episode: Episode, anchors: Sequence[int] | np.ndarray, config: DataConfig,

@@ -19,7 +19,7 @@ from absl import flags
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from data_pipelines.datasets import open_datasets
+from data_pipelines.datasets import Datasets, open_datasets, with_latents
 from data_pipelines.loader import Part, WindowDataset, data_state, make_batches
 from data_pipelines.mixture import Mixture
 from data_pipelines.sources.rlds import DatasetError
@@ -59,11 +59,21 @@ def initial_params(config: ExperimentConfig, datasets: Windows) -> Params:
     params = VideoActionModel(config).init(jax.random.key(config.seed))
     if config.backbone_run:
         run = pathlib.Path(config.backbone_run)
-        pretrained, step = checkpoints.load_params(run, "float32" if config.stage == "video" else "configured")
+        pretrained, step = checkpoints.load_params(run, checkpoints.START_PRECISION[config.stage])
         print(f"backbone: step {step} of {run}")
         new = {name: params["backbone"][name] for name in params["backbone"].keys() - pretrained["backbone"].keys()}
         return params | {"tokenizer": pretrained["tokenizer"], "backbone": pretrained["backbone"] | new}  # new: view embedding
     return params | {"tokenizer": fit_tokenizer(config, datasets)}
+
+
+def open_windows(config: ExperimentConfig, split: str, run: pathlib.Path) -> Datasets:
+    """What training reads of a split: frames, or the latents in their place that fit the tokenizer it uses."""
+    datasets = open_datasets(config, split)
+    if not config.data.latents:
+        return datasets
+    started = (run / "frozen").exists()  # then the run goes on with what it kept, whatever has become of the other
+    tokenizer = checkpoints.load_tokenizer(run if started else pathlib.Path(config.backbone_run), config)
+    return datasets._replace(windows=with_latents(datasets.windows, config, split, tokenizer))
 
 
 def with_views_of(config: ExperimentConfig, trained: ExperimentConfig) -> ExperimentConfig:
@@ -101,7 +111,7 @@ def main(config: ExperimentConfig) -> None:
         trained = with_views_of(config, checkpoints.read_config(backbone))
         checkpoints.require_same_model(trained, config, _BACKBONE_FIELDS, backbone)
         checkpoints.require_checkpoint(backbone)
-    datasets, phases = open_datasets(config, config.data.train_split)
+    datasets, phases = open_windows(config, config.data.train_split, run)
     if config.decoder.embodiments and config.stage == "action" and len(datasets) != config.decoder.embodiments:
         raise ConfigError(f"config field 'decoder.embodiments' is {config.decoder.embodiments}; expected {len(datasets)}, the "
                           "number of datasets")  # fmt: skip
@@ -126,7 +136,7 @@ def main(config: ExperimentConfig) -> None:
 
     validation = []
     if config.train.validate_every:
-        stream = batches(*mixed(open_datasets(config, config.data.validation_split).windows, 0), 0)
+        stream = batches(*mixed(open_windows(config, config.data.validation_split, run).windows, 0), 0)
         validation = [next(stream) for _ in range(_VALIDATION_BATCHES)]
     data = mixed(datasets, config.seed)
     train(config, run, lambda: initial_params(config, datasets), lambda step: batches(*data, step),

@@ -52,6 +52,7 @@ class DataConfig:
     normalization: Literal["identity", "variance", "squash", "squash_hard"] = "variance"  # of actions and proprio (SPEC 7.1)
     raw_action_dims: tuple[int, ...] = ()  # dimensions that are not normalised: 6-D rotations
     raw_proprio_dims: tuple[int, ...] = ()
+    latents: str = ""  # folder of launch/precompute_latents.py, read in training in place of frames; empty for frames
     frame_cache_mb: int = 512  # decoded frames of a dataset that are kept in host memory
     workers: int = 0  # processes that read windows; 0 reads in threads of the training process
     skip_broken: bool = False  # leaves out episodes and windows that cannot be read, counted in the log, instead of ending
@@ -330,6 +331,8 @@ class ExperimentConfig:
                  f"a divisor of the {height}x{width} latent pixels")
         _require(self.backbone.views == len(self.data.cameras), "backbone.views", self.backbone.views,
                  f"{len(self.data.cameras)}, the number of data.cameras")
+        _require(not self.data.latents or bool(self.backbone_run), "data.latents", self.data.latents,
+                 "no folder, since 'backbone_run', whose tokenizer makes the latents, is empty")
         _require(self.text.width == self.backbone.text_width, "text.width", self.text.width,
                  f"backbone.text_width={self.backbone.text_width}")
         for name, width in (("action", self.decoder.action_dim), ("proprio", self.decoder.proprio_dim)):

@@ -92,6 +92,12 @@ class VideoActionModel:
         video = self._stacked(self.module("tokenizer", params).decode(latents).astype(jnp.float32))
         return jnp.clip(jnp.round((video + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
+    def _window_latents(self, params: Params, batch: Batch) -> Latents:
+        """Of a batch's windows: those that were precomputed, or else of its frames."""
+        if "latents" in batch:
+            return batch["latents"].astype(jnp.float32)
+        return self.encode_video(params, batch["video"])
+
     def _apart(self, x: Float[Array, "b n vh w c"]) -> Float[Array, "bv n h w c"]:
         """Views that stand one above the other as samples of their own."""
         views = self.config.backbone.views
@@ -110,7 +116,8 @@ class VideoActionModel:
         """Flow matching on the latents that follow 1 … past_latents clean ones (SPEC 4).
 
         Args:
-            batch: `video` uint8 (b f H W 3), `video_mask` bool (b f), `text` (b rows width), with several cameras `view_mask`.
+            batch: `video` uint8 (b f H W 3) or `latents` (b t h w c) of it, `video_mask` bool (b f), `text` (b rows width), with
+                several cameras `view_mask`.
 
         Returns:
             The loss to differentiate, and metrics; views that are missing and, unless configured otherwise, padded frames take no
@@ -118,7 +125,7 @@ class VideoActionModel:
         """
         data = self.config.data
         count_key, sigma_key, noise_key = jax.random.split(key, 3)
-        latents = self.encode_video(params, batch["video"])
+        latents = self._window_latents(params, batch)
         size, frames = latents.shape[:2]
         mask = matching.condition_mask(jax.random.randint(count_key, (size,), 1, data.past_latents + 1), frames)
         time = matching.flow_time(matching.sample_video_sigma(sigma_key, size, self.config.noise))
@@ -146,7 +153,7 @@ class VideoActionModel:
         """
         video_key, draws_key = jax.random.split(key)
         robots = Robots.of(batch)
-        hidden, video_time = self.hidden_of_noised_video(params, batch["video"], batch["text"], video_key, robots.view_mask)
+        hidden, video_time = self.hidden_of_noised_video(params, batch, video_key)
         decoder = self.module("decoder", params)
         context = decoder.encode_context(jax.lax.stop_gradient(hidden), self._context_mask(robots.view_mask))
 
@@ -171,15 +178,15 @@ class VideoActionModel:
         return ACTION_LOSS_SCALE * loss, {"action_mse": loss}
 
     def hidden_of_noised_video(
-        self, params: Params, video: UInt8[Array, "b f h w 3"], text: Array, key: jax.Array, view_mask: ViewMask | None = None
+        self, params: Params, batch: Batch, key: jax.Array
     ) -> tuple[Float[Array, "b k d"], Float[Array, " b"]]:
-        """Hidden states of whole windows whose future latents are noised to random τ_v; and those τ_v."""
+        """Hidden states of a batch's whole windows, their future latents noised to random τ_v; and those τ_v."""
         sigma_key, noise_key = jax.random.split(key)
-        latents = self.encode_video(params, video)
+        latents = self._window_latents(params, batch)
         time = matching.flow_time(matching.sample_video_sigma(sigma_key, len(latents), self.config.noise))
         noised = matching.interpolate(latents, jax.random.normal(noise_key, latents.shape), time)
         mask = matching.condition_mask(jnp.full(len(latents), self.config.data.past_latents), latents.shape[1])
-        return self._hidden(params, latents, mask, noised, time, text, view_mask), time
+        return self._hidden(params, latents, mask, noised, time, batch["text"], batch.get("view_mask")), time
 
     # Sampling. Noise is an argument, so that a sample is a function of it whatever drew it.
 

@@ -163,7 +163,7 @@ def test_the_backbone_sees_the_true_video_noised_behind_the_observed_frames(para
         return jnp.zeros((len(clean), 6, 16))
 
     vam._hidden = hidden
-    _, time = vam.hidden_of_noised_video(params, batch["video"], batch["text"], KEY)
+    _, time = vam.hidden_of_noised_video(params, batch, KEY)
     latents = np.asarray(vam.encode_video(params, batch["video"]))
     np.testing.assert_array_equal(seen["clean"], latents)
     scale = np.asarray(time)[:, None, None, None, None]

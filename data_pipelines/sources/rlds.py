@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import io
 import itertools
 import os
@@ -80,6 +81,8 @@ class RldsSource(Sequence[Episode]):
         camera_sizes: the same of all cameras by name; empty where images of a camera differ in size.
         action_dim, proprio_dim: int, or None where the dataset has none.
         control_hz, action_layout: steps per second and `Episode.action_layout` of the first episode that can be read.
+        identity: hex digits that change with the metadata, the shards' names and sizes or the choice of cameras, and
+            not with where the dataset lies.
 
     Args:
         directory: the prepared version's folder, e.g. `.../my_dataset/1.0.0`. A TFRecord dataset may be a URL of fsspec, from
@@ -114,6 +117,8 @@ class RldsSource(Sequence[Episode]):
         self._cameras = {camera: _Camera(path, features.image_size(path, fixed=image_size is None))
                          for camera, path in paths.items()}  # fmt: skip
 
+        shard_names = [(os.path.basename(shard.path), shard.records, shard.size) for shard in shards]
+        self.identity = hashlib.sha256(dataset.identity + repr((shard_names, paths)).encode()).hexdigest()
         columns = [features.steps(path) for path in spec.columns] or [features.any_steps(paths["primary"])]
         language = None if spec.language is None else features.text(spec.language)
         self._language = None if language is None else language.path

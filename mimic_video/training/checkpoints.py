@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
@@ -25,6 +26,7 @@ from mimic_video.training.steps import TrainState, split_params
 from mimic_video.vam import Params, VideoActionModel
 
 Precision = Literal["configured", "stored", "float32", "bfloat16"]
+START_PRECISION: dict[str, Precision] = {"video": "float32", "action": "configured"}  # in which a stage takes over `backbone_run`
 
 _MAY_CHANGE = ("train.log_every", "train.validate_every", "train.checkpoint_every", "train.keep_checkpoints", "text.model",
                "text.cache", "tokenizer.chunk_latents", "mesh.", "policy.", "evaluation.")  # fmt: skip
@@ -220,11 +222,28 @@ def load_embodiments(run: pathlib.Path) -> dict[str, Embodiment]:
 
 def load_frozen(run: pathlib.Path, precision: Precision = "configured") -> Params:
     """What `save_frozen` kept, on one device; `precision` as for `load_params`. Raises RunError before it has."""
-    path = pathlib.Path(run) / "frozen"
-    if not path.exists():
-        raise RunError(f"{run} has no {path.name} parameters: its training has not started")
-    config = read_config(run)
+    path, config = _frozen_path(run), read_config(run)
     return _load_tree(path, split_params(_abstract_params(config, precision), config.stage)[1], precision)
+
+
+def load_tokenizer(run: pathlib.Path, config: ExperimentConfig) -> Params:
+    """The tokenizer's parameters as NumPy arrays, as the experiment `config` computes with them.
+
+    Args:
+        run: the experiment's own run or, before that has started, its `backbone_run`. Nothing else of it is read.
+
+    Raises:
+        RunError: if there are no parameters.
+    """
+    path = _frozen_path(run)
+    target = {"tokenizer": _abstract_params(read_config(run), START_PRECISION[config.stage])["tokenizer"]}
+    arguments = ocp.args.PyTreeRestore(
+        target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        tokenizer = checkpointer.restore(path.absolute(), args=arguments)["tokenizer"]
+    dtype = VideoActionModel(config).dtype("tokenizer")
+    return jax.tree.map(lambda leaf: np.asarray(leaf.astype(dtype)), tokenizer)
 
 
 def load_params(run: pathlib.Path, precision: Precision = "configured") -> tuple[Params, int]:
@@ -242,6 +261,13 @@ def load_params(run: pathlib.Path, precision: Precision = "configured") -> tuple
     target = split_params(_abstract_params(config, precision), config.stage)[0]
     trained = _load_tree(average if average.exists() else checkpoint / "params", target, precision)
     return frozen | trained, int(checkpoint.name)
+
+
+def _frozen_path(run: pathlib.Path) -> pathlib.Path:
+    path = pathlib.Path(run) / "frozen"
+    if not path.exists():
+        raise RunError(f"{run} has no {path.name} parameters: its training has not started")
+    return path
 
 
 def _load_tree(path: pathlib.Path, target: Params, precision: Precision) -> Params:

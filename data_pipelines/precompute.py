@@ -1,0 +1,200 @@
+"""Latents of windows, computed once by a frozen tokenizer and read in place of frames.
+
+    FOLDER/DATASET/SPLIT/manifest.json   what the latents were made of, and how they are stored
+    FOLDER/DATASET/SPLIT/00000.npy, …    shards: (rows, t, h, w, c)
+
+Its rows are the windows anchored at every `stride`-th step of each episode, beginning with the first, episode by episode. A shard
+appears whole or not at all, so that several processes can fill one folder and an interrupted one continues. The manifest's key
+names all that latents depend on; latents with another key than an experiment's are refused.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  # teaches NumPy the name "bfloat16"
+import numpy as np
+
+from data_pipelines.sources.records import DatasetError
+from mimic_video.config import ConfigError, ExperimentConfig
+
+SHARD_BYTES = 2**28  # in memory until they are written, and lost to an interruption
+_MANIFEST = "manifest.json"
+_DIGESTS = {"weights": "another tokenizer made them", "dataset": "they are of another dataset, or of another version of it"}
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentCache:
+    """Latents of one split of a dataset, on disk. Thread-safe; may be pickled.
+
+    Attributes:
+        folder: of this split.
+        key: what the latents were made of, as `latent_key` has it.
+        stride: steps of an episode from one window to the next.
+        rows: how many windows there are.
+        shape: (t, h, w, c) of a window's latents.
+        dtype: "float32" or "bfloat16".
+        shard_rows: windows of each shard; the last one may have fewer.
+    """
+
+    folder: Path
+    key: Mapping[str, Any]
+    stride: int
+    rows: int
+    shape: tuple[int, ...]
+    dtype: str
+    shard_rows: int
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.rows // self.shard_rows)
+
+    def rows_of(self, shard: int) -> range:
+        return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.rows))
+
+    def missing(self) -> list[int]:
+        """Numbers of the shards that are not there, or were cut short by a copy."""
+        return [shard for shard in range(self.num_shards) if not self._is_whole(shard)]
+
+    def write(self, shards: Sequence[int], latents: Iterator[np.ndarray]) -> None:
+        """Writes shards, given the latents (t, h, w, c) of all of their windows in order."""
+        for shard in shards:
+            values = np.empty((len(self.rows_of(shard)), *self.shape), self.dtype)
+            for row in values:
+                row[:] = next(latents)
+            _write_whole(self._path(shard), values.view(_stored(self.dtype)))
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """Latents (t, h, w, c) of a window. Raises DatasetError if its shard is damaged, or its frames could not be read."""
+        shard, place = divmod(row, self.shard_rows)
+        try:
+            # Opened for each window: little beside reading one, and a large cache has more shards than files may be open.
+            latents = np.array(self._open(shard)[place]).view(self.dtype)
+        except (OSError, ValueError, EOFError, IndexError) as error:
+            raise DatasetError(f"shard {self._path(shard)} of precomputed latents cannot be read: {error}") from error
+        if np.isnan(latents.flat[0]):
+            raise DatasetError(f"shard {self._path(shard)} has no latents of window {place}: its frames could not be read")
+        return latents
+
+    def _open(self, shard: int) -> np.ndarray:
+        return np.load(self._path(shard), mmap_mode="r")
+
+    def _is_whole(self, shard: int) -> bool:
+        try:
+            return self._open(shard).shape == (len(self.rows_of(shard)), *self.shape)
+        except (OSError, ValueError, EOFError):
+            return False
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"{shard:05d}.npy"
+
+
+def latent_key(config: ExperimentConfig, tokenizer: Mapping[str, Any], dataset: str) -> dict[str, Any]:
+    """All that the latents of a dataset's windows depend on, in types of JSON.
+
+    Args:
+        config: the experiment.
+        tokenizer: nested dict of its parameters, in the dtype that it computes in.
+        dataset: the `identity` of a `WindowDataset`.
+    """
+    weights = hashlib.sha256()
+    for name, leaf in sorted(_leaves(tokenizer, "")):
+        weights.update(f"{name} {leaf.dtype} {leaf.shape}\n".encode() + leaf.tobytes())
+    data = config.data
+    fields: dict[str, Any] = {"tokenizer.kind": config.tokenizer.kind, "data.image_size": list(data.image_size),
+              "data.cameras": list(data.cameras), "data.past_frames": data.past_frames, "data.future_frames": data.future_frames,
+              "data.video_hz": data.video_hz}  # fmt: skip
+    if config.tokenizer.kind == "wan":  # the other one knows neither
+        fields["precision"] = config.precision
+        fields["compat.bfloat16_latent_statistics"] = config.compat.bfloat16_latent_statistics
+    return fields | {"weights": weights.hexdigest(), "dataset": dataset}
+
+
+def first_rows(lengths: Sequence[int], stride: int) -> np.ndarray:
+    """int64 (episodes + 1,): the row of the first window of each episode, given their steps; and the number of rows."""
+    return np.cumsum([0, *(-(-length // stride) for length in lengths)])
+
+
+def create_latents(folder: Path, key: Mapping[str, Any], *, stride: int, rows: int, shape: tuple[int, ...],
+                   dtype: str) -> LatentCache:
+    """A cache to be filled: that of the folder, or a new one. Arguments are the attributes of `LatentCache`.
+
+    Raises:
+        ConfigError: saying what differs, if the folder has latents with another key or stride.
+        DatasetError: if its manifest is damaged.
+    """
+    if not (folder / _MANIFEST).exists():
+        row_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        manifest = {"key": key, "stride": stride, "rows": rows, "shape": shape, "dtype": dtype,
+                    "shard_rows": max(1, SHARD_BYTES // row_bytes)}  # fmt: skip
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_whole(folder / _MANIFEST, json.dumps(manifest, indent=2).encode())
+    cache = _read(folder)
+    _require_same(cache, key)
+    if cache.stride != stride:
+        raise ConfigError(f"{folder} has latents at --stride={cache.stride}, not {stride}; name another folder or delete it")
+    return cache
+
+
+def open_latents(folder: Path, key: Mapping[str, Any]) -> LatentCache:
+    """The complete cache of a folder.
+
+    Raises:
+        ConfigError: saying what differs, if its key is another.
+        DatasetError: naming what is missing or damaged.
+    """
+    if not (folder / _MANIFEST).exists():
+        raise DatasetError(f"there are no precomputed latents in {folder}: launch/precompute_latents.py makes them")
+    cache = _read(folder)
+    _require_same(cache, key)
+    if missing := cache.missing():
+        names = ", ".join(f"{shard:05d}.npy" for shard in missing[:5]) + (", …" if len(missing) > 5 else "")
+        raise DatasetError(f"the precomputed latents in {folder} lack {len(missing)} of {cache.num_shards} shards ({names}): "
+                           "launch/precompute_latents.py continues them")  # fmt: skip
+    return cache
+
+
+def _require_same(cache: LatentCache, key: Mapping[str, Any]) -> None:
+    differences = [_DIGESTS.get(name, f"config field '{name}' is {key.get(name)!r}, there {cache.key.get(name)!r}")
+                   for name in dict.fromkeys((*key, *cache.key)) if key.get(name) != cache.key.get(name)]  # fmt: skip
+    if differences:
+        raise ConfigError(f"the precomputed latents in {cache.folder} do not fit this experiment: {'; '.join(differences)}")
+
+
+def _read(folder: Path) -> LatentCache:
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        return LatentCache(folder, **manifest | {"shape": tuple(manifest["shape"])})
+    except (ValueError, KeyError, TypeError) as error:
+        raise DatasetError(f"{folder / _MANIFEST} of precomputed latents cannot be read: {error!r}") from error
+
+
+def _write_whole(path: Path, content: np.ndarray | bytes) -> None:
+    """Writes a file that is whole or absent, whoever else writes it."""
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with partial.open("wb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                np.save(file, content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _stored(dtype: str) -> str:
+    return "uint16" if dtype == "bfloat16" else dtype  # .npy files would forget what bfloat16 is
+
+
+def _leaves(tree: Mapping[str, Any], path: str) -> Iterator[tuple[str, np.ndarray]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{path}{name}/")
+        else:
+            yield path + name, np.asarray(value)
