@@ -26,6 +26,13 @@ class Datasets(NamedTuple):
     phases: tuple[Phase, ...]
 
 
+class Place(NamedTuple):
+    """A dataset's prepared directory, and its entry in the registry unless it has our own layout."""
+
+    directory: str
+    spec: DatasetSpec | None
+
+
 def open_datasets(config: ExperimentConfig, split: str) -> Datasets:
     """Opens one split of every dataset that the configured stage learns from.
 
@@ -39,22 +46,12 @@ def open_datasets(config: ExperimentConfig, split: str) -> Datasets:
         DatasetError: if a dataset or split is not there, or is not what its entry or the experiment says, or no dataset has a
             camera of `data.cameras`.
     """
-    field = f"data.{config.stage}_dataset"
-    text = {"video": config.data.video_dataset, "action": config.data.action_dataset}[config.stage]
-    if not text:
-        raise ConfigError(f"config field '{field}' is empty; expected a prepared RLDS directory, or several as in 'A,B*2'")
-    named = MIXTURES.get(text)
-    parts, phases = parse_mixture(text if named is None else ",".join(named), field)
-    windows: dict[str, WindowDataset] = {}
-    for part in parts:
-        path = Path(part)
-        name = path.parent.name if _VERSION.fullmatch(path.name) else path.name
-        if name in windows:
-            raise ConfigError(f"config field '{field}' names two datasets {name!r}; rename a directory")
-        windows[name] = _open(part, config, split, field)
+    places, phases = find_datasets(config)
+    windows = {name: _open(place, config, split) for name, place in places.items()}
     for camera in config.data.cameras:
         if not any(camera in each.cameras for each in windows.values()):
             raise DatasetError(f"config field 'data.cameras' has {camera!r}, which none of {', '.join(windows)} has")
+    named = MIXTURES.get(_dataset_field(config)[1])
     if named is not None:
         shares = effective_weights(named, {name: len(each) for name, each in windows.items()})
         phases = (Phase(0, tuple(shares.values())),)
@@ -83,12 +80,31 @@ def latents_folder(config: ExperimentConfig, dataset: str, split: str) -> Path:
     return Path(config.data.latents) / dataset / split
 
 
-def _open(part: str, config: ExperimentConfig, split: str, field: str) -> WindowDataset:
-    actions = config.stage == "action"
+def find_datasets(config: ExperimentConfig) -> tuple[dict[str, Place], tuple[Phase, ...]]:
+    """Where the datasets of `open_datasets` are, by their names, and the phases of their weights; with the same errors."""
+    field, text = _dataset_field(config)
+    if not text:
+        raise ConfigError(f"config field '{field}' is empty; expected a prepared RLDS directory, or several as in 'A,B*2'")
+    parts, phases = parse_mixture(",".join(MIXTURES.get(text, (text,))), field)
+    places: dict[str, Place] = {}
+    for part in parts:
+        path = Path(part)
+        name = path.parent.name if _VERSION.fullmatch(path.name) else path.name
+        if name in places:
+            raise ConfigError(f"config field '{field}' names two datasets {name!r}; rename a directory")
+        places[name] = _find(part, config, field)
+    return places, phases
+
+
+def _dataset_field(config: ExperimentConfig) -> tuple[str, str]:
+    """Name and value of the field that says what the configured stage learns from."""
+    name = f"{config.stage}_dataset"
+    return f"data.{name}", getattr(config.data, name)
+
+
+def _find(part: str, config: ExperimentConfig, field: str) -> Place:
     if part not in registry.names() or Path(part).is_dir():
-        source = RldsSource(part, split)
-        check_dataset(source, config)
-        return WindowDataset(source, config.data, actions=actions)
+        return Place(part, None)
     if not config.data.root:
         raise ConfigError(f"config field 'data.root' is empty; expected the folder with the dataset {part!r} of '{field}'")
     directory = _newest_version(Path(config.data.root) / part)
@@ -101,9 +117,15 @@ def _open(part: str, config: ExperimentConfig, split: str, field: str) -> Window
         raise
     except ValueError as error:
         raise DatasetError(f"{directory}: {error}") from error
-    source = RldsSource(directory, split, spec=spec, image_size=config.data.image_size)
+    return Place(str(directory), spec)
+
+
+def _open(place: Place, config: ExperimentConfig, split: str) -> WindowDataset:
+    size = None if place.spec is None else config.data.image_size
+    source = RldsSource(place.directory, split, spec=place.spec, image_size=size)
     check_dataset(source, config)
-    return WindowDataset(source, config.data, actions=actions, raw_dims=_raw_dims(spec))
+    raw_dims = None if place.spec is None else _raw_dims(place.spec)
+    return WindowDataset(source, config.data, actions=config.stage == "action", raw_dims=raw_dims)
 
 
 def _raw_dims(spec: DatasetSpec) -> dict[str, tuple[int, ...]]:

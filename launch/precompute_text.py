@@ -7,15 +7,18 @@ Embeds every instruction of the datasets that the experiment names, in all of th
 cache has already is skipped, so the same command continues after an interruption. The cache may be copied to other machines.
 """
 
+import dataclasses
 import pathlib
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import experiment
 import tensorflow_datasets as tfds
 from absl import flags
 from tqdm import tqdm
 
+from data_pipelines.datasets import Place, find_datasets
 from data_pipelines.sources.rlds import DatasetError, RldsSource
 from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.models.text import T5TextEncoder
@@ -25,11 +28,12 @@ _BATCH = flags.DEFINE_integer("batch", 32, "Prompts that are encoded at once", l
 _DEVICE = flags.DEFINE_string("device", "cpu", "PyTorch device of the text model, e.g. cuda")
 
 
-def dataset_prompts(directory: str, train_split: str) -> Iterator[str]:
+def dataset_prompts(place: Place, config: ExperimentConfig) -> Iterator[str]:
     """The instruction of every episode, with a progress bar per split. Raises DatasetError as RldsSource does."""
-    RldsSource(directory, train_split)  # names what is wrong with a folder that tfds cannot open
-    for split in tfds.builder_from_directory(directory).info.splits:
-        source = RldsSource(directory, split)
+    options: dict[str, Any] = {"spec": place.spec, "image_size": config.data.image_size}  # a size, since images may have any
+    RldsSource(place.directory, config.data.train_split, **options)  # names what is wrong with a folder that tfds cannot open
+    for split in tfds.builder_from_directory(place.directory).info.splits:
+        source = RldsSource(place.directory, split, **options)
         for index in tqdm(range(len(source)), desc=source.name, unit="episode"):
             yield source[index].instruction
 
@@ -46,14 +50,16 @@ def file_prompts(path: pathlib.Path) -> Iterator[str]:
 def find_prompts(config: ExperimentConfig) -> list[str]:
     """Every prompt to embed, once."""
     prompts: dict[str, None] = {}
-    datasets = [directory for directory in dict.fromkeys((config.data.video_dataset, config.data.action_dataset)) if directory]
-    if not datasets and not _PROMPTS.value:
+    stages = {"video": config.data.video_dataset, "action": config.data.action_dataset}
+    configs = [dataclasses.replace(config, stage=stage) for stage, datasets in stages.items() if datasets]
+    if not configs and not _PROMPTS.value:
         raise ConfigError("there is nothing to embed: config fields 'data.video_dataset' and 'data.action_dataset' are empty and "
                           "--prompts is not given")  # fmt: skip
     if _PROMPTS.value:
         prompts |= dict.fromkeys(file_prompts(pathlib.Path(_PROMPTS.value)))
-    for directory in datasets:
-        prompts |= dict.fromkeys(dataset_prompts(directory, config.data.train_split))
+    places = {place.directory: place for each in configs for place in find_datasets(each)[0].values()}
+    for place in places.values():
+        prompts |= dict.fromkeys(dataset_prompts(place, config))
     return list(prompts)
 
 

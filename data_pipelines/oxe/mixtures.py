@@ -34,9 +34,7 @@ _SOUP_PLUS = _SOUP | {"bc_z": 0.2, "fmb_dataset": 1.0, "dobbe": 0.2, "droid": 0.
 _DOOR = "nyu_door_opening_surprising_effectiveness"
 
 MIXTURES: dict[str, dict[str, float]] = {
-    "bridge": {"bridge_orig": 1.0},
     "bridge_rt_1": {"bridge_orig": 1.0, "fractal20220817_data": 1.0},
-    "droid": {"droid": 1.0},
     "libero": {f"libero_{suite}_no_noops": 1.0 for suite in ("spatial", "object", "goal", "10")},
     "rtx": _RTX,
     "rtx_franka": _RTX | {

@@ -70,6 +70,13 @@ def test_a_split_that_is_only_validated_on(precompute, tmp_path):
     assert prompts_in(tmp_path / "cache") == ["do task 0", "do task 1"]
 
 
+def test_a_mixture(precompute, tmp_path):
+    one, two = (write_rlds(tmp_path, name, {"train": [tiny.episode(15, seed)]}, control_hz=10.0, image_size=tiny.SIZE,
+                           description="Noise.") for seed, name in enumerate(("one", "two")))  # fmt: skip
+    precompute(f"--config.data.action_dataset={one},{two}*2")
+    assert prompts_in(tmp_path / "cache") == ["do task 0", "do task 1"]
+
+
 def test_it_continues_where_it_was_interrupted(precompute, tmp_path):
     precompute()
     first, second = sorted((tmp_path / "cache").glob("*/*.npz"))

@@ -1,11 +1,16 @@
 import pytest
 
+from data_pipelines.oxe import registry
 from data_pipelines.oxe.mixtures import MIXTURES, check_mixture, effective_weights, find_mixture
 
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_named_mixtures_are_of_registered_datasets(name):
     check_mixture(find_mixture(name))
+
+
+def test_a_name_is_either_a_mixtures_or_a_datasets():
+    assert not set(MIXTURES) & set(registry.names())
 
 
 def test_published_weights():
@@ -19,8 +24,8 @@ def test_published_weights():
 
 
 def test_a_mixture_found_is_a_copy():
-    find_mixture("bridge")["kuka"] = 9.0
-    assert find_mixture("bridge") == {"bridge_orig": 1.0}
+    find_mixture("bridge_rt_1")["kuka"] = 9.0
+    assert find_mixture("bridge_rt_1") == {"bridge_orig": 1.0}
 
 
 def test_unknown_names_are_all_listed_with_the_nearest():
