@@ -22,12 +22,12 @@ def empty(shape: tuple[int, ...]) -> np.ndarray:
     if size < _SMALL:
         return np.empty(shape, np.uint8)
     with _lock:
-        fitting = [i for i, block in enumerate(_free) if len(block) >= size]
+        fitting = [i for i, block in enumerate(_free) if size <= len(block) < 2 * size]  # not a batch for a window
         if fitting:
             block = _free.pop(min(fitting, key=lambda i: len(_free[i])))
         else:
             if _free:
-                del _free[0]  # smaller ones make room, or every size ever asked for would stay
+                del _free[0]  # others make room, or every size ever asked for would stay
             block = np.empty(size, np.uint8)
     lease = _Lease(block)
     weakref.finalize(lease, _give_back, block).atexit = False
