@@ -10,7 +10,7 @@ import weakref
 import numpy as np
 
 _KEPT = 2**30  # bytes; what is given back beyond them is freed
-_SMALL = 2**20  # bytes; the allocator keeps such blocks itself
+_SMALL = 2**25  # bytes; up to here glibc keeps blocks itself, and ones of many sizes kept among them would fragment its heap
 
 _free: list[np.ndarray] = []
 _lock = threading.RLock()  # a garbage collection may give a block back while its thread takes another
