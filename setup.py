@@ -27,6 +27,7 @@ EXTRAS["test"] = [
     *(package for extra in ("quickstart", "formats", "convert", "text", "video") for package in EXTRAS[extra]),
     "diffusers",  # an independent implementation of both video networks, to compare ours with
     "mypy",
+    "opencv-python-headless",  # what the loader is measured beside
     "peft",
     "pytest",
     "rlds",  # it says whether what we write is RLDS

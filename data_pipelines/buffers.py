@@ -10,7 +10,7 @@ import weakref
 import numpy as np
 
 _KEPT = 2**30  # bytes; what is given back beyond them is freed
-_SMALL = 2**20  # bytes; the allocator keeps such blocks itself
+_SMALL = 2**25  # bytes; up to here glibc keeps blocks itself, and ones of many sizes kept among them would fragment its heap
 
 _free: list[np.ndarray] = []
 _lock = threading.RLock()  # a garbage collection may give a block back while its thread takes another
@@ -22,12 +22,12 @@ def empty(shape: tuple[int, ...]) -> np.ndarray:
     if size < _SMALL:
         return np.empty(shape, np.uint8)
     with _lock:
-        fitting = [i for i, block in enumerate(_free) if len(block) >= size]
+        fitting = [i for i, block in enumerate(_free) if size <= len(block) < 2 * size]  # not a batch for a window
         if fitting:
             block = _free.pop(min(fitting, key=lambda i: len(_free[i])))
         else:
             if _free:
-                del _free[0]  # smaller ones make room, or every size ever asked for would stay
+                del _free[0]  # others make room, or every size ever asked for would stay
             block = np.empty(size, np.uint8)
     lease = _Lease(block)
     weakref.finalize(lease, _give_back, block).atexit = False

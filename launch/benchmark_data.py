@@ -44,10 +44,10 @@ _WINDOWS = flags.DEFINE_integer("windows", 240, "Windows that each reader reads"
 _EPISODES = flags.DEFINE_integer("episodes", 20, "Episodes of 100 frames", lower_bound=1)
 _FORMAT = flags.DEFINE_enum("format", "tfrecord", ["tfrecord", "array_record"], "Of the dataset")
 _MEMORY_WINDOWS = flags.DEFINE_integer("memory_windows", 0, "Windows to watch memory over; 0 leaves it out", lower_bound=0)
-_MEMORY_FRAMES = flags.DEFINE_string("memory_frames", "120x160", "Height x width of those")
+_MEMORY_FRAMES = flags.DEFINE_string("memory_frames", "96x128", "Height x width of those")
 
 _LENGTH, _HZ, _BATCH = 100, 5.0, 2
-_CACHE_MB = 64  # of decoded frames while memory is watched: full and evicting all the time
+_CACHE_MB = 16  # of decoded frames while memory is watched: full and evicting all the time
 _ROUNDS = 4
 _SETTLE = 2.0  # seconds for a reader to fill its buffers again before the next one starts
 _POINTS, _SAMPLES = 20, 25  # parts that memory is averaged over, samples of each
@@ -188,13 +188,16 @@ def measure_memory(source: RldsSource, config: DataConfig, windows: int) -> dict
 
 
 def resident_bytes() -> int:
-    """Of this process and its children, shared pages counted once each."""
+    """Of this process and its children, shared pages counted once each.
+
+    Pages of mapped files do not count: the kernel takes them back, and a share of libraries falls to other processes that run.
+    """
     threads = pathlib.Path(f"/proc/{os.getpid()}/task").glob("*/children")
     children = [pid for thread in threads for pid in thread.read_text().split()]
     total = 0
     for pid in [str(os.getpid()), *children]:
         for line in pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
+            if line.startswith(("Pss_Anon:", "Pss_Shmem:")):
                 total += int(line.split()[1]) * 1024
     return total
 
