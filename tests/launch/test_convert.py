@@ -300,7 +300,7 @@ def test_training_does_not_continue_in_a_converted_run(tmp_path):
     with pytest.raises(
         checkpoints.RunError, match=r"converted weights without optimizer state.*--config.backbone_run=.*run and another"
     ):
-        train(config, tmp_path / "run", never, never)
+        train(config, tmp_path / "run", never, never, never)
 
 
 def test_converted_weights_keep_the_dtype_that_each_network_computes_in(tmp_path):

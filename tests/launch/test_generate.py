@@ -69,10 +69,14 @@ def test_settings_of_the_window_and_the_sampler(generate, tmp_path):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--config.backbone.width=32"], "'backbone.width' is 32, there 16"),
-    (["--input=absent.png"], "there is no file absent.png"),
+    (["--input=another.png"], "there are 2 --input; expected one for each camera of primary"),
     (["--out=out.avi"], "out.avi ends in '.avi'; expected .gif or .mp4"),
     (["--workdir=absent"], "absent is not a run directory"),
     (["--guidance=-1"], "guidance"),
 ])  # fmt: skip
 def test_mistakes(generate, arguments, message):
     assert message in generate("one.png", "out.gif", *arguments)
+
+
+def test_a_file_that_is_not_there(generate, pictures):
+    assert f"there is no file {pictures / 'absent.png'}" in generate("absent.png", "out.gif")

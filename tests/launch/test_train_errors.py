@@ -49,7 +49,7 @@ def assert_says(message, *parts):
     (["--config.stage=vdeo"], ["'stage' is 'vdeo'", "'video', 'action'"]),
     (["--config.decoder.action_dim=3"], ["action width 2", r"'decoder\.action_dim' is 3"]),
     (["--config.decoder.proprio_dim=4"], ["proprio width 3", r"'decoder\.proprio_dim' is 4"]),
-    (["--config.data.image_size=(32, 32)"], [r"image size \(16, 32\)", r"'data\.image_size' is \(32, 32\)"]),
+    (["--config.data.image_size=(32, 32)"], [r"image size of camera 'primary' \(16, 32\)", r"'data\.image_size' is \(32, 32\)"]),
     (["--config.data.action_horizon=40", "--config.decoder.action_horizon=40"], [r"'data\.action_horizon' is 40", r"1\.40 s"]),
     (["--config.data.future_frames=20"], [r"'data\.future_frames' is 20", r"1\.40 s"]),
     (["--config.data.train_split=training"], ["no split 'training'", "train"]),
