@@ -13,6 +13,7 @@ with four cameras and depth. libero_spatial_no_noops: the converter of OpenVLA's
 import functools
 import io
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -191,17 +192,30 @@ def instruction(name: str, episode: int) -> str:
 
 def write(root: Path, name: str, file_format: str, episodes: int = 1) -> Path:
     """`root/NAME/1.0.0` of episodes of `STEPS` steps; step k of the c-th camera by name has the grey 30·k + c."""
-    schema, directory = SCHEMAS[name], root / name / "1.0.0"
+    schema = SCHEMAS[name]
+    rest = {path: _default(text) for path, text in schema.items() if not path.startswith("steps/")}
+    made = ((rest, [_step(name, episode, k) for k in range(STEPS)]) for episode in range(episodes))
+    return write_episodes(root, name, {path: _feature(text) for path, text in schema.items()}, made, file_format)
+
+
+def write_episodes(root: Path, name: str, features: dict, episodes: Iterable[tuple[dict, list[dict]]], file_format: str) -> Path:
+    """`root/NAME/1.0.0` by tfds' own writer.
+
+    Args:
+        features: connector by path, such as steps/observation/image.
+        episodes: of each, the values by path of what is not of a step, and of every step.
+    """
+    directory = root / name / "1.0.0"
     directory.mkdir(parents=True)
-    features = tfds.features.FeaturesDict(_tree({path: _feature(text) for path, text in schema.items()}))
+    tree = _nest(features)
+    tree["steps"] = tfds.features.Dataset(_nest(tree["steps"]))
     identity = tfds.core.DatasetIdentity(name, tfds.core.Version("1.0.0"), data_dir=str(directory), module_name="")
-    info = tfds.core.DatasetInfo(builder=identity, features=features)
+    info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict(tree))
     writer = tfds.core.SequentialWriter(info, max_examples_per_shard=2, file_format=file_format)
     writer.initialize_splits(["train"])
-    for episode in range(episodes):
-        steps = [{path.removeprefix("steps/"): value for path, value in _step(name, episode, k).items()} for k in range(STEPS)]
-        rest = {path: _default(text) for path, text in schema.items() if not path.startswith("steps/")}
-        writer.add_examples({"train": [_tree(rest) | {"steps": [_tree(step) for step in steps]}]})
+    for rest, steps in episodes:
+        inner = [_nest({path.removeprefix("steps/"): value for path, value in step.items()}) for step in steps]
+        writer.add_examples({"train": [_nest(rest) | {"steps": inner}]})
     writer.close_all()
     return directory
 
@@ -257,8 +271,8 @@ def _image(text: str, value: int) -> bytes:
     return file.getvalue()
 
 
-def _tree(flat: dict) -> dict:
-    """Groups are one level deep, besides `steps`; a key of kuka has a slash of its own."""
+def _nest(flat: dict) -> dict:
+    """Groups are one level deep, besides `steps`; a key of Kuka or BC-Z has a slash of its own."""
     nested: dict = {}
     for path, value in flat.items():
         group, slash, key = path.partition("/")
@@ -266,8 +280,6 @@ def _tree(flat: dict) -> dict:
             nested.setdefault(group, {})[key] = value
         else:
             nested[path] = value
-    if "steps" in nested:
-        nested["steps"] = tfds.features.Dataset(_tree(nested["steps"]))
     return nested
 
 
