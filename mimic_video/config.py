@@ -210,31 +210,49 @@ class TrainConfig:
     batch_size: int = 32  # global
     learning_rate: float = 1.778e-4
     warmup_steps: int = 1000
-    schedule: Literal["constant", "cosine", "linear"] = "constant"  # after the warm-up
-    final_fraction: float = 0.2  # of the peak rate, reached by cosine and linear at the end
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "constant"  # after the warm-up; wsd: constant, then linear
+    final_fraction: float = 0.2  # of the peak rate, reached at the end unless the rate is constant
     schedule_steps: int = 0  # where that end is; 0 for `steps`
+    decay_steps: int = 0  # wsd: length of the decay before that end
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.1
     clip_norm: float = 10.0
+    spike_factor: float = 0.0  # steps whose gradient norm is more times its recent average are left out; 0 for none
+    first_moment: Literal["float32", "bfloat16"] = "float32"  # AdamW's moving average of gradients
+    micro_batches: int = 1  # parts of a batch that go through the networks one after another, to need less memory
+    remat: Literal["none", "attention", "full", "offload"] = "none"  # of a block, what the backward pass does not compute again
     ema_decay: float = 0.0  # of a moving average with a constant horizon; 0 for none
     ema_std: float = 0.0  # of a power-function average, as a share of training so far; 0 for none (SPEC 4.4)
     average_generated_only: bool = True  # False: conditioned latent frames stay in the video loss's denominator (SPEC 4.2)
     mask_padding: bool = True  # False: frames and actions beyond an episode's end count in the loss, as published
     action_draws: int = 1  # action noise draws that share one backbone forward
     log_every: int = 50
+    wandb_project: str = ""  # of Weights & Biases, where metrics go too; empty for nowhere
     validate_every: int = 0  # 0 switches validation off
+    validation_batches: int = 4
+    validation_curves: bool = False  # also errors over video flow times, and predicted videos, which take as long as sampling
     checkpoint_every: int = 1000
-    keep_checkpoints: int = 3
+    keep_checkpoints: int = 3  # the newest
+    keep_every: int = 0  # and for good those of every so many steps; 0 for none
 
     def __post_init__(self):
         _require_positive(self, "steps", "batch_size", "learning_rate", "clip_norm", "action_draws", "log_every",
-                          "checkpoint_every", "keep_checkpoints")
+                          "micro_batches", "validation_batches", "checkpoint_every", "keep_checkpoints")
         _require(0 <= self.warmup_steps < self.steps, "train.warmup_steps", self.warmup_steps, f"0 to steps-1={self.steps - 1}")
         _require(all(0 <= beta < 1 for beta in self.betas), "train.betas", self.betas, "two decays of at least 0 and below 1")
         _require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "zero or more")
         end = self.schedule_steps or self.steps
         _require(self.warmup_steps < end, "train.schedule_steps", self.schedule_steps,
                  f"0, or more than warmup_steps={self.warmup_steps}")
+        wsd = self.schedule == "wsd"
+        _require(0 < self.decay_steps <= end - self.warmup_steps if wsd else not self.decay_steps, "train.decay_steps",
+                 self.decay_steps, f"1 to {end - self.warmup_steps} steps of decay" if wsd else "0, since schedule is not 'wsd'")
+        _require(self.batch_size % self.micro_batches == 0, "train.micro_batches", self.micro_batches,
+                 f"a divisor of batch_size={self.batch_size}")
+        _require(self.spike_factor == 0 or self.spike_factor > 1, "train.spike_factor", self.spike_factor,
+                 "0 (off) or more than 1")
+        _require(self.keep_every % self.checkpoint_every == 0, "train.keep_every", self.keep_every,
+                 f"0 (off) or a multiple of checkpoint_every={self.checkpoint_every}")
         _require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "0 (off) or a decay below 1")
         _require(0 <= self.ema_std < 0.28, "train.ema_std", self.ema_std, "0 (off) or a share below 0.28")
         _require(not (self.ema_decay and self.ema_std), "train.ema_std", self.ema_std, "0, since ema_decay is set too")
@@ -248,12 +266,37 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Device mesh axes. One axis may be -1: it takes the devices that the others leave."""
+class LoraConfig:
+    """Low-rank adaptation of the network that a stage trains (SPEC 4.3). Targets are the published ones unless changed.
 
-    data: int = -1
-    fsdp: int = 1
-    sequence: int = 1
+    A parameter is a target if its path, such as 'blocks/self_attn/q_proj/kernel', has one of the names between its slashes.
+    """
+
+    rank: int = 0  # 0 trains all of the network itself
+    alpha: float = 32.0  # adapters are scaled by alpha/rank
+    targets: tuple[str, ...] = (
+        "q_proj", "k_proj", "v_proj", "out_proj", "mlp/up", "mlp/down", "patch_proj", "time_in", "time_out",
+    )  # fmt: skip
+    trained: tuple[str, ...] = (  # fully, beside the adapters
+        "self_attn_modulation", "cross_attn_modulation", "mlp_modulation", "final_modulation",
+    )  # fmt: skip
+
+    def __post_init__(self):
+        _require(self.rank >= 0, "lora.rank", self.rank, "0 (off) or a rank")
+        _require_positive(self, "alpha")
+        _require(self.rank == 0 or bool(self.targets), "lora.targets", self.targets, "names of parameters to adapt")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Device mesh axes. One axis may be -1: it takes the devices that the others leave.
+
+    Several TPU slices are joined along `data`, which then is a multiple of their number.
+    """
+
+    data: int = -1  # copies of the parameters; each has a part of the batch
+    fsdp: int = 1  # parts of the parameters and the optimizer state; each has a part of the batch too
+    sequence: int = 1  # parts of every sample's video tokens; a divisor of backbone.num_heads
 
     def __post_init__(self):
         sizes = (self.data, self.fsdp, self.sequence)
@@ -302,12 +345,18 @@ class ExperimentConfig:
 
     Stage `video` trains the backbone, stage `action` the decoder on the frozen backbone. Tokenizer and backbone start as those
     of the run directory `backbone_run`; with an empty string the backbone starts random, which in stage `action` it stays.
+    The network that is trained starts as that of `start_run`, if one is named. A pair (pattern, replacement) of `start_map`
+    says where parameters are in that run whose path here matches the regular expression: ("decoder/", "decoder/"); an empty
+    replacement leaves them as they start. The first pair that matches counts; other paths are the same in both.
     """
 
     stage: Literal["video", "action"] = "action"
     seed: int = 0
     backbone_run: str = ""
+    start_run: str = ""
+    start_map: tuple[tuple[str, str], ...] = ()
     precision: Literal["float32", "bfloat16"] = "float32"  # of activations; optimised parameters stay float32
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"  # implementation; auto is the platform's fastest
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     text: TextConfig = TextConfig()
@@ -316,6 +365,7 @@ class ExperimentConfig:
     compat: CompatConfig = CompatConfig()
     noise: NoiseConfig = NoiseConfig()
     train: TrainConfig = TrainConfig()
+    lora: LoraConfig = LoraConfig()
     mesh: MeshConfig = MeshConfig()
     policy: PolicyConfig = PolicyConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -333,6 +383,9 @@ class ExperimentConfig:
                  f"{len(self.data.cameras)}, the number of data.cameras")
         _require(not self.data.latents or bool(self.backbone_run), "data.latents", self.data.latents,
                  "no folder, since 'backbone_run', whose tokenizer makes the latents, is empty")
+        _require(self.mesh.sequence == -1 or self.backbone.num_heads % self.mesh.sequence == 0, "mesh.sequence",
+                 self.mesh.sequence, f"a divisor of backbone.num_heads={self.backbone.num_heads}")
+        _require(bool(self.start_run) or not self.start_map, "start_map", self.start_map, "nothing, since 'start_run' is empty")
         _require(self.text.width == self.backbone.text_width, "text.width", self.text.width,
                  f"backbone.text_width={self.backbone.text_width}")
         for name, width in (("action", self.decoder.action_dim), ("proprio", self.decoder.proprio_dim)):

@@ -82,7 +82,7 @@ def test_every_field_has_a_dotted_path():
     ("evaluation.tasks", "reach-v3", "'reach-v3'; expected a tuple"),
     ("evaluation.tasks", ("reach-v3", 3), "3; expected type str"),
     ("stage", "vdeo", "'vdeo'; expected one of 'video', 'action'"),
-    ("train.schedule", "step", "'step'; expected one of 'constant', 'cosine', 'linear'"),
+    ("train.schedule", "step", "'step'; expected one of 'constant', 'cosine', 'linear', 'wsd'"),
     ("train", 5, "5; expected a group of fields"),
 ])  # fmt: skip
 def test_a_wrong_type_is_named_with_its_value(path, value, complaint):
