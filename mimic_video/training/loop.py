@@ -16,7 +16,7 @@ from mimic_video.training.sharding import global_batch, make_mesh, require_divis
 from mimic_video.training.steps import (
     TrainState,
     abstract_state,
-    make_state,
+    initial_state,
     make_train_step,
     make_validation_step,
     place,
@@ -43,9 +43,9 @@ def train(
 
     Args:
         init: all parameters at the start: called unless there is a checkpoint.
-        batches: step → the batches from that step on, this process's part; a function of (seed, step) alone.
+        batches: step → the batches from that step on, this process's `batch_rows`; a function of (seed, step) alone.
         data: step → where `batches` stand after it and what they are drawn from, for JSON; kept with each checkpoint.
-        validation: fixed batches that validation errors are averaged over.
+        validation: fixed batches that validation errors are averaged over; this process's rows, too.
 
     Returns:
         The final state; the run directory holds it too.
@@ -63,7 +63,7 @@ def train(
             trained, frozen = split_params(init(), config.stage)
             checkpoints.save_frozen(run, frozen)
             frozen = checkpoints.load_frozen(run)  # what an earlier start of this run kept, if there was one
-            state = place(make_state(config, trained), mesh)
+            state = initial_state(config, place(trained, mesh), mesh)
         else:
             frozen = checkpoints.load_frozen(run)
             state = checkpoints.restore(manager, abstract_state(vam, mesh))
@@ -80,7 +80,8 @@ def _run_steps(config, vam, mesh, state, frozen, batches, data, validation, run,
     validate = make_validation_step(vam)
     validation = [global_batch(batch, mesh) for batch in validation]
     writer = MetricWriter(run, start)
-    progress = tqdm(total=settings.steps, initial=start, desc=f"{config.stage} stage", unit="step", mininterval=1.0)
+    progress = tqdm(total=settings.steps, initial=start, desc=f"{config.stage} stage", unit="step", mininterval=1.0,
+                    disable=jax.process_index() > 0)
     pending, waited, clock = [], 0.0, time.perf_counter()
     for step in range(start + 1, settings.steps + 1):
         asked = time.perf_counter()

@@ -1,5 +1,6 @@
 """The training state and the compiled step of either stage."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,12 @@ def make_state(config: ExperimentConfig, params: Params) -> TrainState:
     """The state before the first step."""
     ema = jax.tree.map(jnp.copy, params) if config.train.keeps_average else {}
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=make_optimizer(config.train).init(params), ema=ema)
+
+
+def initial_state(config: ExperimentConfig, params: Params, mesh: Mesh) -> TrainState:
+    """`make_state` of placed parameters; every leaf is made where the sharding rules want it."""
+    make = functools.partial(make_state, config)
+    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, params), mesh))(params)
 
 
 def abstract_state(vam: VideoActionModel, mesh: Mesh) -> TrainState:
@@ -94,6 +101,17 @@ def make_validation_step(vam: VideoActionModel) -> Callable[[Params, Params, Bat
         return loss(params | frozen, batch, jax.random.key(vam.config.seed))[1]
 
     return validate
+
+
+def random_params(vam: VideoActionModel, mesh: Mesh) -> Params:
+    """`vam.init` by the experiment's seed, every part that the stage reads made where the sharding rules want it."""
+
+    def make(key: jax.Array) -> Params:
+        trained, frozen = split_params(vam.init(key), vam.config.stage)
+        return trained | frozen
+
+    key = jax.random.key(vam.config.seed)
+    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, key), mesh))(key)
 
 
 def place(tree: Any, mesh: Mesh) -> Any:
