@@ -1,5 +1,6 @@
 """The `--config=FILE.py[:ARG] [--config.FIELD=VALUE ...]` of every launch script."""
 
+import contextlib
 import pathlib
 import sys
 from collections.abc import Callable
@@ -12,8 +13,12 @@ from mimic_video.config import ConfigError, ExperimentConfig, experiment_from, f
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, e.g. configs/quickstart.py:action")
 
 
-def run(main: Callable[[ExperimentConfig], None], expected_errors: tuple[type[Exception], ...] = ()) -> None:
-    """Parses the command line and calls `main` with the experiment.
+def run(
+    main: Callable[[ExperimentConfig], None],
+    expected_errors: tuple[type[Exception], ...] = (),
+    inside: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+) -> None:
+    """Parses the command line and calls `main` with the experiment, inside of a context.
 
     A mistake of the user's, that is a ConfigError or one of `expected_errors`, ends the script with its message and exit
     code 1; anything else keeps its traceback.
@@ -29,9 +34,11 @@ def run(main: Callable[[ExperimentConfig], None], expected_errors: tuple[type[Ex
     logging.set_verbosity(logging.WARNING)  # orbax and JAX narrate
 
     def start(_: list[str]) -> None:
-        try:
-            main(experiment_from(_CONFIG.value.to_dict()))
-        except (ConfigError, *expected_errors) as error:
-            sys.exit(f"error: {error}")
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(inside())
+                main(experiment_from(_CONFIG.value.to_dict()))
+            except (ConfigError, *expected_errors) as error:
+                sys.exit(f"error: {error}")
 
     app.run(start)

@@ -5,6 +5,9 @@
 
 The same command after an interruption continues from the last checkpoint and ends with the same parameters. It is an error if the
 datasets have changed in between.
+
+On several hosts it runs once on each, or once per GPU under SLURM, with one --workdir for all; `mimic_video.training.distributed`
+says how the processes find each other, and that all of them end when one fails.
 """
 
 import dataclasses
@@ -18,6 +21,7 @@ import numpy as np
 from absl import flags
 from flax import nnx
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from data_pipelines.datasets import Datasets, open_datasets, with_latents
 from data_pipelines.loader import Part, WindowDataset, data_state, make_batches
@@ -29,7 +33,10 @@ from mimic_video.embodiments import Embodiment
 from mimic_video.models.patch_tokenizer import PatchTokenizer
 from mimic_video.models.text import make_text_encoder
 from mimic_video.training import checkpoints
+from mimic_video.training.distributed import processes
 from mimic_video.training.loop import train
+from mimic_video.training.sharding import batch_rows, make_mesh
+from mimic_video.training.steps import random_params
 from mimic_video.transforms import Normalizer
 from mimic_video.vam import Params, VideoActionModel
 
@@ -54,16 +61,18 @@ def fit_tokenizer(config: ExperimentConfig, datasets: Windows) -> Params:
     return jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(tokenizer, nnx.Param)))
 
 
-def initial_params(config: ExperimentConfig, datasets: Windows) -> Params:
-    """Random networks, and the tokenizer and backbone of a `backbone_run`."""
-    params = VideoActionModel(config).init(jax.random.key(config.seed))
+def initial_params(config: ExperimentConfig, datasets: Windows, mesh: Mesh) -> Params:
+    """Random networks, made where they belong, and the tokenizer and backbone of a `backbone_run`."""
+    params, first = random_params(VideoActionModel(config), mesh), jax.process_index() == 0
     if config.backbone_run:
         run = pathlib.Path(config.backbone_run)
         pretrained, step = checkpoints.load_params(run, checkpoints.START_PRECISION[config.stage])
-        print(f"backbone: step {step} of {run}")
+        if first:
+            print(f"backbone: step {step} of {run}")
         new = {name: params["backbone"][name] for name in params["backbone"].keys() - pretrained["backbone"].keys()}
         return params | {"tokenizer": pretrained["tokenizer"], "backbone": pretrained["backbone"] | new}  # new: view embedding
-    return params | {"tokenizer": fit_tokenizer(config, datasets)}
+    tokenizer = fit_tokenizer(config, datasets) if first else params["tokenizer"]
+    return params | {"tokenizer": multihost_utils.broadcast_one_to_all(tokenizer)}
 
 
 def open_windows(config: ExperimentConfig, split: str, run: pathlib.Path) -> Datasets:
@@ -111,6 +120,8 @@ def main(config: ExperimentConfig) -> None:
         trained = with_views_of(config, checkpoints.read_config(backbone))
         checkpoints.require_same_model(trained, config, _BACKBONE_FIELDS, backbone)
         checkpoints.require_checkpoint(backbone)
+    mesh = make_mesh(config.mesh)
+    rows = batch_rows(config.train.batch_size, mesh)
     datasets, phases = open_windows(config, config.data.train_split, run)
     if config.decoder.embodiments and config.stage == "action" and len(datasets) != config.decoder.embodiments:
         raise ConfigError(f"config field 'decoder.embodiments' is {config.decoder.embodiments}; expected {len(datasets)}, the "
@@ -130,8 +141,7 @@ def main(config: ExperimentConfig) -> None:
     def batches(parts: list[Part], mixture: Mixture, start_step: int):
         return make_batches(
             parts, mixture, batch_size=config.train.batch_size, start_step=start_step, text=encode_text, decoder=config.decoder,
-            process_index=jax.process_index(), process_count=jax.process_count(), workers=config.data.workers,
-            skip_broken=config.data.skip_broken,
+            rows=rows, workers=config.data.workers, skip_broken=config.data.skip_broken,
         )  # fmt: skip
 
     validation = []
@@ -139,9 +149,9 @@ def main(config: ExperimentConfig) -> None:
         stream = batches(*mixed(open_windows(config, config.data.validation_split, run).windows, 0), 0)
         validation = [next(stream) for _ in range(_VALIDATION_BATCHES)]
     data = mixed(datasets, config.seed)
-    train(config, run, lambda: initial_params(config, datasets), lambda step: batches(*data, step),
+    train(config, run, lambda: initial_params(config, datasets, mesh), lambda step: batches(*data, step),
           lambda step: data_state(*data, step), validation)  # fmt: skip
 
 
 if __name__ == "__main__":
-    experiment.run(main, (DatasetError, checkpoints.RunError))
+    experiment.run(main, (DatasetError, checkpoints.RunError), inside=processes)

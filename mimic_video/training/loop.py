@@ -79,9 +79,10 @@ def _run_steps(config, vam, mesh, state, frozen, batches, data, validation, run,
     step_function = make_train_step(vam, mesh, state)
     validate = make_validation_step(vam)
     validation = [global_batch(batch, mesh) for batch in validation]
-    writer = MetricWriter(run, start)
+    first = jax.process_index() == 0  # which alone writes and shows metrics
+    writer = MetricWriter(run, start) if first else None
     progress = tqdm(total=settings.steps, initial=start, desc=f"{config.stage} stage", unit="step", mininterval=1.0,
-                    disable=jax.process_index() > 0)
+                    disable=not first)
     pending, waited, clock = [], 0.0, time.perf_counter()
     for step in range(start + 1, settings.steps + 1):
         asked = time.perf_counter()
@@ -103,12 +104,14 @@ def _run_steps(config, vam, mesh, state, frozen, batches, data, validation, run,
             pending, waited = [], 0.0
             if validating:
                 values |= _validation_metrics(validate, state, frozen, validation)
-            writer.write(step, values)
+            if writer:
+                writer.write(step, values)
             clock = time.perf_counter()
         if saving:
             checkpoints.save(manager, state, data(step))
     progress.close()
-    writer.close()
+    if writer:
+        writer.close()
     return state
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -115,5 +116,12 @@ def random_params(vam: VideoActionModel, mesh: Mesh) -> Params:
 
 
 def place(tree: Any, mesh: Mesh) -> Any:
-    """Puts parameters or state where the sharding rules want them."""
-    return jax.device_put(tree, shardings(tree, mesh))
+    """Puts parameters or state where the sharding rules want them; what processes hold by themselves is the same in all."""
+
+    def one(leaf: Any, where: NamedSharding) -> jax.Array:
+        if where.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
+            return jax.device_put(leaf, where)
+        values = np.asarray(leaf)
+        return jax.make_array_from_callback(values.shape, where, lambda index: values[index])
+
+    return jax.tree.map(one, tree, shardings(tree, mesh))
