@@ -39,7 +39,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         sizes[sizes.index(-1)] = len(devices) // -math.prod(sizes)
     if math.prod(sizes) != len(devices):
         raise ConfigError(f"config field 'mesh' is {config}; its axes must multiply to the {len(devices)} devices there are")
-    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     data, *within = sizes
     if data % slices:
         raise ConfigError(f"config field 'mesh.data' is {data}; expected a multiple of the {slices} TPU slices")
