@@ -30,7 +30,8 @@ def experiment_file(config_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     data = str(write_rlds(folder, "tiny", splits, control_hz=10.0, image_size=tiny.SIZE, description="Noise."))
     train = {"steps": STEPS, "batch_size": 16, "checkpoint_every": CHECKPOINT_EVERY}
-    return config_file(tiny.experiment(train=train, data={"video_dataset": data, "action_dataset": data}))
+    datasets = {"video_dataset": data, "action_dataset": data}
+    return config_file(tiny.experiment(train=train, data=datasets, backbone={"width": 32, "num_heads": 4}))
 
 
 class Processes:
@@ -93,7 +94,8 @@ def test_four_processes_train_as_one_even_if_one_of_them_is_killed(launch, exper
         for index in (0, 1, 3):
             assert f"error: process 2 on {socket.gethostname()} has shown no sign of life for 30 s" in job.printed(index)
     assert not (runs["four"] / "checkpoints" / str(STEPS)).exists()
-    with Processes(tmp_path / "restarted", 4, commands["four"]) as job:
+    shared = ["--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.sequence=4"]  # a sample is on two processes
+    with Processes(tmp_path / "restarted", 4, commands["four"] + shared) as job:
         assert job.end() == [0] * 4, job.printed(0)
         assert "loss" in job.printed(0) and not any("loss" in job.printed(index) for index in (1, 2, 3))
     launch("train", *commands["one"])
@@ -103,9 +105,9 @@ def test_four_processes_train_as_one_even_if_one_of_them_is_killed(launch, exper
     for name in ("loss", "action_mse", "grad_norm"):
         one, four = ([record[name] for record in records[each]] for each in ("one", "four"))
         assert len(set(one)) == STEPS
-        np.testing.assert_allclose(four, one, rtol=1e-6)
+        np.testing.assert_allclose(four, one, rtol=5e-7)
     one, four = (checkpoints.load_params(run, "stored")[0] for run in runs.values())
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), four, one)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), four, one)
 
 
 @pytest.mark.slow
