@@ -76,7 +76,7 @@ def initialize(environment: Mapping[str, str]) -> None:
     explicit = {name: environment[name] for name in _EXPLICIT if environment.get(name)}
     if explicit.get("JAX_NUM_PROCESSES") == "1":
         return
-    timeouts = {"heartbeat_timeout_seconds": int(2 * SILENCE), "shutdown_timeout_seconds": int(2 * SILENCE)}  # ours come first
+    timeout = {"heartbeat_timeout_seconds": int(2 * SILENCE)}  # JAX's own, so that ours comes first
     if explicit:
         for name in _EXPLICIT:
             if name not in explicit:
@@ -86,13 +86,13 @@ def initialize(environment: Mapping[str, str]) -> None:
         index = _number("JAX_PROCESS_ID", explicit, 0, count)
         if not re.fullmatch(r".+:\d+", address):
             raise ConfigError(f"environment variable JAX_COORDINATOR_ADDRESS is {address!r}; expected host:port")
-        jax.distributed.initialize(address, count, index, cluster_detection_method="deactivate", **timeouts)
+        jax.distributed.initialize(address, count, index, cluster_detection_method="deactivate", **timeout)
     elif "SLURM_STEP_NODELIST" in environment and _number("SLURM_NTASKS", environment, 1, 2**31) > 1:
-        jax.distributed.initialize(cluster_detection_method="slurm", **timeouts)
+        jax.distributed.initialize(cluster_detection_method="slurm", **timeout)
     elif cloud_tpu_init.running_in_cloud_tpu_vm:
         hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES", "")  # of GKE
         if "," in hosts or "MEGASCALE_NUM_SLICES" in environment or (not hosts and "TPU_SKIP_MDS_QUERY" not in environment):
-            jax.distributed.initialize(**timeouts)
+            jax.distributed.initialize(**timeout)
 
 
 def _number(name: str, environment: Mapping[str, str], low: int, end: int) -> int:
@@ -115,6 +115,7 @@ class _Watch:
     def __init__(self):
         self._client, self._index, self._ending = global_state.client, global_state.process_id, threading.Event()
         self._name = f"process {self._index} on {socket.gethostname()}"
+        self._heard: dict[str, tuple[str, float]] = {}  # last sign of life of each process, and when it came
         self._thread = threading.Thread(target=self._run, name="watch over other processes", daemon=True)
         self._thread.start()
 
@@ -140,14 +141,13 @@ class _Watch:
         self._exit(1)
 
     def _run(self) -> None:
-        silent_since: dict[str, tuple[str, float]] = {}
         beats = 0
         while not self._ending.is_set():
             beats += 1
             try:
-                self._client.key_value_set(f"{_ALIVE}/{self._index:06}", f"{beats} {self._name}", allow_overwrite=True)
+                self._client.key_value_set(f"{_ALIVE}/{self._name}", str(beats), allow_overwrite=True)
                 if self._index == 0:
-                    self._check(silent_since)
+                    self._check()
                 reason = self._client.blocking_key_value_get(_FAILURE, int(1000 * _BEAT))
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" in str(error):  # nobody failed
@@ -157,15 +157,16 @@ class _Watch:
                 print(f"error: {reason}", file=sys.stderr)
                 self._exit(OTHER_FAILED)
 
-    def _check(self, last: dict[str, tuple[str, float]]) -> None:
+    def _check(self) -> None:
         """Publishes the failure of a process whose sign of life has not changed for too long."""
         now = time.monotonic()
-        for key, sign in self._client.key_value_dir_get(_ALIVE):
-            if last.get(key, ("",))[0] != sign:
-                last[key] = sign, now
-            elif now - last[key][1] > SILENCE:
-                self._publish(f"{sign.split(' ', 1)[1]} has shown no sign of life for {SILENCE:.0f} s: it was killed, ran out of "
-                              "memory or lost its machine")
+        for key, beats in self._client.key_value_dir_get(_ALIVE):
+            if self._heard.get(key, ("",))[0] != beats:
+                self._heard[key] = beats, now
+            elif now - self._heard[key][1] > SILENCE:
+                name = key.rpartition("/")[2]
+                self._publish(f"{name} has shown no sign of life for {SILENCE:.0f} s: it was killed, ran out of memory or lost "
+                              "its machine")  # fmt: skip
 
     def _publish(self, reason: str) -> None:
         """The first reason is the one that all print."""

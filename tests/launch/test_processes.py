@@ -20,7 +20,7 @@ from mimic_video.training.distributed import OTHER_FAILED, SILENCE
 from mimic_video.training.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
-STEPS, CHECKPOINT_EVERY = 16, 4
+STEPS, CHECKPOINT_EVERY = 8, 2
 DEADLINE = 300  # seconds that anything may take
 
 
