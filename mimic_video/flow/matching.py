@@ -58,9 +58,9 @@ def video_sigma_quantiles(probabilities: Float[np.ndarray, " n"], config: NoiseC
     return np.exp(np.interp(probabilities, below, log_sigma))
 
 
-def sample_action_time(key: jax.Array, batch: int) -> Float[Array, " b"]:
+def sample_action_time(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
     """Action flow times, uniform in [0.001, 1) (SPEC 7)."""
-    return ACTION_TIME_MIN + (1 - ACTION_TIME_MIN) * jax.random.uniform(key, (batch,))
+    return ACTION_TIME_MIN + (1 - ACTION_TIME_MIN) * jax.random.uniform(key, shape)
 
 
 def scale_to_unit_variance(x_tau: Float[Array, "b ..."], time: Float[Array, " b"]) -> Float[Array, "b ..."]:

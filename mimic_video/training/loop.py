@@ -57,7 +57,7 @@ def train(
     require_divisible(config.train.batch_size, mesh)
     with checkpoints.open_checkpoints(run, config.train.keep_checkpoints) as manager:
         if manager.latest_step() is None:
-            trained, frozen = split_params(init(), config.stage)
+            trained, frozen = split_params(init(), config)
             checkpoints.save_frozen(run, frozen)
             frozen = checkpoints.load_frozen(run)  # what an earlier start of this run kept, if there was one
             state = place(make_state(config, trained), mesh)
@@ -92,11 +92,11 @@ def _run_steps(config, vam, mesh, state, frozen, batches, data, validation, run,
         last = step == settings.steps
         saving = step % settings.checkpoint_every == 0 or last
         validating = bool(validation) and (step % settings.validate_every == 0 or last)
-        logging = step % settings.log_every == 0 or saving or validating
+        recording = step % settings.log_every == 0 or saving or validating
         if step == start + 1:  # it compiled
             jax.block_until_ready(metrics)
             clock.restart()
-        if logging:
+        if recording:
             values = {name: float(np.mean([m[name] for m in jax.device_get(pending)])) for name in metrics}
             if not np.isfinite(values["loss"]):  # before anything is saved
                 raise NonFiniteLossError(f"loss is {values['loss']} between steps {step - len(pending) + 1} and {step} of {run}")
@@ -109,7 +109,7 @@ def _run_steps(config, vam, mesh, state, frozen, batches, data, validation, run,
             writer.write(step, values)
         if saving:
             checkpoints.save(manager, state, data(step))
-        if logging:
+        if recording:
             clock.restart()
     progress.close()
     writer.close()

@@ -39,7 +39,7 @@ def group_norms(tree: Any, prefix: str) -> dict[str, Float[Array, ""]]:
         network, name = path_name(path).split("/", 1)
         group = next(match.expand(group) for pattern, group in _GROUPS if (match := re.search(pattern, name)))
         groups.setdefault(f"{prefix}/{network}/{group}", []).append(leaf)
-    return {name: optax.global_norm(leaves) for name, leaves in groups.items()}
+    return {name: optax.tree.norm(leaves) for name, leaves in groups.items()}
 
 
 def device_memory() -> dict[str, float]:
