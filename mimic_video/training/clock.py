@@ -1,7 +1,6 @@
 """What a run's wall time goes into, and profiles of chosen steps."""
 
 import contextlib
-import math
 import os
 import pathlib
 import time
@@ -11,11 +10,12 @@ from typing import Any
 import jax
 
 from mimic_video.config import ConfigError, ExperimentConfig
+from mimic_video.training.flops import mfu, step_flops, video_tokens
 from mimic_video.training.metrics import read_metrics
 
 # Metrics that a repeated run does not repeat: everything else is a function of the configuration and the data.
-MEASURED = ("samples_per_second", "tokens_per_second", "data_wait_fraction", "step_seconds", "goodput",
-            "memory_gb", "memory_gb_peak")  # fmt: skip
+MEASURED = ("step_seconds", "goodput", "samples_per_second", "tokens_per_second", "model_flops_per_second", "data_wait_fraction",
+            "mfu", "memory_gb", "memory_gb_peak")  # fmt: skip
 
 
 def first_start(run: pathlib.Path) -> float:
@@ -49,8 +49,8 @@ class StepClock:
     def __init__(self, config: ExperimentConfig, run: pathlib.Path, started: float):
         records = read_metrics(run)
         self._started, self._counted = started, records[-1].get("step_seconds", 0.0) if records else 0.0
-        self._batch_size = config.train.batch_size
-        self._tokens = math.prod(config.data.latent_shape) // math.prod(config.backbone.patch)  # of a sample's video
+        self._samples, self._tokens = config.train.batch_size, config.train.batch_size * video_tokens(config)
+        self._flops, self._devices = step_flops(config).model, jax.devices()
         self.restart()
 
     def restart(self) -> None:
@@ -64,18 +64,30 @@ class StepClock:
         yield
         self._waited += time.perf_counter() - start
 
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Around what takes time but is no part of a step."""
+        start = time.perf_counter()
+        yield
+        self._mark += time.perf_counter() - start
+
     def step(self) -> None:
         self._steps += 1
 
     def lap(self) -> dict[str, float]:
-        """Metrics of the steps since the restart, whose results have arrived."""
+        """Metrics of the steps since the restart, whose results have arrived; tokens are the video's, the model's FLOPs those of
+        `step_flops`, and `mfu` is absent where the chip's peak is not known."""
         seconds = time.perf_counter() - self._mark
         self._counted += seconds if self._steps else 0.0
         values = {"step_seconds": self._counted, "goodput": self._counted / (time.time() - self._started)}
         if self._steps:
-            samples = self._steps * self._batch_size / seconds
-            values |= {"samples_per_second": samples, "tokens_per_second": samples * self._tokens,
-                       "data_wait_fraction": self._waited / seconds}  # fmt: skip
+            rate = self._steps / seconds
+            values |= {
+                "samples_per_second": rate * self._samples, "tokens_per_second": rate * self._tokens,
+                "model_flops_per_second": rate * self._flops, "data_wait_fraction": self._waited / seconds,
+            }  # fmt: skip
+            if (utilisation := mfu(rate * self._flops, self._devices)) is not None:
+                values["mfu"] = utilisation
         return values
 
 

@@ -81,13 +81,15 @@ def _run_steps(config, vam, mesh, state, frozen, batches, data, validation, run,
     progress = tqdm(total=settings.steps, initial=start, desc=f"{config.stage} stage", unit="step", mininterval=1.0)
     pending = []
     for step in range(start + 1, settings.steps + 1):
-        profiler.before(step)
+        with clock.stopped():
+            profiler.before(step)
         with clock.waiting():
             batch = global_batch(next(batches), mesh)
         state, metrics = step_function(state, frozen, batch)
         pending.append(metrics)
         clock.step()
-        profiler.after(step, metrics)
+        with clock.stopped():
+            profiler.after(step, metrics)
         progress.update()
         last = step == settings.steps
         saving = step % settings.checkpoint_every == 0 or last
