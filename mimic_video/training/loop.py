@@ -67,17 +67,16 @@ def train(
             checkpoints.require_same_data(manager, data)
         start = int(state.step)
         if start < config.train.steps:
-            state = _run_steps(config, vam, mesh, state, place(frozen, mesh), batches(start), data, validation, run, manager,
-                               started, profiler)  # fmt: skip
+            with MetricWriter(run, start, config) as writer:
+                state = _run_steps(config, vam, mesh, state, place(frozen, mesh), batches(start), data, validation, run, manager,
+                                   writer, StepClock(config, run, started), profiler)  # fmt: skip
     return state
 
 
-def _run_steps(config, vam, mesh, state, frozen, batches, data, validation, run, manager, started, profiler) -> TrainState:
+def _run_steps(config, vam, mesh, state, frozen, batches, data, validation, run, manager, writer, clock, profiler) -> TrainState:
     settings, start = config.train, int(state.step)
     step_function = make_train_step(vam, mesh, state)
     validate = make_validation(vam, mesh, validation, run)
-    writer = MetricWriter(run, start, config)
-    clock = StepClock(config, run, started)
     progress = tqdm(total=settings.steps, initial=start, desc=f"{config.stage} stage", unit="step", mininterval=1.0)
     pending = []
     for step in range(start + 1, settings.steps + 1):
@@ -114,5 +113,4 @@ def _run_steps(config, vam, mesh, state, frozen, batches, data, validation, run,
         if recording:
             clock.restart()
     progress.close()
-    writer.close()
     return state

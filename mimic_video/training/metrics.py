@@ -8,9 +8,10 @@ import re
 import secrets
 import types
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax
+import numpy as np
 import optax
 from jaxtyping import Array, Float, UInt8
 from tensorboardX import SummaryWriter
@@ -52,39 +53,52 @@ def device_memory() -> dict[str, float]:
 class MetricWriter:
     """Appends one record per logged step to metrics.jsonl, TensorBoard and, if configured, Weights & Biases.
 
-    After a resume, records of steps that will be repeated are dropped first. Weights & Biases cannot drop any: the same run there
-    goes on (its id is in the run directory), and keeps what it had of those steps.
+    A context manager; of several processes the first one writes. After a resume, records of steps that will be repeated are
+    dropped first. Weights & Biases cannot drop any: there the same run goes on (its id is in the run directory) and keeps what it
+    has of those steps.
     """
 
     def __init__(self, run: pathlib.Path, start_step: int, config: ExperimentConfig):
+        self._first = jax.process_index() == 0
+        if not self._first:
+            return
         run.mkdir(parents=True, exist_ok=True)
         path = run / "metrics.jsonl"
         kept = [record for record in read_metrics(run) if record["step"] <= start_step]
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         os.replace(partial, path)
+        self._wandb = _wandb_run(run, config) if config.train.wandb_project else None
         self._file = path.open("a")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1 if start_step else None)
-        self._wandb = _wandb_run(run, config) if config.train.wandb_project else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._first:
+            return
+        self._file.close()
+        self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        if not self._first:
+            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         self._to_wandb(step, values)
 
-    def write_image(self, step: int, name: str, image: UInt8[Any, "h w 3"]) -> None:
+    def write_image(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
         """Shows a picture in TensorBoard and Weights & Biases."""
+        if not self._first:
+            return
         self._board.add_image(name, image, step, dataformats="HWC")
         if self._wandb is not None:
             self._to_wandb(step, {name: wandb_package().Image(image)})
-
-    def close(self) -> None:
-        self._file.close()
-        self._board.close()
-        if self._wandb is not None:
-            self._wandb.finish()
 
     def _to_wandb(self, step: int, values: Mapping[str, Any]) -> None:
         if self._wandb is not None and step >= self._wandb.step:

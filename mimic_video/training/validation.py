@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
+from mimic_video.config import DataConfig
 from mimic_video.flow import matching, solvers
 from mimic_video.media import film_strip, write_video
 from mimic_video.training.metrics import MetricWriter
@@ -43,7 +44,6 @@ def make_validation(
     if settings.validation_curves and batches:
         curves = {"video": make_video_curve, "action": make_action_curves}[stage](vam, mesh)
         sample = make_video_samples(vam, mesh)
-        shown = global_batch(_first_rows(batches[0], settings.batch_size, mesh), mesh)
 
     def validate(step: int, params: Params, frozen: Params, writer: MetricWriter) -> dict[str, float]:
         collected = jax.device_get([loss(params, frozen, batch) for batch in parts])
@@ -51,11 +51,7 @@ def make_validation(
         if settings.validation_curves:
             values |= (found := curves(params, frozen, parts))
             if stage == "video":
-                real, predicted = (_smaller(np.asarray(video)[:_VIDEOS]) for video in sample(params, frozen, shown))
-                pairs = np.concatenate([real, predicted], axis=3)
-                write_video(run / "samples" / f"{step}.gif", np.concatenate(list(pairs), axis=1), vam.config.data.video_hz)
-                columns = np.linspace(vam.config.data.past_frames - 1, real.shape[1] - 1, _COLUMNS).astype(int)
-                writer.write_image(step, "validation_videos", film_strip(real[:, columns], predicted[:, columns]))
+                _show_videos(run, step, sample(params, frozen, parts[0]), vam.config.data, writer)
             elif importlib.util.find_spec("matplotlib"):
                 writer.write_image(step, "validation_curves", draw_curves(found))
         return values
@@ -145,13 +141,16 @@ def make_action_curves(vam: VideoActionModel, mesh: Mesh) -> Curves:
 
 
 def make_video_samples(vam: VideoActionModel, mesh: Mesh) -> Callable[[Params, Params, Batch], Videos]:
-    """(trained parameters, frozen parameters, batch) → its videos and predicted ones, whole in every process.
+    """(trained parameters, frozen parameters, batch) → a few of its videos and their predictions, whole in every process.
 
-    What a batch of latents is shown as is what the tokenizer makes of them.
+    Of a batch without videos, those are what the tokenizer makes of its latents.
     """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    of_each = -(-_VIDEOS // shards)  # rows; the first of every shard stay where they are
 
     def sample(params: Params, frozen: Params, batch: Batch) -> Videos:
         everything = join_params(params, frozen, vam.config)
+        batch = {name: x.reshape(shards, -1, *x.shape[1:])[:, :of_each].reshape(-1, *x.shape[1:]) for name, x in batch.items()}
         latents = vam.window_latents(everything, batch)
         noise = vam.draw_noise(jax.random.key(vam.config.seed), len(latents))["video"]
         past = latents[:, : vam.config.data.past_latents]
@@ -160,6 +159,16 @@ def make_video_samples(vam: VideoActionModel, mesh: Mesh) -> Callable[[Params, P
         return real, vam.decode_video(everything, predicted)
 
     return MeshFunction(jax.jit(sample, out_shardings=NamedSharding(mesh, PartitionSpec())), mesh)
+
+
+def _show_videos(run: pathlib.Path, step: int, videos: Videos, data: DataConfig, writer: MetricWriter) -> None:
+    """Real videos on the left, predicted ones on the right; and a few frames, real above predicted ones."""
+    real, predicted = (_smaller(np.asarray(video[:_VIDEOS])) for video in videos)
+    if jax.process_index() == 0:
+        pairs = np.concatenate([real, predicted], axis=3)
+        write_video(run / "samples" / f"{step}.gif", np.concatenate(list(pairs), axis=1), data.video_hz)
+    columns = np.linspace(data.past_frames - 1, data.num_frames - 1, _COLUMNS).astype(int)
+    writer.write_image(step, "validation_videos", film_strip(real[:, columns], predicted[:, columns]))
 
 
 def draw_curves(values: dict[str, float]) -> UInt8[np.ndarray, "h w 3"]:
@@ -180,13 +189,6 @@ def draw_curves(values: dict[str, float]) -> UInt8[np.ndarray, "h w 3"]:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]
-
-
-def _first_rows(batch: dict[str, np.ndarray], batch_size: int, mesh: Mesh) -> dict[str, np.ndarray]:
-    """The first rows of this process's part of a batch: as few as the mesh divides and make `_VIDEOS` of all processes."""
-    divisor = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = min(divisor * -(-_VIDEOS // divisor), batch_size)
-    return {name: values[: len(values) * rows // batch_size] for name, values in batch.items()}
 
 
 def _smaller(video: UInt8[np.ndarray, "n f h w 3"]) -> UInt8[np.ndarray, "n f y x 3"]:
