@@ -91,7 +91,8 @@ def assert_same_run(killed, whole):
     leaves = [jax.tree_util.tree_leaves_with_path(final_state(run)) for run in (killed, whole)]
     for (path, one), (_, two) in zip(*leaves, strict=True):
         np.testing.assert_array_equal(one, two, err_msg=jax.tree_util.keystr(path))
-    records = [[{k: v for k, v in record.items() if k not in MEASURED} for record in read_metrics(run)] for run in (killed, whole)]
+    records = [[{k: v for k, v in record.items() if k not in MEASURED} for record in read_metrics(run)]
+               for run in (killed, whole)]  # fmt: skip
     assert [record["step"] for record in records[1]] == list(range(5, STEPS + 1, 5))
     assert records[0] == records[1]
     assert any("validation" in name for name in records[0][19])
