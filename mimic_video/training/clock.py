@@ -15,7 +15,7 @@ from mimic_video.training.metrics import read_metrics
 
 # Metrics that a repeated run does not repeat: everything else is a function of the configuration and the data.
 MEASURED = ("step_seconds", "goodput", "samples_per_second", "tokens_per_second", "model_flops_per_second", "data_wait_fraction",
-            "mfu", "memory_gb", "memory_gb_peak")  # fmt: skip
+            "mfu", "hbm_gb", "hbm_gb_peak")  # fmt: skip
 
 
 def first_start(run: pathlib.Path) -> float:

@@ -46,7 +46,7 @@ def group_norms(tree: Any, prefix: str) -> dict[str, Float[Array, ""]]:
 def device_memory() -> dict[str, float]:
     """GB in use and at most in use so far, of the fullest device of this process; nothing where devices do not say (CPU)."""
     stats = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
-    names = {"memory_gb": "bytes_in_use", "memory_gb_peak": "peak_bytes_in_use"}
+    names = {"hbm_gb": "bytes_in_use", "hbm_gb_peak": "peak_bytes_in_use"}
     return {name: max(each[key] for each in stats) / 1e9 for name, key in names.items() if stats}
 
 

@@ -50,10 +50,12 @@ def make_validation(
         values = {f"validation_{name}": float(np.mean([metrics[name] for metrics in collected])) for name in collected[0]}
         if settings.validation_curves:
             values |= (found := curves(params, frozen, parts))
-            if stage == "video":
-                _show_videos(run, step, sample(params, frozen, parts[0]), vam.config.data, writer)
-            elif importlib.util.find_spec("matplotlib"):
-                writer.write_image(step, "validation_curves", draw_curves(found))
+            videos = sample(params, frozen, parts[0]) if stage == "video" else None
+            if jax.process_index() == 0:
+                if videos is not None:
+                    _show_videos(run, step, videos, vam.config.data, writer)
+                elif importlib.util.find_spec("matplotlib"):
+                    writer.write_image(step, "validation_curves", draw_curves(found))
         return values
 
     return validate
@@ -164,9 +166,8 @@ def make_video_samples(vam: VideoActionModel, mesh: Mesh) -> Callable[[Params, P
 def _show_videos(run: pathlib.Path, step: int, videos: Videos, data: DataConfig, writer: MetricWriter) -> None:
     """Real videos on the left, predicted ones on the right; and a few frames, real above predicted ones."""
     real, predicted = (_smaller(np.asarray(video[:_VIDEOS])) for video in videos)
-    if jax.process_index() == 0:
-        pairs = np.concatenate([real, predicted], axis=3)
-        write_video(run / "samples" / f"{step}.gif", np.concatenate(list(pairs), axis=1), data.video_hz)
+    pairs = np.concatenate([real, predicted], axis=3)
+    write_video(run / "samples" / f"{step}.gif", np.concatenate(list(pairs), axis=1), data.video_hz)
     columns = np.linspace(data.past_frames - 1, data.num_frames - 1, _COLUMNS).astype(int)
     writer.write_image(step, "validation_videos", film_strip(real[:, columns], predicted[:, columns]))
 
