@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mimic_video.config import ExperimentConfig
 from mimic_video.models.parallel import BATCH
-from mimic_video.training.lora import init_adapters, join_network, split_network
+from mimic_video.training.lora import init_adapters, join_network, require_names, split_network
 from mimic_video.training.optimizer import average_decay, make_optimizer, make_schedule
 from mimic_video.training.sharding import shardings
 from mimic_video.vam import Batch, Draws, Mean, Metrics, Params, VideoActionModel
@@ -54,11 +54,15 @@ def split_params(params: Params, config: ExperimentConfig) -> tuple[Params, Para
     """(trained, frozen) parts of {"tokenizer", "backbone", "decoder"}; a stage drops what it does not read.
 
     With LoRA, `trained` is {network: what is trained fully, "lora": new adapters} and the rest of the network is frozen.
+
+    Raises:
+        ConfigError: if the configuration of LoRA names a parameter that is not there, or one twice.
     """
     name = TRAINED[config.stage]
     frozen = {other: part for other, part in params.items() if other not in (name, "decoder")}
     if not config.lora.rank:
         return {name: params[name]}, frozen
+    require_names(params, config.lora)
     trained, base = split_network(params[name], config.lora)
     adapters = init_adapters(base, config.lora, jax.random.fold_in(jax.random.key(config.seed), 1))
     return {name: trained, "lora": adapters}, frozen | {name: base}
