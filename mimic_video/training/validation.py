@@ -30,7 +30,7 @@ _COLUMNS, _SHOWN_SIZE = 6, 240  # frames of a row, and their size in pixels, at 
 def make_validation(
     vam: VideoActionModel, mesh: Mesh, batches: Sequence[dict[str, np.ndarray]], run: pathlib.Path
 ) -> Callable[[int, Params, Params, MetricWriter], dict[str, float]]:
-    """(step, trained parameters, frozen parameters, writer) → metrics, averaged over this process's part of fixed batches.
+    """(step, trained parameters, frozen parameters, writer) → metrics, averaged over the fixed `batches` (this process's rows).
 
     `validation_video_mse` or `validation_action_mse` is the error that is trained on, at random noise levels. With
     `train.validation_curves` there is also what `make_video_curve` or `make_action_curves` says, and
@@ -196,4 +196,4 @@ def _smaller(video: UInt8[np.ndarray, "n f h w 3"]) -> UInt8[np.ndarray, "n f y 
     """Averages over squares of 2 to 16 pixels, which `data.image_size` are multiples of, to frames of `_SHOWN_SIZE`."""
     n, f, h, w, _ = video.shape
     factor = next((k for k in (1, 2, 4, 8) if min(h, w) <= k * _SHOWN_SIZE), 16)
-    return video.reshape(n, f, h // factor, factor, w // factor, factor, 3).mean(axis=(3, 5)).round().astype(np.uint8)
+    return video.reshape(n, f, h // factor, factor, w // factor, factor, 3).mean((3, 5), np.float32).round().astype(np.uint8)

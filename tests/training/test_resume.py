@@ -78,7 +78,7 @@ def saved_steps(workdir):
 def final_state(workdir):
     """The last checkpoint and the frozen parameters, as NumPy arrays."""
     config = checkpoints.read_config(workdir)
-    params, _ = split_params(jax.jit(VideoActionModel(config).init)(jax.random.key(1)), config.stage)
+    params, _ = split_params(jax.jit(VideoActionModel(config).init)(jax.random.key(1)), config)
     template = place(make_state(config, params), make_mesh(MeshConfig(), jax.devices()[:1]))
     with checkpoints.open_checkpoints(workdir, 2) as manager:
         state = checkpoints.restore(manager, template)
