@@ -3,6 +3,8 @@
     python launch/train.py --config=configs/quickstart.py:video --workdir=runs/video
     python launch/train.py --config=configs/quickstart.py:action --config.backbone_run=runs/video --workdir=runs/action
 
+With --profile=100:110 the steps 100 to 110 are traced, for TensorBoard's profiler or Perfetto.
+
 The same command after an interruption continues from the last checkpoint and ends with the same parameters. It is an error if the
 datasets have changed in between.
 
@@ -35,6 +37,7 @@ from mimic_video.models.text import make_text_encoder
 from mimic_video.training import checkpoints
 from mimic_video.training.distributed import processes
 from mimic_video.training.loop import train
+from mimic_video.training.metrics import wandb_package
 from mimic_video.training.sharding import batch_rows, make_mesh
 from mimic_video.training.steps import random_params
 from mimic_video.transforms import Normalizer
@@ -43,7 +46,7 @@ from mimic_video.vam import Params, VideoActionModel
 Windows = Mapping[str, WindowDataset]
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory", required=True)
-_VALIDATION_BATCHES = 4
+_PROFILE = flags.DEFINE_string("profile", "", "FIRST:LAST, the steps of which a profiler's trace goes to WORKDIR/profile")
 _BACKBONE_FIELDS = ("data.image_size", "data.past_frames", "data.future_frames", "data.video_hz", *checkpoints.MODEL_FIELDS)
 
 
@@ -111,8 +114,20 @@ def find_embodiments(run: pathlib.Path, config: ExperimentConfig, datasets: Wind
     return checkpoints.load_embodiments(run)
 
 
+def profiled_steps() -> tuple[int, int] | None:
+    """The first and the last step to trace. Raises ConfigError if --profile is not two numbers."""
+    if not _PROFILE.value:
+        return None
+    first, _, last = _PROFILE.value.partition(":")
+    if not (first.isdecimal() and last.isdecimal()):
+        raise ConfigError(f"--profile is {_PROFILE.value!r}; expected FIRST:LAST, two steps such as 100:110")
+    return int(first), int(last)
+
+
 def main(config: ExperimentConfig) -> None:
-    run = pathlib.Path(_WORKDIR.value)
+    run, profile = pathlib.Path(_WORKDIR.value), profiled_steps()
+    if config.train.wandb_project:
+        wandb_package()
     if config.tokenizer.kind == "wan" and not config.backbone_run:
         raise ConfigError("config field 'backbone_run' is empty; expected a run with the weights of the Wan tokenizer")
     if config.backbone_run:
@@ -138,19 +153,20 @@ def main(config: ExperimentConfig) -> None:
         parts = [Part(name, windows, normalizers.get(name)) for name, windows in datasets.items()]
         return parts, Mixture([len(windows) for windows in datasets.values()], phases, config.train.batch_size, seed)
 
-    def batches(parts: list[Part], mixture: Mixture, start_step: int):
+    def batches(parts: list[Part], mixture: Mixture, start_step: int, scales: bool = False):
         return make_batches(
             parts, mixture, batch_size=config.train.batch_size, start_step=start_step, text=encode_text, decoder=config.decoder,
-            rows=rows, workers=config.data.workers, skip_broken=config.data.skip_broken,
+            rows=rows, workers=config.data.workers, skip_broken=config.data.skip_broken, scales=scales,
         )  # fmt: skip
 
     validation = []
     if config.train.validate_every:
-        stream = batches(*mixed(open_windows(config, config.data.validation_split, run).windows, 0), 0)
-        validation = [next(stream) for _ in range(_VALIDATION_BATCHES)]
+        parts = mixed(open_windows(config, config.data.validation_split, run).windows, 0)
+        stream = batches(*parts, 0, scales=config.train.validation_curves)
+        validation = [next(stream) for _ in range(config.train.validation_batches)]
     data = mixed(datasets, config.seed)
     train(config, run, lambda: initial_params(config, datasets, mesh), lambda step: batches(*data, step),
-          lambda step: data_state(*data, step), validation)  # fmt: skip
+          lambda step: data_state(*data, step), validation, profile)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     run/frozen/            parameters that the stage reads but does not train
     run/checkpoints/N/     orbax items after N steps: params, train_state, data (JSON: where the batches stand and what they are
                            drawn from), and ema when it is on; of converted weights, params
-    run/metrics.jsonl, run/tensorboard/
+    run/metrics.jsonl, run/tensorboard/, run/samples/, run/first_start, run/wandb_id, run/wandb/, run/profile/
 """
 
 import json
@@ -28,8 +28,9 @@ from mimic_video.vam import Params, VideoActionModel
 Precision = Literal["configured", "stored", "float32", "bfloat16"]
 START_PRECISION: dict[str, Precision] = {"video": "float32", "action": "configured"}  # in which a stage takes over `backbone_run`
 
-_MAY_CHANGE = ("train.log_every", "train.validate_every", "train.checkpoint_every", "train.keep_checkpoints", "text.model",
-               "text.cache", "tokenizer.chunk_latents", "mesh.", "policy.", "evaluation.")  # fmt: skip
+_MAY_CHANGE = ("train.log_every", "train.wandb_project", "train.validate_every", "train.validation_", "train.checkpoint_every",
+               "train.keep_checkpoints", "text.model", "text.cache", "tokenizer.chunk_latents", "mesh.", "policy.",
+               "evaluation.")  # fmt: skip
 # What the weights of a tokenizer and backbone depend on.
 MODEL_FIELDS = ("data.cameras", "tokenizer.kind", "tokenizer.width", "text.kind", "text.rows", "text.width", "backbone")
 

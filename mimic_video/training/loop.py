@@ -1,7 +1,6 @@
 """One training run from start, or from where it was interrupted, to its last step."""
 
 import pathlib
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,17 +10,11 @@ from tqdm import tqdm
 
 from mimic_video.config import ExperimentConfig
 from mimic_video.training import checkpoints
-from mimic_video.training.metrics import MetricWriter
+from mimic_video.training.clock import ProfilerWindow, StepClock, first_start
+from mimic_video.training.metrics import MetricWriter, device_memory
 from mimic_video.training.sharding import global_batch, make_mesh, require_divisible
-from mimic_video.training.steps import (
-    TrainState,
-    abstract_state,
-    initial_state,
-    make_train_step,
-    make_validation_step,
-    place,
-    split_params,
-)
+from mimic_video.training.steps import TrainState, abstract_state, initial_state, make_train_step, place, split_params
+from mimic_video.training.validation import make_validation
 from mimic_video.vam import Params, VideoActionModel
 
 NumpyBatch = dict[str, np.ndarray]
@@ -38,6 +31,7 @@ def train(
     batches: Callable[[int], Iterator[NumpyBatch]],
     data: Callable[[int], Mapping[str, Any]],
     validation: Sequence[NumpyBatch] = (),
+    profile: tuple[int, int] | None = None,
 ) -> TrainState:
     """Trains `config.stage` in the directory `run`, resuming from its newest checkpoint if it has one.
 
@@ -45,17 +39,20 @@ def train(
         init: all parameters at the start: called unless there is a checkpoint.
         batches: step → the batches from that step on, this process's `batch_rows`; a function of (seed, step) alone.
         data: step → where `batches` stand after it and what they are drawn from, for JSON; kept with each checkpoint.
-        validation: fixed batches that validation errors are averaged over; this process's rows, too.
+        validation: fixed batches that validation errors are averaged over, this process's rows, too; for action errors in raw
+            units, with `action_scale` as in `make_action_curves`.
+        profile: the first and the last step to trace.
 
     Returns:
         The final state; the run directory holds it too.
 
     Raises:
-        ConfigError: if the directory holds a run with another configuration.
+        ConfigError: if the directory holds a run with another configuration, or there are no such steps to trace.
         RunError: if it holds one that was trained on other data.
         NonFiniteLossError: if the loss becomes NaN or infinite.
     """
     checkpoints.write_config(run, config)
+    started, profiler = first_start(run), ProfilerWindow(run, profile, config.train.steps)
     mesh, vam = make_mesh(config.mesh), VideoActionModel(config)
     require_divisible(config.train.batch_size, mesh)
     with checkpoints.open_checkpoints(run, config.train.keep_checkpoints) as manager:
@@ -70,51 +67,51 @@ def train(
             checkpoints.require_same_data(manager, data)
         start = int(state.step)
         if start < config.train.steps:
-            state = _run_steps(config, vam, mesh, state, place(frozen, mesh), batches(start), data, validation, run, manager)
+            with MetricWriter(run, start, config) as writer:
+                state = _run_steps(config, vam, mesh, state, place(frozen, mesh), batches(start), data, validation, run, manager,
+                                   writer, StepClock(config, run, started), profiler)  # fmt: skip
     return state
 
 
-def _run_steps(config, vam, mesh, state, frozen, batches, data, validation, run, manager) -> TrainState:
+def _run_steps(config, vam, mesh, state, frozen, batches, data, validation, run, manager, writer, clock, profiler) -> TrainState:
     settings, start = config.train, int(state.step)
     step_function = make_train_step(vam, mesh, state)
-    validate = make_validation_step(vam, mesh)
-    validation = [global_batch(batch, mesh) for batch in validation]
-    first = jax.process_index() == 0  # which alone writes and shows metrics
-    writer = MetricWriter(run, start) if first else None
+    validate = make_validation(vam, mesh, validation, run)
     progress = tqdm(total=settings.steps, initial=start, desc=f"{config.stage} stage", unit="step", mininterval=1.0,
-                    disable=not first)
-    pending, waited, clock = [], 0.0, time.perf_counter()
+                    disable=jax.process_index() > 0)  # fmt: skip
+    pending = []
     for step in range(start + 1, settings.steps + 1):
-        asked = time.perf_counter()
-        batch = global_batch(next(batches), mesh)
-        waited += time.perf_counter() - asked
+        with clock.stopped():
+            profiler.before(step)
+        with clock.waiting():
+            batch = global_batch(next(batches), mesh)
         state, metrics = step_function(state, frozen, batch)
         pending.append(metrics)
+        clock.step()
+        with clock.stopped():
+            profiler.after(step, metrics)
         progress.update()
         last = step == settings.steps
         saving = step % settings.checkpoint_every == 0 or last
         validating = bool(validation) and (step % settings.validate_every == 0 or last)
-        if step % settings.log_every == 0 or saving or validating:
+        recording = step % settings.log_every == 0 or saving or validating
+        if step == start + 1:  # it compiled
+            jax.block_until_ready(metrics)
+            clock.restart()
+        if recording:
             values = {name: float(np.mean([m[name] for m in jax.device_get(pending)])) for name in metrics}
-            elapsed = time.perf_counter() - clock
             if not np.isfinite(values["loss"]):  # before anything is saved
                 raise NonFiniteLossError(f"loss is {values['loss']} between steps {step - len(pending) + 1} and {step} of {run}")
-            values |= {"samples_per_second": len(pending) * settings.batch_size / elapsed, "data_wait_fraction": waited / elapsed}
-            progress.set_postfix_str(f"loss {values['loss']:.4g}, {values['samples_per_second']:.0f} samples/s")
-            pending, waited = [], 0.0
+            values |= clock.lap() | device_memory()
+            speed = f", {values['samples_per_second']:.0f} samples/s" if "samples_per_second" in values else ""
+            progress.set_postfix_str(f"loss {values['loss']:.4g}{speed}")
+            pending = []
             if validating:
-                values |= _validation_metrics(validate, state, frozen, validation)
-            if writer:
-                writer.write(step, values)
-            clock = time.perf_counter()
+                values |= validate(step, state.inference_params, frozen, writer)
+            writer.write(step, values)
         if saving:
             checkpoints.save(manager, state, data(step))
+        if recording:
+            clock.restart()
     progress.close()
-    if writer:
-        writer.close()
     return state
-
-
-def _validation_metrics(validate, state: TrainState, frozen: Params, batches) -> dict[str, float]:
-    collected = [jax.device_get(validate(state.inference_params, frozen, batch)) for batch in batches]
-    return {f"validation_{name}": float(np.mean([metrics[name] for metrics in collected])) for name in collected[0]}

@@ -197,6 +197,20 @@ def test_each_robot_has_its_own_normaliser(parts, config):
             np.testing.assert_array_equal(row[:, :width], expected)
 
 
+def test_scales_give_differences_of_normalised_actions_their_raw_units(parts, config):
+    statistics = [action_statistics(part.windows.episodes, config) for part in parts]
+    normalizers = [{key: Normalizer.from_statistics(entry[key], "variance") for key in entry} for entry in statistics]
+    normalised = [dataclasses.replace(part, normalizers=own) for part, own in zip(parts, normalizers, strict=True)]
+    (batch,) = mixed_batches(normalised, 1, batch_size=16, scales=True)
+    narrow = ~batch["action_dims"][:, 1]
+    assert 0 < narrow.sum() < 16 and batch["action_scale"].shape == (16, 4, 2)
+    for scale, alone in zip(batch["action_scale"], narrow, strict=True):
+        own, width = normalizers[int(alone)]["action"], 1 if alone else 2
+        zero, one = (own.unnormalize(np.full((4, width), value, np.float32)) for value in (0, 1))
+        np.testing.assert_allclose(scale[:, :width], one - zero, rtol=1e-5)
+        assert not scale[:, width:].any()
+
+
 def test_samples_without_a_camera_share_batches_with_those_that_have_it(make_source, config):
     config = dataclasses.replace(config, cameras=("primary", "wrist"))
     sources = {"without": make_source(12), "with": WristSource(20, 9)}

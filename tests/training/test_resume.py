@@ -17,6 +17,7 @@ import tiny
 from data_pipelines.writers import write_rlds
 from mimic_video.config import MeshConfig, to_dict
 from mimic_video.training import checkpoints, loop
+from mimic_video.training.clock import MEASURED
 from mimic_video.training.metrics import read_metrics
 from mimic_video.training.sharding import make_mesh
 from mimic_video.training.steps import make_state, place, split_params
@@ -77,7 +78,7 @@ def saved_steps(workdir):
 def final_state(workdir):
     """The last checkpoint and the frozen parameters, as NumPy arrays."""
     config = checkpoints.read_config(workdir)
-    params, _ = split_params(jax.jit(VideoActionModel(config).init)(jax.random.key(1)), config.stage)
+    params, _ = split_params(jax.jit(VideoActionModel(config).init)(jax.random.key(1)), config)
     template = place(make_state(config, params), make_mesh(MeshConfig(), jax.devices()[:1]))
     with checkpoints.open_checkpoints(workdir, 2) as manager:
         state = checkpoints.restore(manager, template)
@@ -90,8 +91,8 @@ def assert_same_run(killed, whole):
     leaves = [jax.tree_util.tree_leaves_with_path(final_state(run)) for run in (killed, whole)]
     for (path, one), (_, two) in zip(*leaves, strict=True):
         np.testing.assert_array_equal(one, two, err_msg=jax.tree_util.keystr(path))
-    timing = ("samples_per_second", "data_wait_fraction")
-    records = [[{k: v for k, v in record.items() if k not in timing} for record in read_metrics(run)] for run in (killed, whole)]
+    records = [[{k: v for k, v in record.items() if k not in MEASURED} for record in read_metrics(run)]
+               for run in (killed, whole)]  # fmt: skip
     assert [record["step"] for record in records[1]] == list(range(5, STEPS + 1, 5))
     assert records[0] == records[1]
     assert any("validation" in name for name in records[0][19])
