@@ -4,12 +4,15 @@
     python launch/train.py --config=configs/quickstart.py:action --config.backbone_run=runs/video --workdir=runs/action
 
 The same command after an interruption continues from the last checkpoint and ends with the same parameters. It is an error if the
-datasets have changed in between.
+datasets have changed in between, or if another run is using the directory.
+
+SIGTERM, Ctrl-C and the notice of Google Compute Engine make it finish its step, save and end with exit code 75: start it again.
 """
 
 import dataclasses
 import itertools
 import pathlib
+import sys
 from collections.abc import Mapping
 
 import experiment
@@ -17,7 +20,9 @@ import jax
 import numpy as np
 from absl import flags
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from data_pipelines.datasets import Datasets, open_datasets, with_latents
 from data_pipelines.loader import Part, WindowDataset, data_state, make_batches
@@ -28,8 +33,11 @@ from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.embodiments import Embodiment
 from mimic_video.models.patch_tokenizer import PatchTokenizer
 from mimic_video.models.text import make_text_encoder
-from mimic_video.training import checkpoints
-from mimic_video.training.loop import train
+from mimic_video.training import checkpoints, run_directory
+from mimic_video.training.loop import NonFiniteLossError, train
+from mimic_video.training.preemption import EXIT_CODE, PreemptedError
+from mimic_video.training.sharding import shardings
+from mimic_video.training.steps import TRAINED
 from mimic_video.transforms import Normalizer
 from mimic_video.vam import Params, VideoActionModel
 
@@ -37,7 +45,7 @@ Windows = Mapping[str, WindowDataset]
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory", required=True)
 _VALIDATION_BATCHES = 4
-_BACKBONE_FIELDS = ("data.image_size", "data.past_frames", "data.future_frames", "data.video_hz", *checkpoints.MODEL_FIELDS)
+_BACKBONE_FIELDS = ("data.image_size", "data.past_frames", "data.future_frames", "data.video_hz", *run_directory.MODEL_FIELDS)
 
 
 def fit_tokenizer(config: ExperimentConfig, datasets: Windows) -> Params:
@@ -54,16 +62,31 @@ def fit_tokenizer(config: ExperimentConfig, datasets: Windows) -> Params:
     return jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(tokenizer, nnx.Param)))
 
 
-def initial_params(config: ExperimentConfig, datasets: Windows) -> Params:
-    """Random networks, and the tokenizer and backbone of a `backbone_run`."""
-    params = VideoActionModel(config).init(jax.random.key(config.seed))
+def initial_params(config: ExperimentConfig, datasets: Windows, mesh: Mesh) -> Params:
+    """Random networks on a mesh, but the tokenizer and backbone of a `backbone_run`, and what a `start_run` has."""
+    vam, key = VideoActionModel(config), jax.random.key(config.seed)
+    shapes = flatten_dict(jax.eval_shape(vam.init, key), sep="/")
+    where, found = shardings(shapes, mesh), {}
     if config.backbone_run:
         run = pathlib.Path(config.backbone_run)
-        pretrained, step = checkpoints.load_params(run, checkpoints.START_PRECISION[config.stage])
+        pretrained, step = checkpoints.load_params(run, checkpoints.START_PRECISION[config.stage], mesh)
         print(f"backbone: step {step} of {run}")
-        new = {name: params["backbone"][name] for name in params["backbone"].keys() - pretrained["backbone"].keys()}
-        return params | {"tokenizer": pretrained["tokenizer"], "backbone": pretrained["backbone"] | new}  # new: view embedding
-    return params | {"tokenizer": fit_tokenizer(config, datasets)}
+        found = flatten_dict({name: pretrained[name] for name in ("tokenizer", "backbone")}, sep="/")
+    else:
+        found = flatten_dict({"tokenizer": fit_tokenizer(config, datasets)}, sep="/")
+    if config.start_run:
+        trained = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where[name])
+                   for name, leaf in shapes.items() if name.startswith(f"{TRAINED[config.stage]}/")}  # fmt: skip
+        started = checkpoints.load_start(pathlib.Path(config.start_run), config.start_map, trained)
+        print(f"start: {len(started)} of {len(trained)} arrays of {config.start_run}")
+        found |= started
+    new = shapes.keys() - found.keys()  # of a network with weights, only what those lack: the view embedding
+
+    def init(key: jax.Array) -> dict[str, jax.Array]:
+        return {name: leaf for name, leaf in flatten_dict(vam.init(key), sep="/").items() if name in new}
+
+    found |= jax.jit(init, out_shardings={name: where[name] for name in new})(key)
+    return unflatten_dict(found, sep="/")
 
 
 def open_windows(config: ExperimentConfig, split: str, run: pathlib.Path) -> Datasets:
@@ -93,13 +116,13 @@ def find_embodiments(run: pathlib.Path, config: ExperimentConfig, datasets: Wind
     """
     hosts = Hosts(jax.process_index(), jax.process_count(), multihost_utils.process_allgather)
     if not hosts.gather(np.array((run / "embodiments.json").exists())).all():  # asked together: none goes ahead and writes it
-        checkpoints.save_embodiments(run, {
+        run_directory.save_embodiments(run, {
             name: Embodiment(name, index, cached_statistics(windows.episodes, config.data, hosts), windows.raw_dims,
                              windows.cameras)
             for index, (name, windows) in enumerate(datasets.items())
         })  # fmt: skip
         multihost_utils.sync_global_devices("embodiments")
-    return checkpoints.load_embodiments(run)
+    return run_directory.load_embodiments(run)
 
 
 def main(config: ExperimentConfig) -> None:
@@ -108,9 +131,19 @@ def main(config: ExperimentConfig) -> None:
         raise ConfigError("config field 'backbone_run' is empty; expected a run with the weights of the Wan tokenizer")
     if config.backbone_run:
         backbone = pathlib.Path(config.backbone_run)
-        trained = with_views_of(config, checkpoints.read_config(backbone))
-        checkpoints.require_same_model(trained, config, _BACKBONE_FIELDS, backbone)
+        trained = with_views_of(config, run_directory.read_config(backbone))
+        run_directory.require_same_model(trained, config, _BACKBONE_FIELDS, backbone)
         checkpoints.require_checkpoint(backbone)
+    with run_directory.locked(run):
+        try:
+            train_in(run, config)
+        except PreemptedError as stop:
+            print(stop)
+            sys.exit(EXIT_CODE)
+
+
+def train_in(run: pathlib.Path, config: ExperimentConfig) -> None:
+    """Opens the data, and trains in a directory that is this run's alone."""
     datasets, phases = open_windows(config, config.data.train_split, run)
     if config.decoder.embodiments and config.stage == "action" and len(datasets) != config.decoder.embodiments:
         raise ConfigError(f"config field 'decoder.embodiments' is {config.decoder.embodiments}; expected {len(datasets)}, the "
@@ -118,7 +151,7 @@ def main(config: ExperimentConfig) -> None:
     encode_text = make_text_encoder(config.text)
     for instruction in {episode.instruction for windows in datasets.values() for episode in windows.episodes}:
         encode_text(instruction)  # so that one that does not fit is an error now
-    checkpoints.write_config(run, config)
+    run_directory.write_config(run, config)
     normalizers: dict[str, dict[str, Normalizer]] = {}
     if config.stage == "action":
         normalizers = {name: e.normalizers(config) for name, e in find_embodiments(run, config, datasets).items()}
@@ -139,9 +172,9 @@ def main(config: ExperimentConfig) -> None:
         stream = batches(*mixed(open_windows(config, config.data.validation_split, run).windows, 0), 0)
         validation = [next(stream) for _ in range(_VALIDATION_BATCHES)]
     data = mixed(datasets, config.seed)
-    train(config, run, lambda: initial_params(config, datasets), lambda step: batches(*data, step),
+    train(config, run, lambda mesh: initial_params(config, datasets, mesh), lambda step: batches(*data, step),
           lambda step: data_state(*data, step), validation)  # fmt: skip
 
 
 if __name__ == "__main__":
-    experiment.run(main, (DatasetError, checkpoints.RunError))
+    experiment.run(main, (DatasetError, NonFiniteLossError, run_directory.RunError))

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from mimic_video.config import ConfigError, MeshConfig
-from mimic_video.training import checkpoints
+from mimic_video.training import checkpoints, run_directory
 from mimic_video.training.sharding import make_mesh
 from mimic_video.training.steps import abstract_state, make_state, place, split_params
 from mimic_video.vam import VideoActionModel
@@ -110,14 +110,14 @@ def test_the_data_have_to_be_those_of_the_checkpoint(tmp_path, template):
     check(any={"windows": 0})  # there is no checkpoint yet
     saved(tmp_path, [state_of(template, 5)])
     check(one=one, two=two)
-    with pytest.raises(checkpoints.RunError, match=r"datasets\.two\.windows: 9 → 8") as error:
+    with pytest.raises(run_directory.RunError, match=r"datasets\.two\.windows: 9 → 8") as error:
         check(one=one, two=two | {"windows": 8})
     assert str(tmp_path) in str(error.value) and "one" not in str(error.value) and "content" not in str(error.value)
-    with pytest.raises(checkpoints.RunError, match=r"datasets\.one\.content: 'ab' → 'ef'"):
+    with pytest.raises(run_directory.RunError, match=r"datasets\.one\.content: 'ab' → 'ef'"):
         check(one=one | {"content": "ef"}, two=two)
-    with pytest.raises(checkpoints.RunError, match=r"datasets\.two\.windows: 9 → None"):
+    with pytest.raises(run_directory.RunError, match=r"datasets\.two\.windows: 9 → None"):
         check(one=one)
-    with pytest.raises(checkpoints.RunError, match=r"datasets\.three\.windows: None → 3"):
+    with pytest.raises(run_directory.RunError, match=r"datasets\.three\.windows: None → 3"):
         check(one=one, two=two, three={"windows": 3})
 
 
@@ -132,8 +132,8 @@ def test_a_checkpoint_from_before_the_item_data_continues_with_a_warning(tmp_pat
 
 
 def test_frozen_parameters_are_kept_once(tmp_path, template):
-    checkpoints.write_config(tmp_path, CONFIG)
-    with pytest.raises(checkpoints.RunError, match="has no frozen parameters: its training has not started"):
+    run_directory.write_config(tmp_path, CONFIG)
+    with pytest.raises(run_directory.RunError, match="has no frozen parameters: its training has not started"):
         checkpoints.load_frozen(tmp_path)
     frozen = random_like(template[1], 1)
     assert set(frozen) == {"tokenizer", "backbone"}
@@ -145,10 +145,10 @@ def test_frozen_parameters_are_kept_once(tmp_path, template):
 @pytest.mark.parametrize("ema_decay", [0.9, 0.0])
 def test_parameters_for_inference(tmp_path, template, ema_decay):
     config = tiny.experiment(train={"ema_decay": ema_decay})
-    checkpoints.write_config(tmp_path, config)
+    run_directory.write_config(tmp_path, config)
     frozen = random_like(template[1], 1)
     checkpoints.save_frozen(tmp_path, frozen)
-    with pytest.raises(checkpoints.RunError, match="has no complete checkpoint"):
+    with pytest.raises(run_directory.RunError, match="has no complete checkpoint"):
         checkpoints.load_params(tmp_path)
     state = state_of(template, 4, config, make_mesh(MeshConfig(data=2, fsdp=4)))
     saved(tmp_path, [state_of(template, 2, config), state])
@@ -160,40 +160,40 @@ def test_parameters_for_inference(tmp_path, template, ema_decay):
 
 def test_configuration_of_a_run(tmp_path):
     run = tmp_path / "runs" / "one"
-    with pytest.raises(checkpoints.RunError, match=r"one is not a run directory: it has no config\.json"):
-        checkpoints.read_config(run)
-    checkpoints.write_config(run, CONFIG)
-    assert checkpoints.read_config(run) == CONFIG
-    checkpoints.write_config(run, CONFIG)
+    with pytest.raises(run_directory.RunError, match=r"one is not a run directory: it has no config\.json"):
+        run_directory.read_config(run)
+    run_directory.write_config(run, CONFIG)
+    assert run_directory.read_config(run) == CONFIG
+    run_directory.write_config(run, CONFIG)
 
 
 def test_what_a_run_may_not_change_is_listed(tmp_path):
-    checkpoints.write_config(tmp_path, CONFIG)
+    run_directory.write_config(tmp_path, CONFIG)
     changed = tiny.experiment(seed=3, train={"learning_rate": 0.5}, data={"video_hz": 5.0}, mesh={"fsdp": 2})
     with pytest.raises(ConfigError) as error:
-        checkpoints.write_config(tmp_path, changed)
+        run_directory.write_config(tmp_path, changed)
     for difference in ("seed: 0 → 3", "train.learning_rate: 0.001 → 0.5", "data.video_hz: 10.0 → 5.0", str(tmp_path)):
         assert difference in str(error.value)
     assert "mesh" not in str(error.value) and "train.steps" not in str(error.value)
-    assert checkpoints.read_config(tmp_path) == CONFIG
+    assert run_directory.read_config(tmp_path) == CONFIG
 
 
 def test_what_a_run_may_change_is_recorded(tmp_path):
-    checkpoints.write_config(tmp_path, CONFIG)
+    run_directory.write_config(tmp_path, CONFIG)
     changed = tiny.experiment(train={"log_every": 7, "checkpoint_every": 9, "keep_checkpoints": 1}, mesh={"fsdp": 2},
                               policy={"stop_step": 2}, evaluation={"max_steps": 9})  # fmt: skip
-    checkpoints.write_config(tmp_path, changed)
-    assert checkpoints.read_config(tmp_path) == changed
+    run_directory.write_config(tmp_path, changed)
+    assert run_directory.read_config(tmp_path) == changed
 
 
 def test_weights_of_another_model(tmp_path):
     other = tiny.experiment(backbone={"width": 32, "num_blocks": 3}, text={"rows": 9}, decoder={"width": 32}, seed=4)
-    checkpoints.require_same_model(CONFIG, other, ("data.image_size", "tokenizer"), tmp_path)
+    run_directory.require_same_model(CONFIG, other, ("data.image_size", "tokenizer"), tmp_path)
     with pytest.raises(ConfigError) as error:
-        checkpoints.require_same_model(CONFIG, other, ("text", "backbone"), tmp_path)
+        run_directory.require_same_model(CONFIG, other, ("text", "backbone"), tmp_path)
     for name, now, there in (("backbone.width", 32, 16), ("backbone.num_blocks", 3, 2), ("text.rows", 9, 4)):
         assert f"'{name}' is {now}, there {there}" in str(error.value)
     assert str(tmp_path) in str(error.value)
     assert "decoder" not in str(error.value) and "seed" not in str(error.value)
     same = dataclasses.replace(CONFIG, seed=9, train=dataclasses.replace(CONFIG.train, steps=99))
-    checkpoints.require_same_model(CONFIG, same, ("data", "text", "backbone", "decoder", "tokenizer"), tmp_path)
+    run_directory.require_same_model(CONFIG, same, ("data", "text", "backbone", "decoder", "tokenizer"), tmp_path)

@@ -16,7 +16,7 @@ import tiny
 
 from data_pipelines.writers import write_rlds
 from mimic_video.config import MeshConfig, to_dict
-from mimic_video.training import checkpoints, loop
+from mimic_video.training import checkpoints, loop, run_directory
 from mimic_video.training.metrics import read_metrics
 from mimic_video.training.sharding import make_mesh
 from mimic_video.training.steps import make_state, place, split_params
@@ -76,7 +76,7 @@ def saved_steps(workdir):
 
 def final_state(workdir):
     """The last checkpoint and the frozen parameters, as NumPy arrays."""
-    config = checkpoints.read_config(workdir)
+    config = run_directory.read_config(workdir)
     params, _ = split_params(jax.jit(VideoActionModel(config).init)(jax.random.key(1)), config.stage)
     template = place(make_state(config, params), make_mesh(MeshConfig(), jax.devices()[:1]))
     with checkpoints.open_checkpoints(workdir, 2) as manager:
