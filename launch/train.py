@@ -20,7 +20,6 @@ import jax
 import numpy as np
 from absl import flags
 from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -36,7 +35,7 @@ from mimic_video.models.text import make_text_encoder
 from mimic_video.training import checkpoints, run_directory
 from mimic_video.training.loop import NonFiniteLossError, train
 from mimic_video.training.preemption import EXIT_CODE, PreemptedError
-from mimic_video.training.sharding import shardings
+from mimic_video.training.sharding import named_leaves, shardings
 from mimic_video.training.steps import TRAINED
 from mimic_video.transforms import Normalizer
 from mimic_video.vam import Params, VideoActionModel
@@ -65,15 +64,15 @@ def fit_tokenizer(config: ExperimentConfig, datasets: Windows) -> Params:
 def initial_params(config: ExperimentConfig, datasets: Windows, mesh: Mesh) -> Params:
     """Random networks on a mesh, but the tokenizer and backbone of a `backbone_run`, and what a `start_run` has."""
     vam, key = VideoActionModel(config), jax.random.key(config.seed)
-    shapes = flatten_dict(jax.eval_shape(vam.init, key), sep="/")
-    where, found = shardings(shapes, mesh), {}
+    tree = jax.eval_shape(vam.init, key)
+    shapes, where = named_leaves(tree), named_leaves(shardings(tree, mesh))
     if config.backbone_run:
         run = pathlib.Path(config.backbone_run)
         pretrained, step = checkpoints.load_params(run, checkpoints.START_PRECISION[config.stage], mesh)
         print(f"backbone: step {step} of {run}")
-        found = flatten_dict({name: pretrained[name] for name in ("tokenizer", "backbone")}, sep="/")
+        found = named_leaves({name: pretrained[name] for name in ("tokenizer", "backbone")})
     else:
-        found = flatten_dict({"tokenizer": fit_tokenizer(config, datasets)}, sep="/")
+        found = named_leaves({"tokenizer": fit_tokenizer(config, datasets)})
     if config.start_run:
         trained = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where[name])
                    for name, leaf in shapes.items() if name.startswith(f"{TRAINED[config.stage]}/")}  # fmt: skip
@@ -83,10 +82,10 @@ def initial_params(config: ExperimentConfig, datasets: Windows, mesh: Mesh) -> P
     new = shapes.keys() - found.keys()  # of a network with weights, only what those lack: the view embedding
 
     def init(key: jax.Array) -> dict[str, jax.Array]:
-        return {name: leaf for name, leaf in flatten_dict(vam.init(key), sep="/").items() if name in new}
+        return {name: leaf for name, leaf in named_leaves(vam.init(key)).items() if name in new}
 
     found |= jax.jit(init, out_shardings={name: where[name] for name in new})(key)
-    return unflatten_dict(found, sep="/")
+    return jax.tree.structure(tree).unflatten([found[name] for name in shapes])
 
 
 def open_windows(config: ExperimentConfig, split: str, run: pathlib.Path) -> Datasets:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from mimic_video.config import ConfigError, ExperimentConfig
@@ -28,7 +28,7 @@ from mimic_video.training.run_directory import (
     save_embodiments,
     write_config,
 )
-from mimic_video.training.sharding import shardings
+from mimic_video.training.sharding import named_leaves, shardings
 from mimic_video.training.steps import TrainState, split_params
 from mimic_video.training.trees import DamagedError, load_tree, nearest, stored_shapes, tree_args, tree_handler
 from mimic_video.vam import Params, VideoActionModel
@@ -324,7 +324,7 @@ def load_start(run: pathlib.Path, start_map: tuple[tuple[str, str], ...], target
         for path, shapes in stored.items():
             here = {source: name for name, source in sources.items() if source in shapes}
             wanted = unflatten_dict({source: target[name] for source, name in here.items()}, sep="/")
-            started |= {here[source]: leaf for source, leaf in flatten_dict(load_tree(path, wanted), sep="/").items()}
+            started |= {here[source]: leaf for source, leaf in named_leaves(load_tree(path, wanted)).items()}
     except DamagedError as error:
         raise RunError(_damage_advice(checkpoint, error)) from error
     return started

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mimic_video.training.sharding import path_name
+from mimic_video.training.sharding import named_leaves
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
@@ -22,9 +22,8 @@ def fingerprints(tree: Any) -> dict[str, int]:
     Args:
         tree: arrays with elements of 1, 2 or 4 bytes.
     """
-    named = jax.tree_util.tree_leaves_with_path(tree)
-    values = jax.device_get(_all(tuple(leaf for _, leaf in named))) if named else ()
-    return {path_name(path): int(value) for (path, _), value in zip(named, values, strict=True)}
+    named = named_leaves(tree)
+    return dict(zip(named, jax.device_get(_all(tuple(named.values()))).tolist(), strict=True)) if named else {}
 
 
 def json_fingerprint(value: Any) -> int:

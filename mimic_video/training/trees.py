@@ -13,7 +13,7 @@ from absl import logging
 
 from mimic_video.training.fingerprints import fingerprints
 from mimic_video.training.run_directory import RunError, agree
-from mimic_video.training.sharding import path_name
+from mimic_video.training.sharding import named_leaves
 
 _GROUP_BYTES = 2**30  # read, verified and converted at a time
 # What reading a damaged file raises. Not errors of the machine, such as missing permission, memory or network.
@@ -55,7 +55,7 @@ def load_tree(path: pathlib.Path, target: Any, stored_dtype: bool = False) -> An
     """
     start, before = time.perf_counter(), _peak_gigabytes()
     stored, expected = _read_metadata(path)
-    named = [(path_name(key), leaf) for key, leaf in jax.tree_util.tree_leaves_with_path(target)]
+    named = list(named_leaves(target).items())
     _require_shapes(path, dict(named), stored)
     structure, read = jax.tree.structure(target), []
     for group in _groups([stored[name] for name, _ in named]):
@@ -85,10 +85,9 @@ def _read_metadata(path: pathlib.Path) -> tuple[dict[str, jax.ShapeDtypeStruct],
     problem = None
     try:
         metadata = tree_handler().metadata(path.absolute())
-        leaves = jax.tree_util.tree_leaves_with_path(metadata.tree)
-        shapes = {path_name(key): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for key, leaf in leaves}
+        shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in named_leaves(metadata.tree).items()}
         expected = (metadata.custom_metadata or {}).get("fingerprints")
-    except _UNREADABLE as error:
+    except Exception as error:
         problem = _reason(error)
     problem = agree(problem)
     if problem is not None:
@@ -105,7 +104,7 @@ def _read(path: pathlib.Path, target: Any) -> Any:
     )
     try:  # without an orbax Checkpointer, whose barriers would keep the others waiting for a process that fails
         read = tree_handler().restore(path.absolute(), args=arguments)
-    except _UNREADABLE as error:
+    except Exception as error:
         problem = _reason(error)
     problem = agree(problem)
     if problem is not None:
@@ -115,10 +114,13 @@ def _read(path: pathlib.Path, target: Any) -> Any:
 
 def _reason(error: Exception) -> str:
     """One line of what reading raised. Raises it again if it is no sign of damage."""
-    text = " ".join(str(error).split())
-    if any(word in text for word in _OF_THE_MACHINE):
+    cause: BaseException = error
+    while cause.__cause__ is not None:  # orbax puts it into an Exception with pages of details
+        cause = cause.__cause__
+    text = " ".join(str(cause).split())
+    if not isinstance(cause, _UNREADABLE) or any(word in text for word in _OF_THE_MACHINE):
         raise error
-    return f"{type(error).__name__}: {text[:400]}"
+    return f"{type(cause).__name__}: {text[:400]}"
 
 
 def _require_shapes(path: pathlib.Path, wanted: dict[str, Any], stored: dict[str, jax.ShapeDtypeStruct]) -> None:

@@ -150,7 +150,7 @@ def test_a_run_without_a_checkpoint_starts_again_on_the_frozen_parameters_it_kep
 
     monkeypatch.setattr(loop, "_run_steps", run_no_steps)
     for seed in (0, 1):
-        loop.train(config, tmp_path, init=lambda seed=seed: tiny.params(config, seed), batches=lambda step: iter(()),
+        loop.train(config, tmp_path, init=lambda mesh, seed=seed: tiny.params(config, seed), batches=lambda step: iter(()),
                    data=lambda step: {})
     kept = jax.device_get(checkpoints.load_frozen(tmp_path))
     for frozen in used:
