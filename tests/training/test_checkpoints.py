@@ -112,3 +112,10 @@ def test_parameters_for_inference(tmp_path, template, ema_decay):
     assert step == 4
     assert_equal_bits(params, jax.device_get(frozen | (state.ema if ema_decay else state.params)))
     assert all(leaf.sharding.device_set == {jax.devices()[0]} for leaf in jax.tree.leaves(params))
+
+
+def test_checkpoints_of_round_steps_are_kept_for_good(tmp_path, template):
+    with checkpoints.open_checkpoints(tmp_path, keep=1, keep_every=4) as manager:
+        for step in range(2, 12, 2):
+            checkpoints.save(manager, state_of(template, step), DATA)
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [4, 8, 10]
