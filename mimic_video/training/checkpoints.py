@@ -38,6 +38,8 @@ START_PRECISION: dict[str, Precision] = {"video": "float32", "action": "configur
 
 
 class _Manager(ocp.CheckpointManager):
+    saving: int | None = None  # the step that was last given to `save`
+
     def reached_preemption(self, step: int) -> bool:
         """Never: the training loop asks JAX after every step; asked again by a save's thread, about an older step, it would
         forget where this process is."""
@@ -45,7 +47,7 @@ class _Manager(ocp.CheckpointManager):
 
 
 @contextlib.contextmanager
-def open_checkpoints(run: pathlib.Path, keep: int, keep_every: int = 0) -> Iterator[ocp.CheckpointManager]:
+def open_checkpoints(run: pathlib.Path, keep: int, keep_every: int = 0) -> Iterator[_Manager]:
     """The manager of a run's checkpoints. Saves are asynchronous and appear under their step only when complete.
 
     Args:
@@ -63,23 +65,22 @@ def open_checkpoints(run: pathlib.Path, keep: int, keep_every: int = 0) -> Itera
         yield manager
     finally:
         with _saving(manager):
-            manager.wait_until_finished()
-        manager.close()
+            manager.close()
 
 
 @contextlib.contextmanager
-def _saving(manager: ocp.CheckpointManager) -> Iterator[None]:
+def _saving(manager: _Manager) -> Iterator[None]:
     """Turns what a failing save raises, then or later, into a RunError."""
     try:
         yield
     except Exception as error:
-        good = [int(path.name) for path in _complete(manager.directory)]
-        left = f"the last good checkpoint is that of step {max(good)}" if good else "there is no earlier one"
-        raise RunError(f"a checkpoint could not be saved in {manager.directory}: {' '.join(str(error).split())[:300]}; {left}; "
-                       "the same command continues from there") from error  # fmt: skip
+        good = _complete(pathlib.Path(manager.directory))
+        left = f"the last good checkpoint is that of step {good[-1].name}" if good else "there is no earlier one"
+        raise RunError(f"step {manager.saving} could not be saved in {manager.directory}: {' '.join(str(error).split())[:300]}; "
+                       f"{left}, from where the same command continues") from error  # fmt: skip
 
 
-def save(manager: ocp.CheckpointManager, state: TrainState, data: Mapping[str, Any]) -> None:
+def save(manager: _Manager, state: TrainState, data: Mapping[str, Any]) -> None:
     """Starts to save the state after its step, and for `require_same_data` that of the data, as JSON has it.
 
     Raises:
@@ -88,10 +89,12 @@ def save(manager: ocp.CheckpointManager, state: TrainState, data: Mapping[str, A
     args = {name: tree_args(item) for name, item in _items(state).items()}
     data = {"data": dict(data), "fingerprint": json_fingerprint(dict(data))}
     with _saving(manager):
-        manager.save(int(state.step), args=ocp.args.Composite(**args, data=ocp.args.JsonSave(data)))
+        manager.wait_until_finished()  # so that an error is known to be the one before's
+        manager.saving = int(state.step)
+        manager.save(manager.saving, args=ocp.args.Composite(**args, data=ocp.args.JsonSave(data)))
 
 
-def check_saves(manager: ocp.CheckpointManager) -> None:
+def check_saves(manager: _Manager) -> None:
     """Raises RunError if a save that was started has failed; does not wait for it."""
     with _saving(manager):
         manager.check_for_errors()

@@ -1,6 +1,7 @@
 """Trees of arrays on disk, each an orbax item with the fingerprints of its leaves."""
 
 import difflib
+import math
 import pathlib
 import resource
 import time
@@ -15,7 +16,7 @@ from mimic_video.training.fingerprints import fingerprints
 from mimic_video.training.run_directory import RunError, agree
 from mimic_video.training.sharding import named_leaves
 
-_GROUP_BYTES = 2**30  # read, verified and converted at a time
+_GROUP_BYTES = 2**30  # of this process that are read, verified and converted at a time
 # What reading a damaged file raises. Not errors of the machine, such as missing permission, memory or network.
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, EOFError, FileNotFoundError, NotADirectoryError)
 _OF_THE_MACHINE = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
@@ -44,7 +45,7 @@ def stored_shapes(path: pathlib.Path) -> dict[str, jax.ShapeDtypeStruct]:
 def load_tree(path: pathlib.Path, target: Any, stored_dtype: bool = False) -> Any:
     """Reads a tree, or a part of one, straight into the shardings of `target`, and verifies its fingerprints.
 
-    No process holds more than its own shards and `_GROUP_BYTES`. All processes have to call this.
+    No process holds more than its own shards and twice `_GROUP_BYTES`. All processes have to call this.
 
     Args:
         target: arrays or ShapeDtypeStructs with shardings; leaves are converted to their dtype, unless `stored_dtype`.
@@ -58,7 +59,7 @@ def load_tree(path: pathlib.Path, target: Any, stored_dtype: bool = False) -> An
     named = list(named_leaves(target).items())
     _require_shapes(path, dict(named), stored)
     structure, read = jax.tree.structure(target), []
-    for group in _groups([stored[name] for name, _ in named]):
+    for group in _groups([_local_bytes(leaf, stored[name].dtype) for name, leaf in named]):
         wanted = [ocp.PLACEHOLDER] * len(named)
         for index in group:
             name, leaf = named[index]
@@ -137,15 +138,20 @@ def nearest(name: str, names: Any) -> str:
     return f" (the nearest is {found[0]})" if found else ""
 
 
-def _groups(shapes: list[jax.ShapeDtypeStruct]) -> Iterator[list[int]]:
-    """Runs of indices whose arrays have `_GROUP_BYTES` together, or one array that has more."""
-    group, size = [], 0
-    for index, shape in enumerate(shapes):
-        if group and size + shape.size * shape.dtype.itemsize > _GROUP_BYTES:
+def _local_bytes(leaf: Any, dtype: Any) -> int:
+    """What this process's devices hold of an array, in that dtype."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * dtype.itemsize * len(leaf.sharding.addressable_devices)
+
+
+def _groups(sizes: list[int]) -> Iterator[list[int]]:
+    """Runs of indices whose sizes are at most `_GROUP_BYTES` together, or one that is more."""
+    group, total = [], 0
+    for index, size in enumerate(sizes):
+        if group and total + size > _GROUP_BYTES:
             yield group
-            group, size = [], 0
+            group, total = [], 0
         group.append(index)
-        size += shape.size * shape.dtype.itemsize
+        total += size
     if group:
         yield group
 

@@ -1,5 +1,6 @@
 """Mistakes on the command line of launch/train.py: each ends early, without a traceback, and names what is wrong."""
 
+import os
 import re
 import shutil
 
@@ -112,3 +113,8 @@ def test_a_corrected_command_may_use_the_same_workdir(train, tmp_path, dataset):
     train("--config.backbone_run=runs/nowhere")
     data = {"video_dataset": str(dataset), "action_dataset": str(dataset)}
     run_directory.write_config(tmp_path / "run", tiny.experiment(data=data, backbone_run=str(tmp_path / "video")))
+
+
+def test_a_directory_that_another_run_is_using(train, tmp_path):
+    with run_directory.locked(tmp_path / "run"):
+        assert_says(train(), f"process {os.getpid()} on .* has been training in .*run since", "or use another --workdir")
