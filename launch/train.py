@@ -76,7 +76,7 @@ def initial_params(config: ExperimentConfig, datasets: Windows, mesh: Mesh) -> P
     if config.start_run:
         trained = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where[name])
                    for name, leaf in shapes.items() if name.startswith(f"{TRAINED[config.stage]}/")}  # fmt: skip
-        started = checkpoints.load_start(pathlib.Path(config.start_run), config.start_map, trained)
+        started = checkpoints.load_start(pathlib.Path(config.start_run), config.start_map, trained, mesh)
         print(f"start: {len(started)} of {len(trained)} arrays of {config.start_run}")
         found |= started
     new = shapes.keys() - found.keys()  # of a network with weights, only what those lack: the view embedding

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from mimic_video.config import ConfigError, ExperimentConfig
@@ -29,8 +28,8 @@ from mimic_video.training.run_directory import (
     write_config,
 )
 from mimic_video.training.sharding import named_leaves, shardings
-from mimic_video.training.steps import TrainState, split_params
-from mimic_video.training.trees import DamagedError, load_tree, nearest, stored_shapes, tree_args, tree_handler
+from mimic_video.training.steps import TrainState, join_params, split_params
+from mimic_video.training.trees import DamagedError, load_tree, nearest, tree_args, tree_handler
 from mimic_video.vam import Params, VideoActionModel
 
 Precision = Literal["configured", "stored", "float32", "bfloat16"]
@@ -243,7 +242,7 @@ def save_converted(
     if (embodiments is None) == (config.stage == "action"):
         raise ValueError(f"embodiments are {'missing' if embodiments is None else 'given'} for stage '{config.stage}'")
     # Orbax copies NumPy arrays before it writes them, but not JAX arrays; and those alias aligned NumPy arrays on CPU.
-    trained, frozen = split_params(jax.tree.map(lambda leaf: jax.device_put(leaf, may_alias=True), params), config.stage)
+    trained, frozen = split_params(jax.tree.map(lambda leaf: jax.device_put(leaf, may_alias=True), params), config)
     run.mkdir(parents=True, exist_ok=True)
     save_frozen(run, frozen)
     with ocp.CheckpointManager((run / "checkpoints").absolute(), item_handlers={"params": tree_handler()}) as manager:
@@ -256,8 +255,7 @@ def save_converted(
 def load_frozen(run: pathlib.Path, precision: Precision = "configured", mesh: Mesh | None = None) -> Params:
     """What `save_frozen` kept; arguments as for `load_params`. Raises RunError before it has, or if it is damaged."""
     path, config = _frozen_path(run), read_config(run)
-    target = split_params(_abstract_params(config, precision, mesh), config.stage)[1]
-    return load_tree(path, target, stored_dtype=precision == "stored")
+    return load_tree(path, _abstract_params(config, precision, mesh)[1], stored_dtype=precision == "stored")
 
 
 def load_tokenizer(run: pathlib.Path, config: ExperimentConfig) -> Params:
@@ -270,7 +268,7 @@ def load_tokenizer(run: pathlib.Path, config: ExperimentConfig) -> Params:
         RunError: if there are no parameters, or they are damaged.
     """
     path = _frozen_path(run)
-    target = {"tokenizer": _abstract_params(read_config(run), START_PRECISION[config.stage])["tokenizer"]}
+    target = {"tokenizer": _abstract_params(read_config(run), START_PRECISION[config.stage])[1]["tokenizer"]}
     dtype = VideoActionModel(config).dtype("tokenizer")
     return jax.tree.map(lambda leaf: np.asarray(leaf.astype(dtype)), load_tree(path, target)["tokenizer"])
 
@@ -287,16 +285,18 @@ def load_params(run: pathlib.Path, precision: Precision = "configured", mesh: Me
     """
     config, frozen = read_config(run), load_frozen(run, precision, mesh)
     checkpoint = _newest_checkpoint(run)
-    target = split_params(_abstract_params(config, precision, mesh), config.stage)[0]
+    average, target = checkpoint / "ema", _abstract_params(config, precision, mesh)[0]
     try:
-        trained = load_tree(_inference_item(checkpoint), target, stored_dtype=precision == "stored")
+        trained = load_tree(average if average.exists() else checkpoint / "params", target, stored_dtype=precision == "stored")
     except DamagedError as error:
         raise RunError(_damage_advice(checkpoint, error)) from error
-    return frozen | trained, int(checkpoint.name)
+    return join_params(trained, frozen, config), int(checkpoint.name)
 
 
-def load_start(run: pathlib.Path, start_map: tuple[tuple[str, str], ...], target: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Parameters of another run to start from, the moving average where there is one.
+def load_start(
+    run: pathlib.Path, start_map: tuple[tuple[str, str], ...], target: Mapping[str, Any], mesh: Mesh
+) -> dict[str, jax.Array]:
+    """Parameters of another run to start from, as `load_params` has them.
 
     Args:
         start_map: pairs (pattern, replacement) as `ExperimentConfig.start_map` describes.
@@ -304,7 +304,7 @@ def load_start(run: pathlib.Path, start_map: tuple[tuple[str, str], ...], target
             could start so.
 
     Returns:
-        The same dict without what an empty replacement leaves as it starts; straight in those shardings and dtypes.
+        The same dict without what an empty replacement leaves as it starts; in those shardings and dtypes.
 
     Raises:
         ConfigError: if a pattern is no regular expression, or matches none of the paths.
@@ -312,25 +312,16 @@ def load_start(run: pathlib.Path, start_map: tuple[tuple[str, str], ...], target
             differs.
     """
     sources = _mapped(start_map, list(target))
-    checkpoint = _newest_checkpoint(run)
-    try:
-        stored = {path: stored_shapes(path) for path in (_inference_item(checkpoint), _frozen_path(run))}
-        there = {name: leaf for shapes in stored.values() for name, leaf in shapes.items()}
-        misfits = [f"{name}: there is no {source} in {run}{nearest(source, there)}" for name, source in sources.items()
-                   if source not in there]  # fmt: skip
-        misfits += [f"{name} has shape {target[name].shape}, {source} there {there[source].shape}" for name, source in
-                    sources.items() if source in there and there[source].shape != target[name].shape]  # fmt: skip
-        misfits += [f"{source} is used more than once" for source, times in Counter(sources.values()).items() if times > 1]
-        if misfits:
-            raise RunError(f"config field 'start_map' does not fit {run}: " + "; ".join(misfits))
-        started: dict[str, jax.Array] = {}
-        for path, shapes in stored.items():
-            here = {source: name for name, source in sources.items() if source in shapes}
-            wanted = unflatten_dict({source: target[name] for source, name in here.items()}, sep="/")
-            started |= {here[source]: leaf for source, leaf in named_leaves(load_tree(path, wanted)).items()}
-    except DamagedError as error:
-        raise RunError(_damage_advice(checkpoint, error)) from error
-    return started
+    there = named_leaves(load_params(run, "stored", mesh)[0])
+    misfits = [f"{name}: there is no {source} in {run}{nearest(source, there)}" for name, source in sources.items()
+               if source not in there]  # fmt: skip
+    misfits += [f"{name} has shape {target[name].shape}, {source} there {there[source].shape}" for name, source in sources.items()
+                if source in there and there[source].shape != target[name].shape]  # fmt: skip
+    misfits += [f"{source} is used more than once" for source, times in Counter(sources.values()).items() if times > 1]
+    if misfits:
+        raise RunError(f"config field 'start_map' does not fit {run}: " + "; ".join(misfits))
+    return {name: jax.device_put(there.pop(source).astype(target[name].dtype), target[name].sharding)
+            for name, source in sources.items()}  # fmt: skip
 
 
 def _mapped(start_map: tuple[tuple[str, str], ...], names: list[str]) -> dict[str, str]:
@@ -359,10 +350,6 @@ def _damage_advice(checkpoint: pathlib.Path, error: DamagedError) -> str:
     return f"{error}; to use that of step {earlier[-1]} instead: mv {checkpoint} {checkpoint}.damaged"
 
 
-def _inference_item(checkpoint: pathlib.Path) -> pathlib.Path:
-    return checkpoint / "ema" if (checkpoint / "ema").exists() else checkpoint / "params"
-
-
 def _frozen_path(run: pathlib.Path) -> pathlib.Path:
     path = pathlib.Path(run) / "frozen"
     if not path.exists():
@@ -370,15 +357,20 @@ def _frozen_path(run: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def _abstract_params(config: ExperimentConfig, precision: Precision, mesh: Mesh | None = None) -> Params:
-    """Shapes of all parameters, in their shardings on a mesh or on the first device, whatever mesh they were trained on."""
+def _abstract_params(config: ExperimentConfig, precision: Precision, mesh: Mesh | None = None) -> tuple[Params, Params]:
+    """Shapes of the (trained, frozen) parameters, in their shardings on a mesh or on the first device, wherever they were
+    trained."""
     vam = VideoActionModel(config)
-    shapes = jax.eval_shape(vam.init, jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: split_params(vam.init(key), config), jax.random.key(0))
     one_device = SingleDeviceSharding(jax.local_devices()[0])
-    where = shardings(shapes, mesh) if mesh else jax.tree.map(lambda _: one_device, shapes)
 
-    def one(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
-        dtype = {"configured": vam.dtype(path[0].key), "stored": leaf.dtype}.get(precision, precision)
-        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
+    def one(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, where: Any) -> jax.ShapeDtypeStruct:
+        network = path[0].key
+        if network == "lora" or precision == "stored":  # adapters are merged in float32
+            return leaf.update(sharding=where)
+        return leaf.update(dtype=vam.dtype(network) if precision == "configured" else precision, sharding=where)
 
-    return jax.tree_util.tree_map_with_path(one, shapes, where)
+    return tuple(
+        jax.tree_util.tree_map_with_path(one, tree, shardings(tree, mesh) if mesh else jax.tree.map(lambda _: one_device, tree))
+        for tree in shapes
+    )

@@ -72,7 +72,7 @@ def train(
         target = abstract_state(vam, mesh)
         state = checkpoints.restore(manager, target)
         if state is None:
-            trained, frozen = split_params(init(mesh), config.stage)
+            trained, frozen = split_params(init(mesh), config)
             checkpoints.save_frozen(run, frozen)
             del frozen  # what counts is what is kept, maybe by an earlier start of this run
             where = jax.tree.map(lambda leaf: leaf.sharding, target)
@@ -101,7 +101,7 @@ def _full_disk_explained(run: pathlib.Path) -> Iterator[None]:
 def _run_steps(config, vam, mesh, state, frozen, batches, data, validation, run, manager, stop_after) -> TrainState:
     settings, start = config.train, int(state.step)
     step_function = make_train_step(vam, mesh, state)
-    validate = make_validation_step(vam)
+    validate = make_validation_step(vam, mesh)
     validation = [global_batch(batch, mesh) for batch in validation]
     writer = MetricWriter(run, start)
     progress = tqdm(total=settings.steps, initial=start, desc=f"{config.stage} stage", unit="step", mininterval=1.0)

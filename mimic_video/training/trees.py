@@ -37,11 +37,6 @@ def tree_args(tree: Any) -> ocp.args.PyTreeSave:
     return ocp.args.PyTreeSave(tree, save_args=pieces, custom_metadata={"fingerprints": fingerprints(tree)})
 
 
-def stored_shapes(path: pathlib.Path) -> dict[str, jax.ShapeDtypeStruct]:
-    """{'decoder/blocks/mlp/up/kernel': shape and dtype} of a tree on disk. Raises DamagedError; all processes have to call it."""
-    return _read_metadata(path)[0]
-
-
 def load_tree(path: pathlib.Path, target: Any, stored_dtype: bool = False) -> Any:
     """Reads a tree, or a part of one, straight into the shardings of `target`, and verifies its fingerprints.
 

@@ -11,4 +11,4 @@ from mimic_video.vam import VideoActionModel
 def template():
     """(trained, frozen) parameters of stage `action`, all zero."""
     shapes = jax.eval_shape(VideoActionModel(CONFIG).init, jax.random.key(0))
-    return split_params(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), "action")
+    return split_params(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), CONFIG)

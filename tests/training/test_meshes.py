@@ -34,7 +34,7 @@ def run(tmp_path_factory):
     """(run directory, state in it, frozen parameters), saved on eight devices."""
     run, mesh = tmp_path_factory.mktemp("meshes") / "run", mesh_of("fsdp=8")
     run_directory.write_config(run, CONFIG)
-    params, frozen = split_params(tiny.params(CONFIG), "video")
+    params, frozen = split_params(tiny.params(CONFIG), CONFIG)
     state = place(make_state(CONFIG, params), mesh)
     state = state.replace(opt_state=place(jax.tree.map(jnp.abs, random_like(state.opt_state, 7)), mesh))
     checkpoints.save_frozen(run, frozen)

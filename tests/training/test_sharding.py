@@ -1,5 +1,3 @@
-import functools
-
 import jax
 import numpy as np
 import pytest
@@ -8,50 +6,10 @@ from jax.sharding import PartitionSpec
 
 from mimic_video.config import ConfigError, MeshConfig
 from mimic_video.training.sharding import global_batch, make_mesh, path_name, shardings
-from mimic_video.training.steps import TRAINED, make_state, make_train_step, place, split_params
+from mimic_video.training.steps import TRAINED, place
 from mimic_video.vam import VideoActionModel
 
 STAGES = ("video", "action")
-
-
-@functools.cache
-def trained(stage, data, fsdp):
-    """Losses of two steps, and the parameters and moving average after them, on the first data·fsdp devices."""
-    config = tiny.experiment(stage=stage, backbone={"num_blocks": 1}, decoder={"num_blocks": 1})
-    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp), jax.devices()[: data * fsdp])
-    params, frozen = split_params(tiny.params(config), stage)
-    state, frozen = place(make_state(config, params), mesh), place(frozen, mesh)
-    step, losses = make_train_step(VideoActionModel(config), mesh, state), []
-    for seed in (0, 1):
-        batch = tiny.batch(config, 8, seed)
-        batch["video_mask"][0, 6:] = batch["action_mask"][5, 1:] = False
-        state, metrics = step(state, frozen, global_batch(batch, mesh))
-        losses.append(float(metrics["loss"]))
-    return losses, jax.device_get((state.params, state.ema)), state
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", [(8, 1), (2, 4)], ids=str)
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_mesh_trains_as_one_device_does(stage, mesh):
-    losses, params, _ = trained(stage, 1, 1)
-    mesh_losses, mesh_params, _ = trained(stage, *mesh)
-    assert losses[0] != losses[1]
-    np.testing.assert_allclose(mesh_losses, losses, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), mesh_params, params)
-
-
-@pytest.mark.slow
-def test_parameters_and_moments_are_split_over_fsdp():
-    state = trained("action", 2, 4)[2]
-    block = state.params["decoder"]["blocks"]["mlp"]["up"]["kernel"]
-    assert block.shape == (1, 16, 32) and block.addressable_shards[0].data.shape == (1, 4, 32)
-    for tree in (state.params, state.ema, state.opt_state):
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        split = {path_name(path) for path, leaf in leaves if leaf.addressable_shards[0].data.size * 4 == leaf.size > 4}
-        whole = {path_name(path): leaf.size for path, leaf in leaves}
-        assert {name for name in whole if name.endswith("blocks/mlp/down/kernel")} <= split
-        assert sum(whole[name] for name in split) > 0.8 * sum(whole.values())
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -8,9 +8,9 @@ import pytest
 import tiny
 from run_states import random_like
 
-from mimic_video.config import ConfigError
+from mimic_video.config import ConfigError, MeshConfig
 from mimic_video.training import checkpoints, run_directory
-from mimic_video.training.sharding import named_leaves
+from mimic_video.training.sharding import make_mesh, named_leaves
 
 CONFIG = tiny.experiment(stage="video", precision="bfloat16", backbone={"num_blocks": 1})
 UP = "backbone/blocks/mlp/up/kernel"
@@ -23,6 +23,10 @@ def run(tmp_path_factory):
     run = tmp_path_factory.mktemp("start") / "run"
     checkpoints.save_converted(run, CONFIG, params)
     return run, named_leaves(params)
+
+
+def load_start(run, start_map, target):
+    return checkpoints.load_start(run, start_map, target, make_mesh(MeshConfig(data=1, fsdp=2), jax.devices()[:2]))
 
 
 @pytest.fixture
@@ -45,19 +49,19 @@ def assert_started(started, expected):
 
 
 def test_without_a_map_paths_are_the_same_in_both_runs(run, target):
-    assert_started(checkpoints.load_start(run[0], (), target), {name: run[1][name] for name in target})
+    assert_started(load_start(run[0], (), target), {name: run[1][name] for name in target})
 
 
 def test_the_first_pair_that_matches_says_where_a_parameter_is(run, target):
     start_map = (("blocks/mlp/up", ""), (r"^network/(blocks|final)", r"backbone/\1"), ("network", "backbone"))
-    started = checkpoints.load_start(run[0], start_map, renamed(target, "backbone/", "network/"))
+    started = load_start(run[0], start_map, renamed(target, "backbone/", "network/"))
     assert_started(started, {name.replace("backbone/", "network/"): run[1][name] for name in target if "mlp/up" not in name})
 
 
 def test_parameters_that_are_not_there_are_named_with_the_nearest(run, target):
     target = renamed(target, "mlp/up", "mlp/upp")
     with pytest.raises(run_directory.RunError) as error:
-        checkpoints.load_start(run[0], (), target)
+        load_start(run[0], (), target)
     message = f"backbone/blocks/mlp/upp/kernel: there is no backbone/blocks/mlp/upp/kernel in {run[0]} (the nearest is {UP})"
     assert message in str(error.value)
 
@@ -66,14 +70,14 @@ def test_every_shape_that_differs_is_named_with_both(run, target):
     for name in (UP, "backbone/blocks/mlp/down/kernel"):
         target[name] = target[name].update(shape=(5, 6, 7))
     with pytest.raises(run_directory.RunError) as error:
-        checkpoints.load_start(run[0], (), target)
+        load_start(run[0], (), target)
     assert f"{UP} has shape (5, 6, 7), {UP} there (1, 16, 32)" in str(error.value)
     assert "mlp/down/kernel has shape (5, 6, 7), backbone/blocks/mlp/down/kernel there (1, 32, 16)" in str(error.value)
 
 
 def test_a_parameter_there_is_not_used_twice(run, target):
     with pytest.raises(run_directory.RunError, match=f"{UP} is used more than once"):
-        checkpoints.load_start(run[0], (("copy", "up"),), target | {"backbone/blocks/mlp/copy/kernel": target[UP]})
+        load_start(run[0], (("copy", "up"),), target | {"backbone/blocks/mlp/copy/kernel": target[UP]})
 
 
 @pytest.mark.parametrize(("start_map", "message"), [
@@ -83,11 +87,11 @@ def test_a_parameter_there_is_not_used_twice(run, target):
 ])  # fmt: skip
 def test_a_map_that_means_nothing_is_an_error(run, target, start_map, message):
     with pytest.raises(ConfigError, match=message):
-        checkpoints.load_start(run[0], start_map, target)
+        load_start(run[0], start_map, target)
 
 
 def test_a_damaged_run_to_start_from_is_an_error(run, target, tmp_path):
     copied = shutil.copytree(run[0], tmp_path / "run")
     (copied / "checkpoints" / "0" / "params" / "_METADATA").unlink()
     with pytest.raises(run_directory.RunError, match=r"0/params is damaged: .*; there is no earlier checkpoint"):
-        checkpoints.load_start(copied, (), target)
+        load_start(copied, (), target)
