@@ -30,7 +30,7 @@ from mimic_video.evaluation.rollouts import EpisodeResult, run_rollouts, success
 from mimic_video.media import film_strip, write_video
 from mimic_video.models.text import make_text_encoder
 from mimic_video.policy.policy import Policy
-from mimic_video.training import checkpoints
+from mimic_video.training import checkpoints, run_directory
 from mimic_video.vam import VideoActionModel
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory", required=True)
@@ -40,7 +40,7 @@ _RECORDED = flags.DEFINE_integer("recorded", 4, "Episodes per task, or video sam
 _DATASET = flags.DEFINE_string("dataset", None, "Of a run on several datasets, the one to evaluate on, by name")
 
 _VIDEO_SAMPLES = 16
-_POLICY_FIELDS = ("data.image_size", "data.past_frames", "data.future_frames", *checkpoints.MODEL_FIELDS, "decoder")
+_POLICY_FIELDS = ("data.image_size", "data.past_frames", "data.future_frames", *run_directory.MODEL_FIELDS, "decoder")
 
 
 def chosen_windows(config: ExperimentConfig) -> WindowDataset:
@@ -84,7 +84,7 @@ def evaluate_video(config: ExperimentConfig, run: pathlib.Path) -> dict:
 
 
 def evaluate_policy(config: ExperimentConfig, run: pathlib.Path) -> dict:
-    checkpoints.require_same_model(checkpoints.read_config(run), config, _POLICY_FIELDS, run)
+    run_directory.require_same_model(run_directory.read_config(run), config, _POLICY_FIELDS, run)
     policy = Policy.load(run, config, _DATASET.value)
     windows = chosen_windows(config)
     samples = [windows[index] for index in range(0, len(windows), 4)]
@@ -122,11 +122,11 @@ def main(config: ExperimentConfig) -> None:
         values = evaluate_expert(config)
     else:
         values = {"video": evaluate_video, "action": evaluate_policy}[config.stage](config, run)
-    checkpoints.write_json(run / "evaluation.json", values | {"seconds": time.perf_counter() - start})
+    run_directory.write_json(run / "evaluation.json", values | {"seconds": time.perf_counter() - start})
     for task, row in values.get("success", {}).items():
         interval = f"95 % interval {row['low']:.2f} to {row['high']:.2f}"
         print(f"{task}: {row['successes']}/{row['episodes']} = {row['rate']:.2f}, {interval}")
 
 
 if __name__ == "__main__":
-    experiment.run(main, (DatasetError, checkpoints.RunError))
+    experiment.run(main, (DatasetError, run_directory.RunError))

@@ -85,6 +85,11 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """{path name: leaf}, in the order of the tree's leaves."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """A NamedSharding for every leaf of a tree of parameters, or of optimizer state that mirrors one.
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mimic_video.config import ExperimentConfig
 from mimic_video.models.parallel import BATCH
 from mimic_video.training.lora import init_adapters, join_network, require_names, split_network
+from mimic_video.training.metrics import group_norms
 from mimic_video.training.optimizer import average_decay, make_optimizer, make_schedule
 from mimic_video.training.sharding import shardings
 from mimic_video.vam import Batch, Draws, Mean, Metrics, Params, VideoActionModel
@@ -129,6 +130,7 @@ def make_train_step(
         ema = optax.incremental_update(params, state.ema, 1 - average_decay(config.train, state.step)) if state.ema else {}
         metrics = {name: mean.value for name, mean in means.items()}
         metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
+        metrics |= group_norms(grads, "grad_norm") | group_norms(params, "param_norm")
         if config.train.spike_factor:
             metrics["skipped_steps"] = opt_state.skipped
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
@@ -170,17 +172,6 @@ def make_validation_step(vam: VideoActionModel, mesh: Mesh) -> Callable[[Params,
         return {name: mean.value for name, mean in means.items()}
 
     return MeshFunction(jax.jit(validate), mesh)
-
-
-def random_params(vam: VideoActionModel, mesh: Mesh) -> Params:
-    """`vam.init` of the networks that the stage reads, by the experiment's seed, made where the sharding rules want them."""
-    read = {"tokenizer", "backbone", TRAINED[vam.config.stage]}
-
-    def make(key: jax.Array) -> Params:
-        return {name: part for name, part in vam.init(key).items() if name in read}
-
-    key = jax.random.key(vam.config.seed)
-    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, key), mesh))(key)
 
 
 def place(tree: Any, mesh: Mesh) -> Any:

@@ -47,8 +47,8 @@ with processes():
     from jax.experimental.multihost_utils import process_allgather
     from jax.sharding import AxisType, Mesh
     from mimic_video.config import MeshConfig
-    from mimic_video.training.sharding import batch_rows, global_batch, make_mesh
-    from mimic_video.training.steps import place, random_params
+    from mimic_video.training.sharding import batch_rows, global_batch, make_mesh, shardings
+    from mimic_video.training.steps import place
     from mimic_video.vam import VideoActionModel
 
     rows = np.arange(16 * 3, dtype=np.float32).reshape(16, 3)
@@ -66,7 +66,8 @@ with processes():
         np.testing.assert_array_equal(process_allgather(whole, tiled=True), rows)
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     vam = VideoActionModel(tiny.experiment())
-    params = random_params(vam, mesh)
+    shapes = jax.eval_shape(vam.init, jax.random.key(0))
+    params = jax.jit(vam.init, out_shardings=shardings(shapes, mesh))(jax.random.key(0))
     expected = jax.device_get(jax.jit(vam.init)(jax.random.key(0)))
     for tree in (params, place(expected, mesh)):
         for leaf, whole in zip(jax.tree.leaves(tree), jax.tree.leaves(expected), strict=True):
