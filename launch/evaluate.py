@@ -27,7 +27,7 @@ from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.evaluation.metaworld import MetaworldFactory
 from mimic_video.evaluation.offline import action_errors, psnr
 from mimic_video.evaluation.rollouts import EpisodeResult, run_rollouts, success_table
-from mimic_video.media import write_video
+from mimic_video.media import film_strip, write_video
 from mimic_video.models.text import make_text_encoder
 from mimic_video.policy.policy import Policy
 from mimic_video.training import checkpoints, run_directory
@@ -53,16 +53,6 @@ def chosen_windows(config: ExperimentConfig) -> WindowDataset:
     return datasets[_DATASET.value]
 
 
-def save_strip(path: pathlib.Path, real: np.ndarray, predicted: np.ndarray) -> None:
-    """Writes pairs of rows, real above predicted, one pair per sample of uint8 (n, f, h, w, 3)."""
-    n, f, h, w, _ = real.shape
-    rows = np.full((n, 2 * h + 4, f * w, 3), 255, np.uint8)
-    rows[:, :h], rows[:, h : 2 * h] = (np.concatenate(list(video.swapaxes(0, 1)), axis=2) for video in (real, predicted))
-    strip = Image.fromarray(rows.reshape(-1, f * w, 3))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    strip.resize((strip.width * 2, strip.height * 2), Image.NEAREST).save(path)
-
-
 def evaluate_video(config: ExperimentConfig, run: pathlib.Path) -> dict:
     """Predictions of held-out futures, beside repeating the last observed frame."""
     params, step = checkpoints.load_params(run)
@@ -82,7 +72,9 @@ def evaluate_video(config: ExperimentConfig, run: pathlib.Path) -> dict:
     repeated = np.repeat(real[:, past - 1 : past], config.data.future_frames, axis=1)
     for i in range(min(_RECORDED.value, len(chosen))):
         write_video(run / "videos" / f"{i:02d}.gif", np.concatenate([real[i], predicted[i]], axis=2), config.data.video_hz / 2)
-    save_strip(run / "videos" / "strip.png", real[:4, past - 1 :: 3], predicted[:4, past - 1 :: 3])
+    strip = Image.fromarray(film_strip(real[:4, past - 1 :: 3], predicted[:4, past - 1 :: 3]))
+    (run / "videos").mkdir(exist_ok=True)
+    strip.resize((strip.width * 2, strip.height * 2), Image.Resampling.NEAREST).save(run / "videos" / "strip.png")
     return {
         "checkpoint_step": step,
         "psnr": psnr(predicted[:, past:], real[:, past:], mask).tolist(),

@@ -7,7 +7,7 @@
     run/checkpoints/N/     orbax items after N steps: params, train_state, data (JSON: where the batches stand and what they are
                            drawn from), and ema when it is on; of converted weights, params
     run/checkpoints/N.damaged/  one that could not be read or is not what was written, kept to be looked at
-    run/metrics.jsonl, run/tensorboard/
+    run/metrics.jsonl, run/tensorboard/, run/samples/, run/first_start, run/wandb_id, run/wandb/, run/profile/
 """
 
 import contextlib
@@ -30,8 +30,9 @@ from mimic_video.config import ConfigError, ExperimentConfig, experiment_from, t
 from mimic_video.embodiments import Embodiment, from_table, to_table
 from mimic_video.training.sharding import path_name
 
-_MAY_CHANGE = ("train.log_every", "train.validate_every", "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every",
-               "text.model", "text.cache", "tokenizer.chunk_latents", "mesh.", "policy.", "evaluation.")  # fmt: skip
+_MAY_CHANGE = ("train.log_every", "train.wandb_project", "train.validate_every", "train.validation_", "train.checkpoint_every",
+               "train.keep_", "train.remat", "train.micro_batches", "attention", "text.model", "text.cache",
+               "tokenizer.chunk_latents", "mesh.", "policy.", "evaluation.")  # fmt: skip
 # What the weights of a tokenizer and backbone depend on.
 MODEL_FIELDS = ("data.cameras", "tokenizer.kind", "tokenizer.width", "text.kind", "text.rows", "text.width", "backbone")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)

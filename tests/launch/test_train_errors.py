@@ -59,6 +59,7 @@ def assert_says(message, *parts):
     (["--config.backbone_run=runs/nowhere"], ["runs/nowhere is not a run directory"]),
     (["--config.tokenizer.kind=wan"], ["'backbone_run' is empty", "Wan tokenizer"]),
     (["--config.mesh.data=3"], ["'mesh'", "8 devices"]),
+    (["--profile=ten"], ["--profile is 'ten'; expected FIRST:LAST"]),
     (["--config.mesh.data=1", "--config.mesh.fsdp=8", "--config.decoder.width=20"], [r"'mesh\.fsdp' is 8", "decoder/blocks/"]),
 ])  # fmt: skip
 def test_the_message_names_the_mistake(train, arguments, parts):
