@@ -156,21 +156,25 @@ def _set_aside(path: pathlib.Path) -> pathlib.Path:
 
 
 def read_data(checkpoint: pathlib.Path) -> dict[str, Any] | None:
-    """The data that was given to `save`; None for a checkpoint from before there was that. Raises DamagedError."""
+    """The data that was given to `save`; None for a checkpoint from before there was that.
+
+    All processes have to call this.
+
+    Raises:
+        DamagedError: if it cannot be read, or is not what was written.
+    """
     path, problem, stored = checkpoint / "data", None, None
-    if not path.exists():
-        return None
-    try:
-        stored = ocp.JsonCheckpointHandler().restore(path.absolute())
-        if "fingerprint" not in stored:
-            return stored
-        if json_fingerprint(stored["data"]) != stored["fingerprint"]:
-            problem = "its fingerprint is not that of what was written"
-    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-        problem = f"{type(error).__name__}: {error}"
+    if path.exists():
+        try:
+            stored = ocp.JsonCheckpointHandler().restore(path.absolute())
+            if "fingerprint" in stored and json_fingerprint(stored["data"]) != stored["fingerprint"]:
+                problem = "its fingerprint is not that of what was written"
+        except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+            problem = f"{type(error).__name__}: {error}"
+    problem = agree(problem)
     if problem is not None:
         raise DamagedError(f"{path} is damaged: {problem}")
-    return stored["data"]
+    return stored["data"] if stored and "fingerprint" in stored else stored
 
 
 def require_same_data(manager: ocp.CheckpointManager, data: Callable[[int], Mapping[str, Any]]) -> None:

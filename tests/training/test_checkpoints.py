@@ -1,14 +1,15 @@
 import shutil
 
 import jax
+import numpy as np
 import pytest
 import tiny
 from run_states import CONFIG, DATA, assert_equal_bits, random_like, saved, state_of
 
 from mimic_video.config import MeshConfig
 from mimic_video.training import checkpoints, run_directory
-from mimic_video.training.sharding import make_mesh
-from mimic_video.training.steps import abstract_state
+from mimic_video.training.sharding import make_mesh, named_leaves
+from mimic_video.training.steps import abstract_state, join_params, split_params
 from mimic_video.vam import VideoActionModel
 
 
@@ -119,3 +120,20 @@ def test_checkpoints_of_round_steps_are_kept_for_good(tmp_path, template):
         for step in range(2, 12, 2):
             checkpoints.save(manager, state_of(template, step), DATA)
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [4, 8, 10]
+
+
+def test_adapters_are_merged_into_the_parameters_for_inference_on_any_mesh(tmp_path):
+    config = tiny.experiment(lora={"rank": 2})
+    run_directory.write_config(tmp_path, config)
+    trained, frozen = split_params(random_like(tiny.params(config), 3), config)
+    checkpoints.save_frozen(tmp_path, frozen)
+    state = state_of((trained, frozen), 4, config)
+    assert set(state.ema) == {"decoder", "lora"}
+    saved(tmp_path, [state])
+    expected = named_leaves(jax.device_get(join_params(state.ema, frozen, config)))
+    for mesh in (None, make_mesh(MeshConfig(data=2, fsdp=4))):
+        found = named_leaves(checkpoints.load_params(tmp_path, mesh=mesh)[0])
+        assert found.keys() == expected.keys()
+        for name, leaf in found.items():
+            np.testing.assert_allclose(leaf, expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
+            assert len(leaf.sharding.device_set) == (8 if mesh else 1)

@@ -1,6 +1,7 @@
 """What training does when its numbers or its disk fail."""
 
 import contextlib
+import errno
 import os
 import pathlib
 import re
@@ -58,6 +59,14 @@ def test_a_loss_that_is_not_a_number_stops_training_and_is_never_saved(tmp_path)
     assert saved_steps(tmp_path) == [2]
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(checkpoints.load_params(tmp_path)[0]))
     assert int(train(tmp_path).step) == 6
+
+
+def test_a_disk_that_is_full_for_something_else_ends_training_too(tmp_path):
+    def fail(step):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "metrics.jsonl"))
+
+    with pytest.raises(run_directory.RunError, match=r"cannot be written: \[Errno 28\] .*metrics.jsonl'; the same command"):
+        train(tmp_path, at=fail)
 
 
 @contextlib.contextmanager
