@@ -258,7 +258,7 @@ def _convolution_flops(instruction: Instruction, left: tuple[int, ...], right: t
     spatial = sorted(label for label in labels[3] if label.isdigit())
 
     def field(name: str, default: str) -> list[str]:
-        return fields.get(name, "x".join(default for _ in spatial)).split("x")
+        return fields[name].split("x") if name in fields else [default] * len(spatial)
 
     out, pairs = _dims(instruction.shape), 1
     for axis, size, stride, pad, base, dilation in zip(
