@@ -50,7 +50,7 @@ def random_batch(config: ExperimentConfig, size: int) -> dict[str, np.ndarray]:
 
 def training(config: ExperimentConfig) -> dict[str, float]:
     vam, mesh = VideoActionModel(config), make_mesh(config.mesh)
-    trained, frozen = split_params(vam.init(jax.random.key(0)), config.stage)
+    trained, frozen = split_params(vam.init(jax.random.key(0)), config)
     state, frozen = place(make_state(config, trained), mesh), place(frozen, mesh)
     batch = global_batch(random_batch(config, config.train.batch_size), mesh)
     step = make_train_step(vam, mesh, state)

@@ -24,6 +24,7 @@ Batch = dict[str, Array]
 Metrics = dict[str, Float[Array, ""]]
 Latents = Float[Array, "b t h w c"]
 Noise = dict[str, Float[Array, "b ..."]]  # standard normal: "video" as latents, "actions" (b a m)
+Draws = dict[str, Array]  # all that is random in a training step, of every sample of a batch
 
 VIDEO_LOSS_SCALE, ACTION_LOSS_SCALE = 100.0, 10.0  # as published (SPEC 4.2, 7); metrics report unscaled errors
 
@@ -49,6 +50,13 @@ class Robots(NamedTuple):
 ALIKE = Robots()
 
 
+class Mean(NamedTuple):
+    """A mean and the weight of what it is over: means over the parts of a batch, weighted so, make that over all of it."""
+
+    value: Float[Array, ""]
+    weight: Float[Array, ""]
+
+
 class VideoActionModel:
     """Pure functions of parameters, for one experiment's configuration."""
 
@@ -57,8 +65,9 @@ class VideoActionModel:
         wan = config.tokenizer.kind == "wan"
         make = {
             "tokenizer": lambda rngs: WanVAE(config.tokenizer, rngs, config.compat) if wan else PatchTokenizer(),
-            "backbone": lambda rngs: VideoDiT(config.backbone, rngs, config.compat),
-            "decoder": lambda rngs: ActionDecoder(config.decoder, config.backbone.width, rngs),
+            "backbone": lambda rngs: VideoDiT(config.backbone, rngs, config.compat, config.attention, config.train.remat),
+            "decoder": lambda rngs: ActionDecoder(config.decoder, config.backbone.width, rngs, config.attention,
+                                                  config.train.remat),
         }
         self._make, self._draw_noise = make, jax.jit(self.draw_noise, static_argnums=1)
         self._graphdefs = {name: nnx.split(nnx.eval_shape(make[name], nnx.Rngs(0)))[0] for name in make}
@@ -110,26 +119,48 @@ class VideoActionModel:
         bv, n, height, *rest = x.shape
         return jnp.moveaxis(x.reshape(bv // views, views, n, height, *rest), 1, 2).reshape(bv // views, n, views * height, *rest)
 
-    # Training.
+    # Training. What is random is an argument, so that a batch may be cut into parts, and noise be the same twice.
 
-    def video_loss(self, params: Params, batch: Batch, key: jax.Array) -> tuple[Float[Array, ""], Metrics]:
+    def draw(self, key: jax.Array, batch: int) -> Draws:
+        """What a step of the configured stage draws for a batch.
+
+        Returns:
+            Of either stage `video_time` (b,), the flow time τ_v, and `video`, noise as latents; of stage `video` also
+            `conditioned` (b,), the number of clean latent frames; of stage `action`, with d = `train.action_draws`, `action_time`
+            (b, d), `actions` (b, d, a, m), noise, and `dropped` bool (b, d), where proprioception is hidden.
+        """
+        config, shapes, draws = self.config, self._noise_shapes(batch), self.config.train.action_draws
+        keys = dict(zip(("sigma", "video", "count", "time", "actions", "drop"), jax.random.split(key, 6), strict=True))
+        drawn: Draws = {
+            "video_time": matching.flow_time(matching.sample_video_sigma(keys["sigma"], batch, config.noise)),
+            "video": jax.random.normal(keys["video"], shapes["video"]),
+        }
+        if config.stage == "video":
+            return drawn | {"conditioned": jax.random.randint(keys["count"], (batch,), 1, config.data.past_latents + 1)}
+        return drawn | {
+            "action_time": matching.sample_action_time(keys["time"], (batch, draws)),
+            "actions": jax.random.normal(keys["actions"], (batch, draws, *shapes["actions"][1:])),
+            "dropped": jax.random.bernoulli(keys["drop"], config.decoder.proprio_dropout, (batch, draws)),
+        }
+
+    def loss(self, params: Params, batch: Batch, draws: Draws) -> tuple[Float[Array, ""], dict[str, Mean]]:
+        """The loss of the configured stage."""
+        return (self.video_loss if self.config.stage == "video" else self.action_loss)(params, batch, draws)
+
+    def video_loss(self, params: Params, batch: Batch, draws: Draws) -> tuple[Float[Array, ""], dict[str, Mean]]:
         """Flow matching on the latents that follow 1 … past_latents clean ones (SPEC 4).
 
         Args:
             batch: `video` uint8 (b f H W 3) or `latents` (b t h w c) of it, `video_mask` bool (b f), `text` (b rows width), with
                 several cameras `view_mask`.
+            draws: of `draw`.
 
         Returns:
-            The loss to differentiate, and metrics; views that are missing and, unless configured otherwise, padded frames take no
-            part.
+            The loss to differentiate, and metrics: `loss` itself and the unscaled error `video_mse`. Views that are missing and,
+            unless configured otherwise, padded frames take no part.
         """
-        data = self.config.data
-        count_key, sigma_key, noise_key = jax.random.split(key, 3)
-        latents = self._window_latents(params, batch)
-        size, frames = latents.shape[:2]
-        mask = matching.condition_mask(jax.random.randint(count_key, (size,), 1, data.past_latents + 1), frames)
-        time = matching.flow_time(matching.sample_video_sigma(sigma_key, size, self.config.noise))
-        noise = jax.random.normal(noise_key, latents.shape)
+        latents, time, noise = self._window_latents(params, batch), draws["video_time"], draws["video"]
+        mask = matching.condition_mask(draws["conditioned"], latents.shape[1])
         inputs, times = matching.frame_replacement(latents, matching.interpolate(latents, noise, time), time, mask)
         velocity = self._video_velocity(params, inputs, times, batch["text"], mask, batch.get("view_mask"))
         error = (velocity - (noise - latents)) ** 2
@@ -137,23 +168,28 @@ class VideoActionModel:
         if "view_mask" in batch:  # from here on, every row of latents has a weight of its own
             valid = valid[:, :, None] * token_mask(batch["view_mask"], latents.shape[2])[:, None]
             mask = mask[:, :, None]
-        generated = matching.weighted_mean(error, valid * (1 - mask))
+        generated = Mean(matching.weighted_mean(error, valid * (1 - mask)), jnp.sum(valid * (1 - mask)))
         if self.config.train.average_generated_only:
-            loss = generated
+            mean = generated
         else:  # conditioned frames count in the denominator, with no error of their own
-            loss = matching.weighted_mean(error * (1 - mask).reshape(*mask.shape, *[1] * (error.ndim - mask.ndim)), valid)
-        return VIDEO_LOSS_SCALE * loss, {"video_mse": generated}
+            error = error * (1 - mask).reshape(*mask.shape, *[1] * (error.ndim - mask.ndim))
+            mean = Mean(matching.weighted_mean(error, valid), jnp.sum(valid))
+        loss = Mean(VIDEO_LOSS_SCALE * mean.value, mean.weight)
+        return loss.value, {"loss": loss, "video_mse": generated}
 
-    def action_loss(self, params: Params, batch: Batch, key: jax.Array) -> tuple[Float[Array, ""], Metrics]:
+    def action_loss(self, params: Params, batch: Batch, draws: Draws) -> tuple[Float[Array, ""], dict[str, Mean]]:
         """Flow matching on action chunks, given the frozen backbone's view of the true video noised to a random τ_v (SPEC 7).
 
         Args:
             batch: as for `video_loss`, and normalised `proprio` (b o p), `actions` (b a m), `action_mask` bool (b a). Of mixtures
                 also `action_dims` and `embodiment` as in `Robots`.
+            draws: of `draw`. All draws of a sample share its hidden states, and their keys and values.
+
+        Returns:
+            The loss to differentiate, and metrics: `loss` itself and the unscaled error `action_mse`.
         """
-        video_key, draws_key = jax.random.split(key)
-        robots = Robots.of(batch)
-        hidden, video_time = self.hidden_of_noised_video(params, batch, video_key)
+        robots, actions, video_time = Robots.of(batch), batch["actions"], draws["video_time"]
+        hidden = self.hidden_of_noised_video(params, batch, draws)
         decoder = self.module("decoder", params)
         context = decoder.encode_context(jax.lax.stop_gradient(hidden), self._context_mask(robots.view_mask))
 
@@ -162,31 +198,24 @@ class VideoActionModel:
             dims = robots.action_dims[:, None]
             weights = weights[:, :, None] * dims
 
-        def draw(key: jax.Array) -> Float[Array, ""]:
-            time_key, noise_key, drop_key = jax.random.split(key, 3)
-            actions = batch["actions"]
-            time = matching.sample_action_time(time_key, len(actions))
-            noise = jax.random.normal(noise_key, actions.shape) * dims
-            dropped = jax.random.bernoulli(drop_key, self.config.decoder.proprio_dropout, (len(actions),))
+        def error(time: Float[Array, " b"], noise: Float[Array, "b a m"], dropped: Bool[Array, " b"]) -> Float[Array, ""]:
+            noise = noise * dims
             noised = matching.interpolate(actions, noise, time)
             velocity = self._action_velocity(
                 decoder, batch["proprio"], noised, time, video_time, context, dropped, robots.embodiment
             )
             return matching.weighted_mean((velocity - (noise - actions)) ** 2, weights)
 
-        loss = jnp.mean(jax.vmap(draw)(jax.random.split(draws_key, self.config.train.action_draws)))
-        return ACTION_LOSS_SCALE * loss, {"action_mse": loss}
+        mean = jnp.mean(jax.vmap(error, in_axes=1)(draws["action_time"], draws["actions"], draws["dropped"]))
+        mse, loss = Mean(mean, jnp.sum(weights)), Mean(ACTION_LOSS_SCALE * mean, jnp.sum(weights))
+        return loss.value, {"loss": loss, "action_mse": mse}
 
-    def hidden_of_noised_video(
-        self, params: Params, batch: Batch, key: jax.Array
-    ) -> tuple[Float[Array, "b k d"], Float[Array, " b"]]:
-        """Hidden states of a batch's whole windows, their future latents noised to random τ_v; and those τ_v."""
-        sigma_key, noise_key = jax.random.split(key)
-        latents = self._window_latents(params, batch)
-        time = matching.flow_time(matching.sample_video_sigma(sigma_key, len(latents), self.config.noise))
-        noised = matching.interpolate(latents, jax.random.normal(noise_key, latents.shape), time)
+    def hidden_of_noised_video(self, params: Params, batch: Batch, draws: Draws) -> Float[Array, "b k d"]:
+        """Hidden states of a batch's whole windows, their future latents noised to the τ_v that were drawn."""
+        latents, time = self._window_latents(params, batch), draws["video_time"]
+        noised = matching.interpolate(latents, draws["video"], time)
         mask = matching.condition_mask(jnp.full(len(latents), self.config.data.past_latents), latents.shape[1])
-        return self._hidden(params, latents, mask, noised, time, batch["text"], batch.get("view_mask")), time
+        return self._hidden(params, latents, mask, noised, time, batch["text"], batch.get("view_mask"))
 
     # Sampling. Noise is an argument, so that a sample is a function of it whatever drew it.
 

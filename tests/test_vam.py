@@ -38,6 +38,11 @@ def compiled(config, name):
     return jax.jit(getattr(VideoActionModel(config), name))
 
 
+def loss_of(vam, params, batch):
+    """Loss and metrics of a batch with the draws of `KEY`."""
+    return vam.loss(params, batch, vam.draw(KEY, len(batch["text"])))
+
+
 def noise_of(asked, latents):
     """The noise in a recorded input, solved from x_τ = (1−τ)x₀ + τε; meaningless where frames were given clean."""
     time = np.asarray(asked["times"])[:, :, None, None, None]
@@ -49,7 +54,7 @@ def noise_of(asked, latents):
 
 def test_conditioned_frames_are_given_clean_and_the_others_noised(params):
     vam, batch = Recording(VIDEO), tiny.batch(VIDEO, 64)
-    vam.video_loss(params, batch, KEY)
+    loss_of(vam, params, batch)
     latents, asked = np.asarray(vam.encode_video(params, batch["video"])), vam.asked[0]
     mask, inputs, times = (np.asarray(asked[name]) for name in ("mask", "inputs", "times"))
     assert {tuple(row) for row in mask} == {(1, 0, 0), (1, 1, 0)}  # one or two observed latent frames
@@ -66,13 +71,13 @@ def test_conditioned_frames_are_given_clean_and_the_others_noised(params):
 def test_video_loss_by_hand(params):
     vam, batch = Recording(VIDEO, answer=0.5), tiny.batch(VIDEO, 6)
     batch["video_mask"][0, 6] = batch["video_mask"][3, 5:] = False  # one frame of a group spoils the latent
-    loss, metrics = vam.video_loss(params, batch, KEY)
+    loss, metrics = loss_of(vam, params, batch)
     latents, asked = np.asarray(vam.encode_video(params, batch["video"])), vam.asked[0]
     counts = 1 - np.asarray(asked["mask"])
     counts[[0, 3], 2] = 0
     error = ((0.5 - (noise_of(asked, latents) - latents)) ** 2).mean((2, 3, 4))
     expected = error[counts == 1].mean()
-    np.testing.assert_allclose(metrics["video_mse"], expected, rtol=1e-3)
+    np.testing.assert_allclose(metrics["video_mse"].value, expected, rtol=1e-3)
     np.testing.assert_allclose(loss, 100 * expected, rtol=1e-3)
 
 
@@ -85,7 +90,7 @@ def test_conditioned_and_padded_frames_have_no_part_in_the_video_loss(params, av
 
     def loss(answer):
         vam.answer = answer
-        return vam.video_loss(params, batch, KEY)[0]
+        return loss_of(vam, params, batch)[0]
 
     gradient = np.abs(jax.grad(loss)(jnp.zeros((6, 3, 2, 4, 16)))).max((2, 3, 4))
     counts = 1 - np.asarray(vam.asked[0]["mask"])
@@ -98,24 +103,24 @@ def test_the_pixels_of_padded_frames_are_no_target(params):
     batch["video_mask"][1, 6:] = False
     changed = batch | {"video": batch["video"].copy()}
     changed["video"][1, 6:] = 255 - changed["video"][1, 6:]
-    np.testing.assert_array_equal(vam.video_loss(params, batch, KEY)[0], vam.video_loss(params, changed, KEY)[0])
+    np.testing.assert_array_equal(loss_of(vam, params, batch)[0], loss_of(vam, params, changed)[0])
     changed["video"][0, 6:] = 255 - changed["video"][0, 6:]
-    assert vam.video_loss(params, batch, KEY)[0] != vam.video_loss(params, changed, KEY)[0]
+    assert loss_of(vam, params, batch)[0] != loss_of(vam, params, changed)[0]
 
 
 def test_the_published_weighting_keeps_conditioned_frames_in_the_denominator(params):
     batch = tiny.batch(VIDEO, 6)
     batch["video_mask"][2, 5:] = False
     vam = Recording(VIDEO)
-    loss, metrics = vam.video_loss(params, batch, KEY)
+    loss, metrics = loss_of(vam, params, batch)
     published = Recording(tiny.experiment(stage="video", train={"average_generated_only": False}))
-    published_loss, published_metrics = published.video_loss(params, batch, KEY)
+    published_loss, published_metrics = loss_of(published, params, batch)
     valid = np.ones((6, 3))
     valid[2, 2] = 0
     share = (valid * (1 - np.asarray(vam.asked[0]["mask"]))).sum() / valid.sum()
     assert 0.2 < share < 0.7
     np.testing.assert_allclose(published_loss / loss, share, rtol=1e-5)
-    np.testing.assert_allclose(metrics["video_mse"], published_metrics["video_mse"], rtol=1e-6)
+    np.testing.assert_allclose(metrics["video_mse"].value, published_metrics["video_mse"].value, rtol=1e-6)
 
 
 # Action loss.
@@ -128,30 +133,30 @@ def test_padded_actions_have_no_part_in_the_action_loss(params):
 
     def loss(answer):
         vam.answer = answer
-        return vam.action_loss(params, batch, KEY)[0]
+        return loss_of(vam, params, batch)[0]
 
     gradient = np.abs(jax.grad(loss)(jnp.zeros((4, 4, 2)))).max(-1)
     np.testing.assert_array_equal(gradient > 0, batch["action_mask"])
     changed = batch | {"actions": np.where(batch["action_mask"][..., None], batch["actions"], 9.0).astype(np.float32)}
-    np.testing.assert_array_equal(loss(jnp.zeros(())), vam.action_loss(params, changed, KEY)[0])
+    np.testing.assert_array_equal(loss(jnp.zeros(())), loss_of(vam, params, changed)[0])
     changed["actions"][0, 0] += 1
-    assert loss(jnp.zeros(())) != vam.action_loss(params, changed, KEY)[0]
+    assert loss(jnp.zeros(())) != loss_of(vam, params, changed)[0]
 
 
 def test_action_loss_of_known_actions(params):
     """With x₀ = 3 and the answer 0, the error is (ε − 3)², whose mean is 1 + 9."""
     batch = tiny.batch(ACTION, 2) | {"actions": np.full((2, 4, 2), 3, np.float32)}
     config = tiny.experiment(train={"action_draws": 500})
-    loss, metrics = Recording(config).action_loss(params, batch, KEY)
-    np.testing.assert_allclose(metrics["action_mse"], 10, rtol=0.05)
-    np.testing.assert_allclose(loss, 10 * metrics["action_mse"], rtol=1e-6)
+    loss, metrics = loss_of(Recording(config), params, batch)
+    np.testing.assert_allclose(metrics["action_mse"].value, 10, rtol=0.05)
+    np.testing.assert_allclose(loss, 10 * metrics["action_mse"].value, rtol=1e-6)
 
 
 def test_proprioception_is_dropped_as_often_as_configured(params):
     """The recording model answers 0 for dropped samples and 10 for the others: errors of 1 and 101."""
     config = tiny.experiment(train={"action_draws": 500}, decoder={"proprio_dropout": 0.25})
     batch = tiny.batch(config, 4) | {"actions": np.zeros((4, 4, 2), np.float32)}
-    error = Recording(config, answer=10.0).action_loss(params, batch, KEY)[1]["action_mse"]
+    error = loss_of(Recording(config, answer=10.0), params, batch)[1]["action_mse"].value
     np.testing.assert_allclose((error - 1) / 100, 0.75, atol=0.04)
 
 
@@ -163,7 +168,9 @@ def test_the_backbone_sees_the_true_video_noised_behind_the_observed_frames(para
         return jnp.zeros((len(clean), 6, 16))
 
     vam._hidden = hidden
-    _, time = vam.hidden_of_noised_video(params, batch, KEY)
+    draws = vam.draw(KEY, 32)
+    vam.hidden_of_noised_video(params, batch, draws)
+    time = draws["video_time"]
     latents = np.asarray(vam.encode_video(params, batch["video"]))
     np.testing.assert_array_equal(seen["clean"], latents)
     scale = np.asarray(time)[:, None, None, None, None]
@@ -189,10 +196,10 @@ def test_the_observed_frames_reach_the_backbone_clean(params):
 
 
 def test_gradients_reach_only_what_a_stage_trains(params):
-    batch = tiny.batch(ACTION, 2)
-    for config, name, trained in ((VIDEO, "video_loss", "backbone"), (ACTION, "action_loss", "decoder")):
-        gradients = jax.jit(jax.grad(lambda params, loss: loss(params, batch, KEY)[0]), static_argnums=1)(
-            params, getattr(VideoActionModel(config), name)
+    batch, dropping = tiny.batch(ACTION, 8), tiny.experiment(decoder={"proprio_dropout": 0.5})
+    for config, trained in ((VIDEO, "backbone"), (dropping, "decoder")):
+        gradients = jax.jit(jax.grad(lambda params, vam: loss_of(vam, params, batch)[0]), static_argnums=1)(
+            params, VideoActionModel(config)
         )
         for part in ("tokenizer", "backbone", "decoder"):
             leaves = jax.tree_util.tree_leaves_with_path(gradients[part])
@@ -369,7 +376,7 @@ def test_the_wan_tokenizer_in_place_of_the_fitted_one():
     latents = jax.jit(vam.encode_video)(params, batch["video"])
     assert latents.shape == (1, 3, 2, 4, 16) and latents.dtype == jnp.float32
     np.testing.assert_array_equal(np.asarray(latents.astype(jnp.bfloat16), np.float32), latents)  # as computed
-    assert np.isfinite(jax.jit(vam.video_loss)(params, batch, KEY)[0])
+    assert np.isfinite(jax.jit(functools.partial(loss_of, vam))(params, batch)[0])
     video = jax.jit(vam.sample_video)(params, observed(batch), batch["text"], noise(size=1)["video"])
     assert video.shape == (1, 9, *tiny.SIZE, 3) and video.dtype == np.uint8
 
@@ -383,14 +390,14 @@ def test_published_noise_has_one_stream_a_part():
 
 def test_dimensions_that_a_robot_lacks_take_no_part(params):
     batch = tiny.batch(ACTION, 2) | {"action_dims": np.array([[True, True], [True, False]])}
-    gradient = np.abs(jax.jit(jax.grad(lambda actions: VideoActionModel(ACTION).action_loss(
-        params, batch | {"actions": actions}, KEY)[0]))(batch["actions"]))  # fmt: skip
+    gradient = np.abs(jax.jit(jax.grad(lambda actions: loss_of(
+        VideoActionModel(ACTION), params, batch | {"actions": actions})[0]))(batch["actions"]))  # fmt: skip
     assert gradient[0].min() > 0 and gradient[1, :, 0].min() > 0
     full = tiny.batch(ACTION, 2)
     everything = full | {"action_dims": np.ones((2, 2), bool)}
-    loss = compiled(ACTION, "action_loss")
-    np.testing.assert_allclose(loss(params, everything, KEY)[0], loss(params, full, KEY)[0], rtol=1e-6)
-    assert abs(loss(params, batch, KEY)[0] - loss(params, full, KEY)[0]) > 1e-3
+    loss = jax.jit(functools.partial(loss_of, VideoActionModel(ACTION)))
+    np.testing.assert_allclose(loss(params, everything)[0], loss(params, full)[0], rtol=1e-6)
+    assert abs(loss(params, batch)[0] - loss(params, full)[0]) > 1e-3
 
 
 def test_dimensions_that_a_robot_lacks_stay_at_zero(params):
@@ -408,9 +415,10 @@ def test_dimensions_that_a_robot_lacks_stay_at_zero(params):
 def test_robots_are_told_apart():
     config = tiny.experiment(decoder={"embodiments": 3})
     params, batch = tiny.params(config), tiny.batch(config, 2) | {"embodiment": np.array([0, 2])}
-    loss = jax.jit(VideoActionModel(config).action_loss)
-    assert abs(loss(params, batch, KEY)[0] - loss(params, batch | {"embodiment": np.array([1, 1])}, KEY)[0]) > 1e-4
-    gradient = jax.jit(jax.grad(lambda params: VideoActionModel(config).action_loss(params, batch, KEY)[0]))(params)
+    loss = functools.partial(loss_of, VideoActionModel(config))
+    both = jax.jit(loss)
+    assert abs(both(params, batch)[0] - both(params, batch | {"embodiment": np.array([1, 1])})[0]) > 1e-4
+    gradient = jax.jit(jax.grad(lambda params: loss(params, batch)[0]))(params)
     moved = np.abs(gradient["decoder"]["embodiment_tokens"]).max(axis=1)
     assert moved[0] > 0 and moved[1] == 0 and moved[2] > 0
     arguments = (observed(batch), batch["proprio"], batch["text"], noise())
@@ -427,9 +435,10 @@ def test_robots_are_told_apart():
 def test_padding_counts_in_the_loss_if_asked_to(params):
     batch = tiny.batch(ACTION, 2)
     padded = batch | {"action_mask": batch["action_mask"] & (np.arange(4) < 2), "video_mask": batch["video_mask"] & False}
-    for stage, name in (("video", "video_loss"), ("action", "action_loss")):
-        counted = tiny.experiment(stage=stage, train={"mask_padding": False})
-        losses = [compiled(counted, name)(params, values, KEY)[0] for values in (batch, padded)]
+    for stage in ("video", "action"):
+        config = tiny.experiment(stage=stage, train={"mask_padding": False})
+        loss = jax.jit(functools.partial(loss_of, VideoActionModel(config)))
+        losses = [loss(params, values)[0] for values in (batch, padded)]
         assert losses[0] == losses[1]
 
 
@@ -459,9 +468,9 @@ def test_a_context_computed_once_is_the_naive_decoding(params):
 
 def test_bfloat16_stays_close_to_float32(params):
     batch = tiny.batch(ACTION, 8)
-    for stage, name in (("video", "video_loss"), ("action", "action_loss")):
+    for stage in ("video", "action"):
         configs = [tiny.experiment(stage=stage, precision=precision) for precision in ("float32", "bfloat16")]
-        exact, rounded = (compiled(config, name)(params, batch, KEY)[0] for config in configs)
+        exact, rounded = (jax.jit(functools.partial(loss_of, VideoActionModel(config)))(params, batch)[0] for config in configs)
         assert rounded.dtype == jnp.float32
         np.testing.assert_allclose(rounded, exact, rtol=0.01)
     rounded = sample(params, batch, config=tiny.experiment(precision="bfloat16"))
@@ -498,7 +507,7 @@ def test_views_are_coded_by_themselves(two_views):
 def test_what_a_missing_view_would_show_has_no_part_in_a_loss(two_views, stage, average_generated_only):
     config, params, batch = two_views
     config = tiny.experiment(stage=stage, train={"average_generated_only": average_generated_only}, **VIEWS)
-    loss = jax.jit(lambda batch: getattr(VideoActionModel(config), f"{stage}_loss")(params, batch, KEY)[0])
+    loss = jax.jit(lambda batch: loss_of(VideoActionModel(config), params, batch)[0])
     for sample, view, matters in ((1, 1, False), (1, 0, True), (0, 1, True)):
         video = batch["video"].copy()
         video[sample, :, 16 * view : 16 * (view + 1)] = 99

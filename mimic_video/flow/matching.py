@@ -46,9 +46,9 @@ def sample_video_sigma(key: jax.Array, batch: int, config: NoiseConfig) -> Float
     return jnp.where(jax.random.uniform(choice_key, (batch,)) < config.tail_probability, tail, body)
 
 
-def sample_action_time(key: jax.Array, batch: int) -> Float[Array, " b"]:
+def sample_action_time(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
     """Action flow times, uniform in [0.001, 1) (SPEC 7)."""
-    return ACTION_TIME_MIN + (1 - ACTION_TIME_MIN) * jax.random.uniform(key, (batch,))
+    return ACTION_TIME_MIN + (1 - ACTION_TIME_MIN) * jax.random.uniform(key, shape)
 
 
 def scale_to_unit_variance(x_tau: Float[Array, "b ..."], time: Float[Array, " b"]) -> Float[Array, "b ..."]:

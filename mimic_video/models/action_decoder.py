@@ -8,14 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from mimic_video.config import ActionDecoderConfig
-from mimic_video.models.attention import Attention, Heads
+from mimic_video.models.attention import Attention, Backend, Heads
 from mimic_video.models.layers import (
     MLP,
     LayerNorm,
     Modulation,
+    Remat,
     RMSNorm,
     gelu,
     linear,
@@ -25,6 +27,7 @@ from mimic_video.models.layers import (
     stack_blocks,
     truncated_normal,
 )
+from mimic_video.models.parallel import BATCH_AXES, axis_size, constrain
 
 Tokens = Float[Array, "b s d"]  # s = proprioception tokens, then action tokens
 
@@ -110,10 +113,10 @@ class PairTimeEmbedding(nnx.Module):
 class ActionBlock(nnx.Module):
     """Cross-attention to the video, self-attention, MLP; each modulated per token (SPEC 6.2, step 6)."""
 
-    def __init__(self, config: ActionDecoderConfig, context_width: int, rngs: nnx.Rngs):
+    def __init__(self, config: ActionDecoderConfig, context_width: int, rngs: nnx.Rngs, backend: Backend = "auto"):
         width, rank, time = config.width, config.adaln_lora_dim, config.time_rank
-        self.cross_attn = Attention(width, config.num_heads, rngs, context_width)
-        self.self_attn = Attention(width, config.num_heads, rngs)
+        self.cross_attn = Attention(width, config.num_heads, rngs, context_width, backend)
+        self.self_attn = Attention(width, config.num_heads, rngs, backend=backend)
         self.mlp = MLP(width, int(width * config.mlp_ratio), rngs)
         self.cross_attn_modulation = Modulation(width, rank, 3, rngs, time)
         self.self_attn_modulation = Modulation(width, rank, 3, rngs, time)
@@ -135,8 +138,9 @@ class ActionBlock(nnx.Module):
 class ActionDecoder(nnx.Module):
     """Velocity of an action chunk under the flow, given proprioception and the video backbone's hidden states."""
 
-    def __init__(self, config: ActionDecoderConfig, context_width: int, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: ActionDecoderConfig, context_width: int, rngs: nnx.Rngs, backend: Backend = "auto",
+                 remat: Remat = "none"):
+        self.config, self.remat = config, remat
         width = config.width
         self.proprio_embedder = Embedder(config.proprio_dim, width, rngs)
         self.action_embedder = Embedder(config.action_dim, width, rngs)
@@ -148,7 +152,7 @@ class ActionDecoder(nnx.Module):
             self.embodiment_tokens = nnx.Param(small(rngs.params(), (config.embodiments, width), jnp.float32))
         self.context_norm = LayerNorm(context_width)
         self.time_embedding = PairTimeEmbedding(width, config.time_rank, rngs)
-        self.blocks = stack_blocks(lambda rngs: ActionBlock(config, context_width, rngs), config.num_blocks, rngs)
+        self.blocks = stack_blocks(lambda rngs: ActionBlock(config, context_width, rngs, backend), config.num_blocks, rngs)
         self.final_modulation = Modulation(width, config.adaln_lora_dim, 2, rngs, config.time_rank)
         self.final_proj = linear(width, config.action_dim, rngs)
 
@@ -160,7 +164,15 @@ class ActionDecoder(nnx.Module):
         """
         graphdef, state = nnx.split(self.blocks.cross_attn)
         context = self.context_norm(hidden)
-        return Context(*jax.lax.map(lambda block: nnx.merge(graphdef, block).keys_values(context), state), mask)
+        # There are few queries, so devices that share a sample each take some of the heads.
+        heads = "sequence" if self.config.num_heads % axis_size("sequence") == 0 else None
+        spec = PartitionSpec(BATCH_AXES, None, heads)
+
+        def keys_values(block: nnx.State) -> tuple[Heads, Heads]:
+            keys, values = nnx.merge(graphdef, block).keys_values(context)
+            return constrain(keys, spec), constrain(values, spec)
+
+        return Context(*jax.lax.map(keys_values, state), mask)
 
     def __call__(
         self,
@@ -214,6 +226,6 @@ class ActionDecoder(nnx.Module):
         def apply(block: ActionBlock, x: Tokens, keys: Heads, values: Heads) -> Tokens:
             return block(x, embedding, shared, (keys, values), context.mask)
 
-        x = scan_blocks(self.blocks, apply, x, context.keys, context.values)
+        x = scan_blocks(self.blocks, apply, x, context.keys, context.values, remat=self.remat)
         shift, scale = self.final_modulation(embedding, shared)
         return self.final_proj(modulate(x, shift, scale))[:, extra:]

@@ -5,13 +5,19 @@ activations work in float32 inside and round their result (SPEC 3.9).
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from mimic_video.models.parallel import is_spread, platform
+
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
+Remat = Literal["none", "attention", "full", "offload"]
+
+SAVED_ATTENTION = "attention"  # the name under which policies of rematerialisation know what attention returns
 
 
 def truncated_normal(std: float) -> Initializer:
@@ -24,7 +30,7 @@ def _flat_dot_general(inputs, kernel, dimension_numbers, **options):
 
     Elsewhere the leading dimensions stay apart, since they are sharded separately.
     """
-    if jax.default_backend() != "cpu" or inputs.ndim <= 2:
+    if platform() != "cpu" or is_spread() or inputs.ndim <= 2:
         return jax.lax.dot_general(inputs, kernel, dimension_numbers, **options)
     flat = jax.lax.dot_general(inputs.reshape(-1, inputs.shape[-1]), kernel, (((1,), (0,)), ((), ())), **options)
     return flat.reshape(*inputs.shape[:-1], kernel.shape[-1])
@@ -114,13 +120,37 @@ def stack_blocks(make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs:
     return nnx.vmap(make_block, axis_size=depth)(rngs.split(depth))
 
 
-def scan_blocks(blocks: nnx.Module, apply: Callable, x: Array, *per_block, stop: int | None = None) -> Array:
+def rematerialised(function: Callable, remat: Remat) -> Callable:
+    """The function with a backward pass that computes again what it does not find.
+
+    Args:
+        remat: "none" keeps everything, "attention" the inputs and what attention returns, "offload" the same but the latter in
+            the host's memory, "full" the inputs only.
+    """
+    if remat == "none":
+        return function
+    policies = jax.checkpoint_policies
+    policy = {
+        "full": policies.nothing_saveable,
+        "attention": policies.save_only_these_names(SAVED_ATTENTION),
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[], names_which_can_be_offloaded=[SAVED_ATTENTION], offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    }[remat]  # fmt: skip
+    return jax.checkpoint(function, policy=policy, prevent_cse=False)  # a scan keeps them apart anyway
+
+
+def scan_blocks(
+    blocks: nnx.Module, apply: Callable, x: Array, *per_block, stop: int | None = None, remat: Remat = "none"
+) -> Array:
     """Runs stacked blocks one after another: x ← apply(block, x, *slice of per_block).
 
     Args:
         blocks: from `stack_blocks`.
         apply: called as apply(block, x, *arrays), with each array of `per_block` indexed by the block.
         stop: number of leading blocks to run; None for all. The other blocks' parameters are not touched.
+        remat: of each block, as for `rematerialised`.
     """
     graphdef, state = nnx.split(blocks)
     sliced = jax.tree.map(lambda leaf: leaf[:stop], (state, per_block))
@@ -130,5 +160,5 @@ def scan_blocks(blocks: nnx.Module, apply: Callable, x: Array, *per_block, stop:
         return apply(nnx.merge(graphdef, block_state), x, *extra), None
 
     # XLA's CPU backend gains about 1.4x from seeing several blocks at once; accelerators only lose compile time.
-    unroll = 4 if jax.default_backend() == "cpu" else 1
-    return jax.lax.scan(body, x, sliced, unroll=unroll)[0]
+    unroll = 4 if platform() == "cpu" else 1
+    return jax.lax.scan(rematerialised(body, remat), x, sliced, unroll=unroll)[0]

@@ -42,8 +42,8 @@ def _round(values: np.ndarray | float) -> Float[np.ndarray, "..."]:
     return np.asarray(values, np.float32).astype(jnp.bfloat16).astype(np.float32)
 
 
-def rotate(x: Float[Array, "b s n k"], angles: Float[Array, "s half"]) -> Float[Array, "b s n k"]:
+def rotate(x: Float[Array, "b *s n k"], angles: Float[Array, "*s half"]) -> Float[Array, "b *s n k"]:
     """Rotates dimension i of each head together with dimension i + half (half-split form), in float32."""
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -8,8 +8,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from mimic_video.config import CompatConfig, VideoDiTConfig
-from mimic_video.models.attention import Attention
-from mimic_video.models.layers import MLP, Modulation, RMSNorm, linear, modulate, scan_blocks, silu, stack_blocks
+from mimic_video.models.attention import Attention, Backend
+from mimic_video.models.layers import MLP, Modulation, Remat, RMSNorm, linear, modulate, scan_blocks, silu, stack_blocks
+from mimic_video.models.parallel import TOKENS, constrain
 from mimic_video.models.rope import rope_angles, rotate
 
 Tokens = Float[Array, "b t n d"]  # n = patches of one latent frame, row by row; those of several views one view after the other
@@ -32,10 +33,10 @@ def token_mask(view_mask: ViewMask, patches: int) -> Bool[Array, "b n"]:
 class VideoBlock(nnx.Module):
     """Self-attention, cross-attention to the text, MLP; each modulated by its frame's flow time (SPEC 3.6)."""
 
-    def __init__(self, config: VideoDiTConfig, rngs: nnx.Rngs):
+    def __init__(self, config: VideoDiTConfig, rngs: nnx.Rngs, backend: Backend = "auto"):
         width, rank = config.width, config.adaln_lora_dim
-        self.self_attn = Attention(width, config.num_heads, rngs)
-        self.cross_attn = Attention(width, config.num_heads, rngs, config.text_width)
+        self.self_attn = Attention(width, config.num_heads, rngs, backend=backend)
+        self.cross_attn = Attention(width, config.num_heads, rngs, config.text_width, backend)
         self.mlp = MLP(width, int(width * config.mlp_ratio), rngs)
         self.self_attn_modulation = Modulation(width, rank, 3, rngs)
         self.cross_attn_modulation = Modulation(width, rank, 3, rngs)
@@ -44,15 +45,11 @@ class VideoBlock(nnx.Module):
     def __call__(
         self, x: Tokens, time: PerFrame, shared: PerFrame, text: Float[Array, "b s e"], rotate_heads, mask: Array | None = None
     ) -> Tokens:
-        def sequence(tokens: Tokens) -> Float[Array, "b s d"]:
-            return tokens.reshape(tokens.shape[0], -1, tokens.shape[-1])
-
         def self_attention(y: Tokens) -> Tokens:
-            y = sequence(y)
             return self.self_attn(y, self.self_attn.keys_values(y, rotate_heads), rotate_heads, mask)
 
         def cross_attention(y: Tokens) -> Tokens:
-            return self.cross_attn(sequence(y), self.cross_attn.keys_values(text))
+            return self.cross_attn(y, self.cross_attn.keys_values(text))
 
         for layer, modulation in (
             (self_attention, self.self_attn_modulation),
@@ -60,15 +57,16 @@ class VideoBlock(nnx.Module):
             (self.mlp, self.mlp_modulation),
         ):
             shift, scale, gate = (part[:, :, None] for part in modulation(time, shared))
-            x = x + gate * layer(modulate(x, shift, scale)).reshape(x.shape)
+            x = x + gate * layer(modulate(x, shift, scale))
         return x
 
 
 class VideoDiT(nnx.Module):
     """Velocity of latent video under the flow, and the residual stream on the way to it."""
 
-    def __init__(self, config: VideoDiTConfig, rngs: nnx.Rngs, compat: CompatConfig = CompatConfig()):
-        self.config, self.compat = config, compat
+    def __init__(self, config: VideoDiTConfig, rngs: nnx.Rngs, compat: CompatConfig = CompatConfig(), backend: Backend = "auto",
+                 remat: Remat = "none"):
+        self.config, self.compat, self.remat = config, compat, remat
         width, patch_size = config.width, math.prod(config.patch)
         self.patch_proj = linear((config.latent_channels + 2) * patch_size, width, rngs)
         if config.views > 1:  # zeros, so that views added to a pretrained model look like more of the same at first
@@ -76,7 +74,7 @@ class VideoDiT(nnx.Module):
         self.time_in = linear(width, width, rngs)
         self.time_out = linear(width, 3 * width, rngs)
         self.time_norm = RMSNorm(width)
-        self.blocks = stack_blocks(lambda rngs: VideoBlock(config, rngs), config.num_blocks, rngs)
+        self.blocks = stack_blocks(lambda rngs: VideoBlock(config, rngs, backend), config.num_blocks, rngs)
         self.final_modulation = Modulation(width, config.adaln_lora_dim, 2, rngs)
         self.final_proj = linear(width, config.latent_channels * patch_size, rngs)
 
@@ -125,13 +123,13 @@ class VideoDiT(nnx.Module):
         _, t, h, w, _ = latent_shape
         grid, head_dim = (t, h // config.views // config.patch[1], w // config.patch[2]), config.width // config.num_heads
         angles = rope_angles(grid, head_dim, config.rope_ratio, bfloat16=self.compat.bfloat16_rope)
-        angles = np.tile(angles.reshape(t, -1, angles.shape[-1]), (1, config.views, 1)).reshape(-1, angles.shape[-1])
+        angles = np.tile(angles.reshape(t, -1, angles.shape[-1]), (1, config.views, 1))
         mask = None if view_mask is None else jnp.tile(token_mask(view_mask, x.shape[2]), t)
 
         def apply(block: VideoBlock, x: Tokens) -> Tokens:
-            return block(x, time, shared, text, lambda heads: rotate(heads, angles), mask)
+            return constrain(block(x, time, shared, text, lambda heads: rotate(heads, angles), mask), TOKENS)
 
-        return scan_blocks(self.blocks, apply, x, stop=stop)
+        return scan_blocks(self.blocks, apply, constrain(x, TOKENS), stop=stop, remat=self.remat)
 
     def _patchify(self, latents, condition_mask, padding_mask) -> Tokens:
         b, t, h, w, _ = latents.shape

@@ -22,7 +22,7 @@ from absl import logging
 from mimic_video.config import ConfigError, ExperimentConfig, experiment_from, to_dict
 from mimic_video.embodiments import Embodiment, from_table, to_table
 from mimic_video.training.sharding import path_name
-from mimic_video.training.steps import TrainState, split_params
+from mimic_video.training.steps import TrainState, join_params, split_params
 from mimic_video.vam import Params, VideoActionModel
 
 Precision = Literal["configured", "stored", "float32", "bfloat16"]
@@ -193,7 +193,7 @@ def save_converted(
     if (embodiments is None) == (config.stage == "action"):
         raise ValueError(f"embodiments are {'missing' if embodiments is None else 'given'} for stage '{config.stage}'")
     # Orbax copies NumPy arrays before it writes them, but not JAX arrays; and those alias aligned NumPy arrays on CPU.
-    trained, frozen = split_params(jax.tree.map(lambda leaf: jax.device_put(leaf, may_alias=True), params), config.stage)
+    trained, frozen = split_params(jax.tree.map(lambda leaf: jax.device_put(leaf, may_alias=True), params), config)
     run.mkdir(parents=True, exist_ok=True)
     save_frozen(run, frozen)
     with ocp.CheckpointManager((run / "checkpoints").absolute(), item_handlers={"params": _tree_handler()}) as manager:
@@ -223,7 +223,7 @@ def load_embodiments(run: pathlib.Path) -> dict[str, Embodiment]:
 def load_frozen(run: pathlib.Path, precision: Precision = "configured") -> Params:
     """What `save_frozen` kept, on one device; `precision` as for `load_params`. Raises RunError before it has."""
     path, config = _frozen_path(run), read_config(run)
-    return _load_tree(path, split_params(_abstract_params(config, precision), config.stage)[1], precision)
+    return _load_tree(path, split_params(_abstract_params(config, precision), config)[1], precision)
 
 
 def load_tokenizer(run: pathlib.Path, config: ExperimentConfig) -> Params:
@@ -258,9 +258,9 @@ def load_params(run: pathlib.Path, precision: Precision = "configured") -> tuple
     config, frozen = read_config(run), load_frozen(run, precision)
     checkpoint = _newest_checkpoint(run)
     average = checkpoint / "ema"
-    target = split_params(_abstract_params(config, precision), config.stage)[0]
+    target = split_params(_abstract_params(config, precision), config)[0]
     trained = _load_tree(average if average.exists() else checkpoint / "params", target, precision)
-    return frozen | trained, int(checkpoint.name)
+    return join_params(trained, frozen, config), int(checkpoint.name)
 
 
 def _frozen_path(run: pathlib.Path) -> pathlib.Path:

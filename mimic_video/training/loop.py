@@ -60,7 +60,7 @@ def train(
     require_divisible(config.train.batch_size, mesh)
     with checkpoints.open_checkpoints(run, config.train.keep_checkpoints) as manager:
         if manager.latest_step() is None:
-            trained, frozen = split_params(init(), config.stage)
+            trained, frozen = split_params(init(), config)
             checkpoints.save_frozen(run, frozen)
             frozen = checkpoints.load_frozen(run)  # what an earlier start of this run kept, if there was one
             state = place(make_state(config, trained), mesh)
@@ -77,7 +77,7 @@ def train(
 def _run_steps(config, vam, mesh, state, frozen, batches, data, validation, run, manager) -> TrainState:
     settings, start = config.train, int(state.step)
     step_function = make_train_step(vam, mesh, state)
-    validate = make_validation_step(vam)
+    validate = make_validation_step(vam, mesh)
     validation = [global_batch(batch, mesh) for batch in validation]
     writer = MetricWriter(run, start)
     progress = tqdm(total=settings.steps, initial=start, desc=f"{config.stage} stage", unit="step", mininterval=1.0)

@@ -9,11 +9,13 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mimic_video.config import ConfigError, MeshConfig
-
-BATCH = PartitionSpec(("data", "fsdp"))  # every batch array is split along its first axis
+from mimic_video.models.parallel import BATCH
 
 # (regex over the '/'-joined path, partition); the first match wins. Block parameters have a leading depth axis.
 RULES = (
+    (r"lora/.*blocks/.*/a$", PartitionSpec(None, "fsdp", None)),
+    (r"lora/.*blocks/.*/b$", PartitionSpec(None, None, "fsdp")),
+    (r"lora/", PartitionSpec()),
     (r"blocks/.*(out_proj|mlp/down)/kernel", PartitionSpec(None, None, "fsdp")),
     (r"blocks/.*(q_proj|k_proj|v_proj|mlp/up|modulation/down)/kernel", PartitionSpec(None, "fsdp", None)),
     (r"blocks/.*modulation/up/kernel", PartitionSpec(None, None, "fsdp")),

@@ -1,5 +1,6 @@
 """The training state and the compiled step of either stage."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +11,13 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mimic_video.config import ExperimentConfig
+from mimic_video.models.parallel import BATCH
+from mimic_video.training.lora import init_adapters, join_network, split_network
 from mimic_video.training.optimizer import average_decay, make_optimizer, make_schedule
-from mimic_video.training.sharding import BATCH, shardings
-from mimic_video.vam import Batch, Metrics, Params, VideoActionModel
+from mimic_video.training.sharding import shardings
+from mimic_video.vam import Batch, Draws, Mean, Metrics, Params, VideoActionModel
 
-TRAINED = {"video": "backbone", "action": "decoder"}  # the part of the parameters that each stage optimises
+TRAINED = {"video": "backbone", "action": "decoder"}  # the network that each stage optimises
 
 
 @struct.dataclass
@@ -31,11 +34,42 @@ class TrainState:
         return self.ema or self.params
 
 
-def split_params(params: Params, stage: str) -> tuple[Params, Params]:
-    """(trained, frozen) parts of {"tokenizer", "backbone", "decoder"}; a stage drops what it does not read."""
-    trained = TRAINED[stage]
-    frozen = {name: part for name, part in params.items() if name not in (trained, "decoder")}
-    return {trained: params[trained]}, frozen
+@dataclasses.dataclass(frozen=True)
+class MeshFunction:
+    """A jitted function that runs, or is lowered, with its mesh in context, from which the networks take how they are spread."""
+
+    function: Any
+    mesh: Mesh
+
+    def __call__(self, *arguments: Any) -> Any:
+        with jax.set_mesh(self.mesh):
+            return self.function(*arguments)
+
+    def lower(self, *arguments: Any) -> Any:
+        with jax.set_mesh(self.mesh):
+            return self.function.lower(*arguments)
+
+
+def split_params(params: Params, config: ExperimentConfig) -> tuple[Params, Params]:
+    """(trained, frozen) parts of {"tokenizer", "backbone", "decoder"}; a stage drops what it does not read.
+
+    With LoRA, `trained` is {network: what is trained fully, "lora": new adapters} and the rest of the network is frozen.
+    """
+    name = TRAINED[config.stage]
+    frozen = {other: part for other, part in params.items() if other not in (name, "decoder")}
+    if not config.lora.rank:
+        return {name: params[name]}, frozen
+    trained, base = split_network(params[name], config.lora)
+    adapters = init_adapters(base, config.lora, jax.random.fold_in(jax.random.key(config.seed), 1))
+    return {name: trained, "lora": adapters}, frozen | {name: base}
+
+
+def join_params(trained: Params, frozen: Params, config: ExperimentConfig) -> Params:
+    """What `split_params` split, with adapters merged into the network: the parameters that the model computes with."""
+    if not config.lora.rank:
+        return frozen | trained
+    name = TRAINED[config.stage]
+    return frozen | {name: join_network(trained[name], frozen[name], trained["lora"], config.lora)}
 
 
 def make_state(config: ExperimentConfig, params: Params) -> TrainState:
@@ -48,7 +82,7 @@ def abstract_state(vam: VideoActionModel, mesh: Mesh) -> TrainState:
     """Shapes and shardings of the state, to restore a checkpoint into."""
 
     def make() -> TrainState:
-        return make_state(vam.config, split_params(vam.init(jax.random.key(0)), vam.config.stage)[0])
+        return make_state(vam.config, split_params(vam.init(jax.random.key(0)), vam.config)[0])
 
     shapes = jax.eval_shape(make)
     return jax.tree.map(
@@ -56,44 +90,74 @@ def abstract_state(vam: VideoActionModel, mesh: Mesh) -> TrainState:
     )
 
 
-def loss_function(vam: VideoActionModel) -> Callable[[Params, Batch, jax.Array], tuple[jax.Array, Metrics]]:
-    return {"video": vam.video_loss, "action": vam.action_loss}[vam.config.stage]
-
-
 def make_train_step(
     vam: VideoActionModel, mesh: Mesh, state: TrainState
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
     """The compiled step (state, frozen, batch) → (state, metrics); it consumes the old state's memory.
 
-    `frozen` is neither differentiated nor copied.
+    `frozen` is neither differentiated nor copied. `train.micro_batches` parts of the batch go through the networks one after
+    another; what is random is drawn for all of it, and means are over all of it, so the result differs by rounding only.
     """
     config = vam.config
-    optimizer, schedule, loss = make_optimizer(config.train), make_schedule(config.train), loss_function(vam)
+    optimizer, schedule = make_optimizer(config.train), make_schedule(config.train)
+    where = shardings(state, mesh)
+
+    def gradients(params: Params, frozen: Params, batch: Batch, draws: Draws) -> tuple[Params, dict[str, Mean]]:
+        def loss(params: Params) -> tuple[jax.Array, dict[str, Mean]]:
+            return vam.loss(join_params(params, frozen, config), batch, draws)
+
+        grads, means = jax.grad(loss, has_aux=True)(params)
+        return jax.lax.with_sharding_constraint(grads, where.params), means
 
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        gradient = jax.value_and_grad(lambda params: loss(params | frozen, batch, key), has_aux=True)
-        (value, metrics), grads = gradient(state.params)
+        draws = vam.draw(jax.random.fold_in(jax.random.key(config.seed), state.step), config.train.batch_size)
+        grads, means = _in_parts(gradients, config.train.micro_batches, state.params, frozen, batch, draws)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = optax.incremental_update(params, state.ema, 1 - average_decay(config.train, state.step)) if state.ema else {}
-        metrics |= {"loss": value, "grad_norm": optax.global_norm(grads), "learning_rate": schedule(state.step)}
+        metrics = {name: mean.value for name, mean in means.items()}
+        metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
+        if config.train.spike_factor:
+            metrics["skipped_steps"] = opt_state.skipped
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
-    where = shardings(state, mesh)
     batch, replicated = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec())
-    return jax.jit(step, in_shardings=(where, None, batch), out_shardings=(where, replicated), donate_argnums=0)
+    jitted = jax.jit(step, in_shardings=(where, None, batch), out_shardings=(where, replicated), donate_argnums=0)
+    return MeshFunction(jitted, mesh)
 
 
-def make_validation_step(vam: VideoActionModel) -> Callable[[Params, Params, Batch], Metrics]:
+def _in_parts(gradients: Callable, parts: int, params: Params, frozen: Params, batch: Batch, draws: Draws):
+    """Gradients and means of a batch, from `parts` parts of it in turn."""
+    if parts == 1:
+        return gradients(params, frozen, batch, draws)
+    # Part i has the rows i, i + parts, …, so that every device has its share of each part.
+    rows = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), (batch, draws))
+
+    def accumulate(sums, part):
+        grads, means = gradients(params, frozen, *part)
+        weighted = jax.tree.map(lambda grad: grad * means["loss"].weight, grads)
+        values = {name: mean.value * mean.weight for name, mean in means.items()}
+        weights = {name: mean.weight for name, mean in means.items()}
+        return jax.tree.map(jnp.add, sums, (weighted, values, weights)), None
+
+    shapes = jax.eval_shape(gradients, params, frozen, *jax.tree.map(lambda x: x[0], rows))[1]
+    zeros = {name: jnp.zeros(()) for name in shapes}
+    sums, _ = jax.lax.scan(accumulate, (jax.tree.map(jnp.zeros_like, params), zeros, zeros), rows)
+    grads, values, weights = sums
+    weights = {name: jnp.maximum(weight, 1) for name, weight in weights.items()}
+    grads = jax.tree.map(lambda grad: grad / weights["loss"], grads)
+    return grads, {name: Mean(values[name] / weights[name], weights[name]) for name in values}
+
+
+def make_validation_step(vam: VideoActionModel, mesh: Mesh) -> Callable[[Params, Params, Batch], Metrics]:
     """The compiled metrics of (params, frozen, batch) under noise that is the same at every call."""
-    loss = loss_function(vam)
 
-    @jax.jit
     def validate(params: Params, frozen: Params, batch: Batch) -> Metrics:
-        return loss(params | frozen, batch, jax.random.key(vam.config.seed))[1]
+        draws = vam.draw(jax.random.key(vam.config.seed), vam.config.train.batch_size)
+        means = vam.loss(join_params(params, frozen, vam.config), batch, draws)[1]
+        return {name: mean.value for name, mean in means.items()}
 
-    return validate
+    return MeshFunction(jax.jit(validate), mesh)
 
 
 def place(tree: Any, mesh: Mesh) -> Any:

@@ -75,7 +75,7 @@ def test_the_tails_share():
 
 
 def test_action_times_are_uniform_and_never_zero_or_one():
-    times = np.asarray(jax.jit(matching.sample_action_time, static_argnums=1)(jax.random.key(0), SAMPLES))
+    times = np.asarray(jax.jit(matching.sample_action_time, static_argnums=1)(jax.random.key(0), (SAMPLES,)))
     assert 1e-3 <= times.min() < 1.1e-3 and 0.9999 < times.max() < 1
     np.testing.assert_allclose([times.mean(), times.std()], [0.5005, 0.999 / 12**0.5], atol=3e-3)
     np.testing.assert_allclose(np.quantile(times, [0.1, 0.9]), [0.1009, 0.9001], atol=5e-3)

@@ -111,7 +111,7 @@ def test_an_early_exit_is_the_full_pass_bit_for_bit(graphdef, state, hidden):
         time, shared = model._time_embedding(times, latents.dtype)
         x = model._patchify(latents, mask, None)
         blocks, block_state = nnx.split(model.blocks)
-        angles = rope_angles((2, 2, 3), 8, CONFIG.rope_ratio)
+        angles = rope_angles((2, 2, 3), 8, CONFIG.rope_ratio).reshape(2, 6, 4)
 
         def body(x, block):
             y = nnx.merge(blocks, block)(x, time, shared, text, lambda heads: rotate(heads, angles))

@@ -34,7 +34,7 @@ def random_like(tree, seed):
 @pytest.fixture(scope="module")
 def template():
     shapes = jax.eval_shape(VideoActionModel(CONFIG).init, jax.random.key(0))
-    return split_params(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), "action")
+    return split_params(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), CONFIG)
 
 
 def state_of(template, seed, config=CONFIG, mesh=ONE_DEVICE):

@@ -19,7 +19,7 @@ def trained(stage, data, fsdp):
     """Losses of two steps, and the parameters and moving average after them, on the first data·fsdp devices."""
     config = tiny.experiment(stage=stage, backbone={"num_blocks": 1}, decoder={"num_blocks": 1})
     mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp), jax.devices()[: data * fsdp])
-    params, frozen = split_params(tiny.params(config), stage)
+    params, frozen = split_params(tiny.params(config), config)
     state, frozen = place(make_state(config, params), mesh), place(frozen, mesh)
     step, losses = make_train_step(VideoActionModel(config), mesh, state), []
     for seed in (0, 1):
