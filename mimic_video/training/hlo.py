@@ -8,6 +8,7 @@ import functools
 import math
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,7 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 _CALLED = re.compile(r"\b(calls|to_apply|body|condition|branch_computations|called_computations)=\{?((?:%[\w.\-]+(?:, )?)+)")
+_CHAIN = re.compile(r'channel_id=(\d+).*chain_id="(\d+)"')
 # What moves nothing by itself: names, loops (their bodies do), and the ends of what was started before.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "async-start",
          "async-update", "after-all", "opt-barrier", "partition-id", "replica-id"}  # fmt: skip
@@ -96,7 +98,7 @@ class Program:
             slices: the slice of every device, in the order of the program's partitions; empty if there is only one slice.
         """
         flops, moved, unknown = 0.0, 0.0, 0
-        collectives: dict[tuple[str, str], tuple[int, float]] = {}
+        found: dict[Any, tuple[tuple[str, str], int, float]] = {}
         for instruction, computation, times, fused in self._executed(self.entry, 1, False):
             flops += times * _flops(instruction, computation)
             unknown += instruction.opcode == "while" and self._trips(instruction) is None
@@ -107,11 +109,17 @@ class Program:
                 groups = _groups(instruction.attributes)
                 sent = _sent(kind, sum(_bytes(computation[name].shape) for name in instruction.operands), groups.shape[1])
                 crosses = bool(slices) and any(len({slices[device] for device in group}) > 1 for group in groups)
-                key = kind, "dcn" if crosses else "ici"
-                count, total = collectives.get(key, (0, 0.0))
-                collectives[key] = count + times, total + times * sent
-        listed = tuple(Collective(*key, *value) for key, value in sorted(collectives.items()))
-        return Work(flops, moved, listed, unknown)
+                # Several fusions may do one collective, a part each between parts of a product, some of them in a loop.
+                chain = _CHAIN.search(instruction.attributes)
+                key = chain.groups() if chain else len(found)
+                if key not in found or times < found[key][1]:
+                    found[key] = (kind, "dcn" if crosses else "ici"), times, sent
+        collectives = tuple(
+            Collective(*key, sum(times for other, times, _ in found.values() if other == key),
+                       sum(times * sent for other, times, sent in found.values() if other == key))
+            for key in sorted({key for key, _, _ in found.values()})
+        )  # fmt: skip
+        return Work(flops, moved, collectives, unknown)
 
     def _executed(self, name: str, times: int, fused: bool) -> Iterator[tuple[Instruction, dict[str, Instruction], int, bool]]:
         """Every instruction under a computation, with its computation, how often it runs, and whether it is part of a fusion."""
@@ -133,7 +141,7 @@ class Program:
             return int(known[1])
         condition = self.computations[loop.called("condition")[0]]
         compared = [i for i in self._inlined(condition) if i.opcode == "compare" and "direction=LT" in i.attributes]
-        constants = [int(i.argument) for i in self._inlined(condition) if i.opcode == "constant" and i.shape.startswith("s32[]")]
+        constants = [int(i.argument) for i in self._inlined(condition) if i.opcode == "constant" and i.shape[1:5] == "32[]"]
         return constants[0] if len(compared) == 1 and len(constants) == 1 else None
 
     def _inlined(self, computation: dict[str, Instruction]) -> Iterator[Instruction]:
