@@ -18,6 +18,8 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 _CALLED = re.compile(r"\b(calls|to_apply|body|condition|branch_computations|called_computations)=\{?((?:%[\w.\-]+(?:, )?)+)")
+# Splash attention's kernels, which declare no costs, and how many products of queries' by keys' size each does.
+_FLASH_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 _CHAIN = re.compile(r'channel_id=(\d+).*chain_id="(\d+)"')
 # What moves nothing by itself: names, loops (their bodies do), and the ends of what was started before.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "async-start",
@@ -63,7 +65,7 @@ class Work:
     """What one chip does.
 
     Attributes:
-        flops: of matrix products, convolutions and kernels that declare theirs.
+        flops: of matrix products, convolutions and splash attention.
         hbm_bytes: read from and written to the chip's memory by the program's instructions.
         collectives: by kind and network.
         unknown_loops: how many loops' lengths the text does not say; their bodies count once.
@@ -252,8 +254,11 @@ def _flops(instruction: Instruction, computation: dict[str, Instruction]) -> flo
     if instruction.opcode == "convolution":
         return _convolution_flops(instruction, *(_dims(computation[name].shape) for name in instruction.operands))
     if instruction.opcode == "custom-call":
-        declared = re.search(r'"cost_estimate":\{"flops":"?(\d+)', instruction.attributes)
-        return float(declared[1]) if declared else 0.0
+        products = next((number for kernel, number in _FLASH_PRODUCTS.items() if instruction.name.startswith(kernel)), 0)
+        if products:
+            shapes = (computation[name].shape for name in instruction.operands)
+            queries, keys, *_ = (_dims(shape) for shape in shapes if re.match(r"bf16|f32", shape))
+            return 2.0 * products * math.prod(queries) * keys[-2]
     return 0.0
 
 
