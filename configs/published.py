@@ -9,7 +9,13 @@ turns released weights into a run directory that every other command reads (READ
 trains a Bridge decoder on a converted backbone, with the published hyperparameters (SPEC 4.4), on RLDS that has been prepared
 in the published layout: images of 480x640, proprioception and actions as [position 3 | rotation 6 | gripper 1].
 
-`cosmos` and `cosmos_14b` are NVIDIA's video models alone (stage `video`); `bridge` and `libero` are video-action models.
+`cosmos` and `cosmos_14b` are NVIDIA's video models alone (stage `video`); `bridge` and `libero` are video-action models, and
+`bridge_video` and `libero_video` their backbones as the authors finetuned them, by adapters of rank 256 (SPEC 4.3):
+
+    python launch/train.py --config=configs/published.py:bridge_video --config.backbone_run=runs/cosmos --workdir=runs/video
+
+Batches of 256 and 128 (decoders), 64 and 32 (backbones) are spread over all the chips there are; intended are v5e:16x16 and
+v5e:8x16 for the decoders, v5e:8x8 and v5e:4x8 for the backbones.
 """
 
 import ml_collections
@@ -20,7 +26,7 @@ ROTATION_DIMS = tuple(range(3, 9))  # two rows of a rotation matrix, which are n
 
 
 def get_config(name: str = "bridge") -> ml_collections.ConfigDict:
-    """`name` is "bridge", "libero", "cosmos" or "cosmos_14b"."""
+    """`name` is "bridge", "bridge_video", "libero", "libero_video", "cosmos" or "cosmos_14b"."""
     # The defaults of the networks, the window and the training noise are those of the 2B system on Bridge.
     config = ml_collections.ConfigDict(to_dict(ExperimentConfig(compat=CompatConfig.published())))
     config.precision = "bfloat16"
@@ -31,20 +37,27 @@ def get_config(name: str = "bridge") -> ml_collections.ConfigDict:
     config.train.mask_padding = False
     config.data.raw_action_dims = config.data.raw_proprio_dims = ROTATION_DIMS
 
+    config.mesh.data, config.mesh.fsdp = 1, -1
+    config.train.remat = "full"
+
     if name == "bridge":
         _train_decoder(config, batch_size=256)
+    elif name in ("bridge_video", "libero_video"):
+        _train_backbone(config, batch_size=64 if name == "bridge_video" else 32)
+        config.lora.rank, config.lora.alpha = 256, 32.0
     elif name == "libero":
         config.data.action_horizon = config.decoder.action_horizon = 60
         config.data.control_hz = 20.0
         config.data.action_delay = 0.0
         _train_decoder(config, batch_size=128)
     elif name in ("cosmos", "cosmos_14b"):
-        _train_backbone(config)
+        _train_backbone(config, batch_size=32)
         if name == "cosmos_14b":
             config.backbone.width, config.backbone.num_blocks, config.backbone.num_heads = 5120, 36, 40
             config.backbone.rope_ratio = (20 / 24, 2.0, 2.0)
     else:
-        raise ValueError(f"configs/published.py:{name} is unknown; expected bridge, libero, cosmos or cosmos_14b")
+        raise ValueError(f"configs/published.py:{name} is unknown; expected bridge, bridge_video, libero, libero_video, cosmos "
+                         "or cosmos_14b")  # fmt: skip
     return config
 
 
@@ -58,9 +71,9 @@ def _train_decoder(config: ml_collections.ConfigDict, batch_size: int) -> None:
     config.train.steps = 50_000  # the released decoders stopped between 14,000 and 52,000
 
 
-def _train_backbone(config: ml_collections.ConfigDict) -> None:
+def _train_backbone(config: ml_collections.ConfigDict, batch_size: int) -> None:
     config.stage = "video"
-    config.train.batch_size = 32
+    config.train.batch_size = batch_size
     config.train.learning_rate = 10**-3.75
     config.train.warmup_steps = 0
     config.train.schedule = "constant"

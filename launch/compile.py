@@ -9,7 +9,6 @@ kind; and how long a step takes at least if only arithmetic, memory traffic or c
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import sys
