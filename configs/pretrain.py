@@ -9,7 +9,8 @@ sample), `v5p` (128 chips, v5p:4x4x8) or `v6e` (256 chips, v6e:16x16). Whether a
     python launch/compile.py --config=configs/pretrain.py:video_v5e --topology=v5e:16x16
 
 Before stage 1, NVIDIA's model becomes `runs/cosmos` (configs/published.py:cosmos), where the weights start and whose tokenizer
-makes the latents: encoding 61 frames of 480x640 takes 93 TFLOP a window, beside 450 for training on it (`step_flops`), so it is done once:
+makes the latents: encoding 61 frames of 480x640 takes 93 TFLOP a window, beside 450 for training on it (`step_flops`), so it is
+done once:
 
     python launch/precompute_latents.py --config=configs/pretrain.py:video_v5e
 
@@ -32,22 +33,24 @@ class Pod(NamedTuple):
     batch_size: int
     fsdp: int
     sequence: int
-    remat: str
 
 
 PODS = {
-    "v5e": Pod("v5e:16x16", batch_size=256, fsdp=256, sequence=1, remat="attention"),
-    "v5e_32": Pod("v5e:16x16", batch_size=32, fsdp=32, sequence=8, remat="full"),
-    "v5p": Pod("v5p:4x4x8", batch_size=256, fsdp=128, sequence=1, remat="attention"),
-    "v6e": Pod("v6e:16x16", batch_size=256, fsdp=256, sequence=1, remat="attention"),
+    "v5e": Pod("v5e:16x16", batch_size=256, fsdp=256, sequence=1),
+    "v5e_32": Pod("v5e:16x16", batch_size=32, fsdp=32, sequence=8),
+    "v5p": Pod("v5p:4x4x8", batch_size=256, fsdp=128, sequence=1),
+    "v6e": Pod("v6e:16x16", batch_size=256, fsdp=256, sequence=1),
 }
 
 
+TOPOLOGIES = {f"{stage}_{name}": pod.topology for stage in ("video", "action") for name, pod in PODS.items()}
+
+
 def get_config(name: str = "video_v5e") -> ml_collections.ConfigDict:
-    """`name` is "video" or "action", an underscore and a name of `PODS`."""
+    """`name` is one of `TOPOLOGIES`: a stage, an underscore and a pod."""
+    if name not in TOPOLOGIES:
+        raise ValueError(f"configs/pretrain.py:{name} is unknown; expected one of {', '.join(TOPOLOGIES)}")
     stage, _, pod_name = name.partition("_")
-    if stage not in ("video", "action") or pod_name not in PODS:
-        raise ValueError(f"configs/pretrain.py:{name} is unknown; expected video_ or action_ and one of {', '.join(PODS)}")
     pod = PODS[pod_name]
     # The defaults of the networks, the window and the noise are those of the 2B system: 61 frames of 480x640, 19,200 tokens.
     config = ml_collections.ConfigDict(to_dict(ExperimentConfig(compat=CompatConfig(bfloat16_rope=True))))
@@ -64,7 +67,7 @@ def get_config(name: str = "video_v5e") -> ml_collections.ConfigDict:
     config.mesh.data, config.mesh.fsdp, config.mesh.sequence = 1, pod.fsdp, pod.sequence
 
     config.train.batch_size = pod.batch_size
-    config.train.remat = pod.remat
+    config.train.remat = "attention"
     config.train.log_every = 50
     config.train.checkpoint_every = 1000
     config.train.keep_every = 10_000

@@ -14,8 +14,7 @@ in the published layout: images of 480x640, proprioception and actions as [posit
 
     python launch/train.py --config=configs/published.py:bridge_video --config.backbone_run=runs/cosmos --workdir=runs/video
 
-Batches of 256 and 128 (decoders), 64 and 32 (backbones) are spread over all the chips there are; intended are v5e:16x16 and
-v5e:8x16 for the decoders, v5e:8x8 and v5e:4x8 for the backbones.
+Batches are spread over all the chips there are; those of `TOPOLOGIES` have one sample each.
 """
 
 import ml_collections
@@ -23,10 +22,16 @@ import ml_collections
 from mimic_video.config import CompatConfig, ExperimentConfig, to_dict
 
 ROTATION_DIMS = tuple(range(3, 9))  # two rows of a rotation matrix, which are never normalised
+TOPOLOGIES = {
+    "bridge": "v5e:16x16", "bridge_video": "v5e:8x8", "libero": "v5e:8x16", "libero_video": "v5e:4x8", "cosmos": "v5e:4x8",
+    "cosmos_14b": "v5p:2x4x4",
+}  # fmt: skip
 
 
 def get_config(name: str = "bridge") -> ml_collections.ConfigDict:
-    """`name` is "bridge", "bridge_video", "libero", "libero_video", "cosmos" or "cosmos_14b"."""
+    """`name` is one of `TOPOLOGIES`."""
+    if name not in TOPOLOGIES:
+        raise ValueError(f"configs/published.py:{name} is unknown; expected one of {', '.join(TOPOLOGIES)}")
     # The defaults of the networks, the window and the training noise are those of the 2B system on Bridge.
     config = ml_collections.ConfigDict(to_dict(ExperimentConfig(compat=CompatConfig.published())))
     config.precision = "bfloat16"
@@ -50,14 +55,11 @@ def get_config(name: str = "bridge") -> ml_collections.ConfigDict:
         config.data.control_hz = 20.0
         config.data.action_delay = 0.0
         _train_decoder(config, batch_size=128)
-    elif name in ("cosmos", "cosmos_14b"):
+    else:
         _train_backbone(config, batch_size=32)
         if name == "cosmos_14b":
             config.backbone.width, config.backbone.num_blocks, config.backbone.num_heads = 5120, 36, 40
             config.backbone.rope_ratio = (20 / 24, 2.0, 2.0)
-    else:
-        raise ValueError(f"configs/published.py:{name} is unknown; expected bridge, bridge_video, libero, libero_video, cosmos "
-                         "or cosmos_14b")  # fmt: skip
     return config
 
 

@@ -18,14 +18,14 @@ import ml_collections
 from mimic_video.config import CompatConfig, ExperimentConfig, to_dict
 
 ROTATION_DIMS = tuple(range(3, 9))
-TOPOLOGIES = {"half": "v5e:2x4", "colab": "v5e:1x1"}
+TOPOLOGIES = {"half_video": "v5e:2x4", "half_action": "v5e:2x4", "colab_video": "v5e:1x1", "colab_action": "v5e:1x1"}
 
 
 def get_config(name: str = "colab_action") -> ml_collections.ConfigDict:
-    """`name` is "half" or "colab", an underscore, and "video" or "action"."""
+    """`name` is one of `TOPOLOGIES`: a size, an underscore and a stage."""
+    if name not in TOPOLOGIES:
+        raise ValueError(f"configs/small.py:{name} is unknown; expected one of {', '.join(TOPOLOGIES)}")
     size, _, stage = name.partition("_")
-    if size not in TOPOLOGIES or stage not in ("video", "action"):
-        raise ValueError(f"configs/small.py:{name} is unknown; expected half_ or colab_ and video or action")
     config = ml_collections.ConfigDict(to_dict(ExperimentConfig(compat=CompatConfig.published())))
     config.stage = stage
     config.precision = "bfloat16"

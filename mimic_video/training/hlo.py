@@ -299,15 +299,25 @@ def _groups(attributes: str) -> np.ndarray:
     if pairs or explicit:
         rows = re.findall(r"\{([\d,]+)\}?", (pairs or explicit)[1])  # type: ignore[index]
         return np.array([[int(device) for device in row.split(",")] for row in rows])
-    listed = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    listed = re.search(r"replica_groups=\[([\d,]+)\]<=(\S+?),? ", attributes + " ")
     if listed:
-        shape, source, order = (tuple(map(int, part.split(","))) if part else None for part in listed.groups())
-        return np.arange(math.prod(source)).reshape(source).transpose(order).reshape(shape)
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)
+        return _device_order(listed[2]).reshape(_numbers(listed[1]))
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S+)\))? \{((?:'[^']+',?)*)\}", attributes)
     if mesh:
         names, sizes = zip(*re.findall(r"'([^']+)'=(\d+)", mesh[1]), strict=True)
-        chosen = [names.index(name) for name in re.findall(r"'([^']+)'", mesh[2])]
-        devices = np.arange(math.prod(map(int, sizes))).reshape([int(size) for size in sizes])
-        devices = np.moveaxis(devices, chosen, range(-len(chosen), 0))
-        return devices.reshape(-1, math.prod(int(sizes[axis]) for axis in chosen))
+        shape = [int(size) for size in sizes]
+        chosen = [names.index(name) for name in re.findall(r"'([^']+)'", mesh[3])]
+        devices = _device_order(mesh[2] or f"[{math.prod(shape)}]").reshape(shape)
+        return np.moveaxis(devices, chosen, range(-len(chosen), 0)).reshape(-1, math.prod(shape[axis] for axis in chosen))
     raise ValueError(f"groups of devices cannot be read from {attributes[:200]}")
+
+
+def _device_order(text: str) -> np.ndarray:
+    """Devices as "[4,2]T(1,0)" lists them: 0 to 7 as 4x2, transposed."""
+    shape, _, order = text.removeprefix("[").removesuffix(")").partition("]")
+    axes = _numbers(order.removeprefix("T(")) if order else None
+    return np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape)).transpose(axes)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
