@@ -16,21 +16,26 @@ Tree = dict[str, Any]
 Path = tuple[Any, ...]
 
 
-def split_network(network: Tree, config: LoraConfig) -> tuple[Tree, Tree]:
-    """(what is trained fully, what is frozen) of a network's parameters.
+def require_names(params: Tree, config: LoraConfig) -> None:
+    """Checks the names of a configuration against the parameters of all networks.
 
     Raises:
         ConfigError: if a name of `lora.targets` or `lora.trained` is that of no parameter, or both name the same one.
     """
-    flat = flatten_dict(network)
+    paths = list(flatten_dict(params))
     for field in ("targets", "trained"):
         for name in getattr(config, field):
-            if not any(_has_name(path, (name,)) for path in flat):
+            if not any(_has_name(path, (name,)) for path in paths):
                 raise ConfigError(f"config field 'lora.{field}' has {name!r}, which names no parameter; there are, for example, "
-                                  + ", ".join(map(_text, list(flat)[:8])))  # fmt: skip
-    trained = {path: leaf for path, leaf in flat.items() if _has_name(path, config.trained)}
-    if both := [_text(path) for path in trained if _is_target(path, config)]:
+                                  + ", ".join(map(_text, paths[:8])))  # fmt: skip
+    if both := [_text(path) for path in paths if _is_target(path, config) and _has_name(path, config.trained)]:
         raise ConfigError(f"config fields 'lora.targets' and 'lora.trained' both name {', '.join(both)}")
+
+
+def split_network(network: Tree, config: LoraConfig) -> tuple[Tree, Tree]:
+    """(what is trained fully, what is frozen) of a network's parameters."""
+    flat = flatten_dict(network)
+    trained = {path: leaf for path, leaf in flat.items() if _has_name(path, config.trained)}
     frozen = {path: leaf for path, leaf in flat.items() if path not in trained}
     return unflatten_dict(trained), unflatten_dict(frozen)
 

@@ -1,18 +1,21 @@
 """The training state and the compiled step of either stage."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mimic_video.config import ExperimentConfig
 from mimic_video.models.parallel import BATCH
-from mimic_video.training.lora import init_adapters, join_network, split_network
+from mimic_video.training.lora import init_adapters, join_network, require_names, split_network
+from mimic_video.training.metrics import group_norms
 from mimic_video.training.optimizer import average_decay, make_optimizer, make_schedule
 from mimic_video.training.sharding import shardings
 from mimic_video.vam import Batch, Draws, Mean, Metrics, Params, VideoActionModel
@@ -54,11 +57,15 @@ def split_params(params: Params, config: ExperimentConfig) -> tuple[Params, Para
     """(trained, frozen) parts of {"tokenizer", "backbone", "decoder"}; a stage drops what it does not read.
 
     With LoRA, `trained` is {network: what is trained fully, "lora": new adapters} and the rest of the network is frozen.
+
+    Raises:
+        ConfigError: if the configuration of LoRA names a parameter that is not there, or one twice.
     """
     name = TRAINED[config.stage]
     frozen = {other: part for other, part in params.items() if other not in (name, "decoder")}
     if not config.lora.rank:
         return {name: params[name]}, frozen
+    require_names(params, config.lora)
     trained, base = split_network(params[name], config.lora)
     adapters = init_adapters(base, config.lora, jax.random.fold_in(jax.random.key(config.seed), 1))
     return {name: trained, "lora": adapters}, frozen | {name: base}
@@ -76,6 +83,12 @@ def make_state(config: ExperimentConfig, params: Params) -> TrainState:
     """The state before the first step."""
     ema = jax.tree.map(jnp.copy, params) if config.train.keeps_average else {}
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=make_optimizer(config.train).init(params), ema=ema)
+
+
+def initial_state(config: ExperimentConfig, params: Params, mesh: Mesh) -> TrainState:
+    """`make_state` of placed parameters; every leaf is made where the sharding rules want it."""
+    make = functools.partial(make_state, config)
+    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, params), mesh))(params)
 
 
 def abstract_state(vam: VideoActionModel, mesh: Mesh) -> TrainState:
@@ -117,6 +130,7 @@ def make_train_step(
         ema = optax.incremental_update(params, state.ema, 1 - average_decay(config.train, state.step)) if state.ema else {}
         metrics = {name: mean.value for name, mean in means.items()}
         metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
+        metrics |= group_norms(grads, "grad_norm") | group_norms(params, "param_norm")
         if config.train.spike_factor:
             metrics["skipped_steps"] = opt_state.skipped
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
@@ -161,5 +175,12 @@ def make_validation_step(vam: VideoActionModel, mesh: Mesh) -> Callable[[Params,
 
 
 def place(tree: Any, mesh: Mesh) -> Any:
-    """Puts parameters or state where the sharding rules want them."""
-    return jax.device_put(tree, shardings(tree, mesh))
+    """Puts parameters or state where the sharding rules want them; what processes hold by themselves is the same in all."""
+
+    def one(leaf: Any, where: NamedSharding) -> jax.Array:
+        if where.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
+            return jax.device_put(leaf, where)
+        values = np.asarray(leaf)
+        return jax.make_array_from_callback(values.shape, where, lambda index: values[index])
+
+    return jax.tree.map(one, tree, shardings(tree, mesh))

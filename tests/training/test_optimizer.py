@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from mimic_video.config import TrainConfig
+from mimic_video.config import ConfigError, TrainConfig
 from mimic_video.training.optimizer import average_decay, make_optimizer, make_schedule, power_average_exponent
 
 BASE = TrainConfig(steps=1000, warmup_steps=100, learning_rate=2.0, final_fraction=0.2)
@@ -86,3 +86,56 @@ def test_power_function_average():
         average = decay * average + (1 - decay) * step
     weights = np.arange(1, 401) ** 7.9372 - np.arange(400) ** 7.9372  # as ∫ tᵞ over each step
     np.testing.assert_allclose(average, np.arange(400) @ weights / weights.sum(), rtol=1e-6)
+
+
+def test_warmup_stable_decay():
+    values = rates([100, 500, 700, 850, 1000], schedule="wsd", decay_steps=300)
+    np.testing.assert_allclose(values, [2.0, 2.0, 2.0, 1.2, 0.4], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"schedule": "wsd"}, r"'train\.decay_steps' is 0; expected 1 to 900"),
+    ({"schedule": "wsd", "decay_steps": 901}, r"'train\.decay_steps' is 901"),
+    ({"decay_steps": 5}, r"'train\.decay_steps' is 5; expected 0, since schedule is not 'wsd'"),
+    ({"spike_factor": 0.5}, r"'train\.spike_factor' is 0\.5"),
+])  # fmt: skip
+def test_settings_that_make_no_sense(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(BASE, **changes)
+
+
+def test_a_first_moment_in_bfloat16():
+    config = dataclasses.replace(BASE, first_moment="bfloat16")
+    state = make_optimizer(config).init({"kernel": jnp.zeros((2, 3))})
+    assert optax.tree.get(state, "mu")["kernel"].dtype == jnp.bfloat16
+    assert optax.tree.get(state, "nu")["kernel"].dtype == jnp.float32
+
+
+def norms_that_pass(norms, factor=3.0):
+    """Whether each of a row of gradient norms moved the parameters."""
+    optimizer = make_optimizer(dataclasses.replace(BASE, warmup_steps=0, spike_factor=factor))
+    params = {"kernel": jnp.ones(1)}
+    state, moved, update = optimizer.init(params), [], jax.jit(optimizer.update)
+    for norm in norms:
+        before = state
+        updates, state = update({"kernel": jnp.full(1, norm)}, state, params)
+        moved.append(bool(updates["kernel"][0] != 0))
+        same = jax.tree.map(lambda a, b: bool((a == b).all()), before.inner, state.inner)
+        assert all(jax.tree.leaves(same)) != moved[-1]
+    assert int(state.skipped) == moved.count(False)
+    return moved
+
+
+def test_spikes_are_skipped():
+    """The first norm is the average; a spike moves neither parameters nor moments."""
+    assert norms_that_pass([1.0, 2.9, 50.0, 1.0, 3.5, 2.0]) == [True, True, False, True, False, True]
+
+
+def test_gradients_that_have_grown_for_good_are_let_through():
+    moved = norms_that_pass([1.0] + [10.0] * 80)
+    assert moved[1:50] == [False] * 49 and moved[-1]
+
+
+def test_a_norm_that_is_no_number_is_not_a_spike():
+    """It ends training instead, which `loop.train` does."""
+    assert norms_that_pass([1.0, float("nan")]) == [True, True]

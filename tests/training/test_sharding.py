@@ -1,4 +1,4 @@
-import functools
+import dataclasses
 
 import jax
 import numpy as np
@@ -7,51 +7,11 @@ import tiny
 from jax.sharding import PartitionSpec
 
 from mimic_video.config import ConfigError, MeshConfig
-from mimic_video.training.sharding import global_batch, make_mesh, path_name, shardings
-from mimic_video.training.steps import TRAINED, make_state, make_train_step, place, split_params
+from mimic_video.training.sharding import batch_rows, global_batch, make_mesh, path_name, shardings
+from mimic_video.training.steps import TRAINED, place
 from mimic_video.vam import VideoActionModel
 
 STAGES = ("video", "action")
-
-
-@functools.cache
-def trained(stage, data, fsdp):
-    """Losses of two steps, and the parameters and moving average after them, on the first data·fsdp devices."""
-    config = tiny.experiment(stage=stage, backbone={"num_blocks": 1}, decoder={"num_blocks": 1})
-    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp), jax.devices()[: data * fsdp])
-    params, frozen = split_params(tiny.params(config), config)
-    state, frozen = place(make_state(config, params), mesh), place(frozen, mesh)
-    step, losses = make_train_step(VideoActionModel(config), mesh, state), []
-    for seed in (0, 1):
-        batch = tiny.batch(config, 8, seed)
-        batch["video_mask"][0, 6:] = batch["action_mask"][5, 1:] = False
-        state, metrics = step(state, frozen, global_batch(batch, mesh))
-        losses.append(float(metrics["loss"]))
-    return losses, jax.device_get((state.params, state.ema)), state
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", [(8, 1), (2, 4)], ids=str)
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_mesh_trains_as_one_device_does(stage, mesh):
-    losses, params, _ = trained(stage, 1, 1)
-    mesh_losses, mesh_params, _ = trained(stage, *mesh)
-    assert losses[0] != losses[1]
-    np.testing.assert_allclose(mesh_losses, losses, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), mesh_params, params)
-
-
-@pytest.mark.slow
-def test_parameters_and_moments_are_split_over_fsdp():
-    state = trained("action", 2, 4)[2]
-    block = state.params["decoder"]["blocks"]["mlp"]["up"]["kernel"]
-    assert block.shape == (1, 16, 32) and block.addressable_shards[0].data.shape == (1, 4, 32)
-    for tree in (state.params, state.ema, state.opt_state):
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        split = {path_name(path) for path, leaf in leaves if leaf.addressable_shards[0].data.size * 4 == leaf.size > 4}
-        whole = {path_name(path): leaf.size for path, leaf in leaves}
-        assert {name for name in whole if name.endswith("blocks/mlp/down/kernel")} <= split
-        assert sum(whole[name] for name in split) > 0.8 * sum(whole.values())
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -82,6 +42,55 @@ def test_a_batch_is_split_over_data_and_fsdp():
 def test_mesh_axes(sizes, expected):
     mesh = make_mesh(MeshConfig(*sizes))
     assert dict(mesh.shape) == dict(zip(("data", "fsdp", "sequence"), expected, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh has to know of a TPU chip; four are a host."""
+
+    id: int
+    coords: tuple[int, int, int]
+    slice_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5p"
+    core_on_chip: int = 0
+
+    @property
+    def process_index(self) -> int:
+        return self.id // 4
+
+
+def chips(slices):
+    """Slices of 4x4 chips."""
+    return [Chip(i, (i % 4, i // 4 % 4, 0), i // 16) for i in range(16 * slices)]
+
+
+@pytest.mark.parametrize(("slices", "sizes"), [
+    (1, (1, 16, 1)), (1, (2, 4, 2)), (1, (2, 1, 8)),
+    (2, (-1, 16, 1)), (2, (4, -1, 2)), (2, (-1, 2, 4)), (4, (4, 4, 4)), (4, (64, 1, 1)),
+])  # fmt: skip
+def test_copies_of_the_parameters_lie_within_a_slice_and_samples_on_neighbours(slices, sizes):
+    mesh = make_mesh(MeshConfig(*sizes), chips(slices))
+    assert len(set(mesh.devices.flat)) == 16 * slices
+    per_copy = [{chip.slice_index for chip in copy.flat} for copy in mesh.devices]
+    assert [len(each) for each in per_copy] == [1] * len(per_copy) and set.union(*per_copy) == set(range(slices))
+    for sample in mesh.devices.reshape(-1, mesh.shape["sequence"]):
+        extents = np.ptp([chip.coords for chip in sample], axis=0) + 1
+        assert np.prod(extents) == len(sample)  # a rectangle of chips
+
+
+def test_slices_that_do_not_divide_data():
+    with pytest.raises(ConfigError, match=r"config field 'mesh\.data' is 1; expected a multiple of the 2 TPU slices"):
+        make_mesh(MeshConfig(data=1, fsdp=-1), chips(2))
+
+
+def test_rows_of_a_batch_are_those_of_a_hosts_chips():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8, sequence=2), chips(1))
+    groups = [group for group in range(8) if any(chip.id < 4 for chip in mesh.devices[0, group])]
+    assert groups not in ([0], list(range(len(groups))))  # not side by side
+    assert batch_rows(24, mesh) == [row for group in groups for row in range(3 * group, 3 * group + 3)]
+    with pytest.raises(ConfigError, match=r"'train\.batch_size' is 20; expected a multiple of mesh data x fsdp = 8"):
+        batch_rows(20, mesh)
 
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (2, 2, 1), (16, 1, 1), (-1, 16, 1)])

@@ -1,0 +1,181 @@
+"""What is computed in a step by other means has to be the same step."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from mimic_video.config import ConfigError, MeshConfig
+from mimic_video.training.sharding import global_batch, make_mesh, path_name
+from mimic_video.training.steps import join_params, make_state, make_train_step, place, split_params
+from mimic_video.vam import VideoActionModel
+
+STAGES = ("video", "action")
+SMALL = {"backbone": {"num_blocks": 1, "num_heads": 8, "width": 48}, "decoder": {"num_blocks": 1, "num_heads": 4}}
+
+
+def run_steps(config, mesh, batches):
+    """Metrics of each step and the last state."""
+    trained, frozen = split_params(tiny.params(config), config)
+    state, frozen = place(make_state(config, trained), mesh), place(frozen, mesh)
+    step, logged = make_train_step(VideoActionModel(config), mesh, state), []
+    for batch in batches:
+        state, metrics = step(state, frozen, global_batch(batch, mesh))
+        logged.append(jax.device_get(metrics))
+    return logged, state, frozen
+
+
+def padded_batch(config, seed):
+    batch = tiny.batch(config, 8, seed)
+    batch["video_mask"][0, 6:] = batch["video_mask"][3, 5:] = batch["action_mask"][5, 1:] = batch["action_mask"][2] = False
+    return batch
+
+
+@functools.cache
+def two_steps(stage, mesh=(1, 1, 1), **train):
+    """On a mesh of the first devices."""
+    config = tiny.experiment(stage=stage, train=train, **SMALL)
+    devices = jax.devices()[: int(np.prod(mesh))]
+    return run_steps(config, make_mesh(MeshConfig(*mesh), devices), [padded_batch(config, seed) for seed in (0, 1)])
+
+
+def assert_same_steps(one, other, tolerance):
+    for a, b in zip(one[0], other[0], strict=True):
+        for name in ("loss", "grad_norm"):
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-5)
+    values = (jax.device_get((state.params, state.ema)) for _, state, _ in (one, other))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance), *values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 4, 1), (1, 1, 2), (1, 2, 4), (1, 1, 8)], ids=str)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_mesh_trains_as_one_device_does(stage, mesh):
+    """Of data, fsdp and sequence. Frames have two patches, which four and eight devices cannot divide."""
+    assert_same_steps(two_steps(stage, mesh), two_steps(stage), 1e-5)
+
+
+@pytest.mark.slow
+def test_parameters_and_moments_are_split_over_fsdp():
+    state = two_steps("action", (2, 4, 1))[1]
+    block = state.params["decoder"]["blocks"]["mlp"]["up"]["kernel"]
+    assert block.shape == (1, 16, 32) and block.addressable_shards[0].data.shape == (1, 4, 32)
+    for tree in (state.params, state.ema, state.opt_state):
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        split = {path_name(path) for path, leaf in leaves if leaf.addressable_shards[0].data.size * 4 == leaf.size > 4}
+        whole = {path_name(path): leaf.size for path, leaf in leaves}
+        assert {name for name in whole if name.endswith("blocks/mlp/down/kernel")} <= split
+        assert sum(whole[name] for name in split) > 0.8 * sum(whole.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_batch_in_parts_is_the_same_step(stage, mesh):
+    """Although the parts have different numbers of padded frames and actions, one of them none that count."""
+    assert_same_steps(two_steps(stage, mesh, micro_batches=2), two_steps(stage), 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["attention", "full"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_rematerialisation_changes_nothing(stage, remat):
+    assert_same_steps(two_steps(stage, remat=remat), two_steps(stage), 1e-6)
+
+
+@pytest.mark.parametrize("remat", ["none", "attention", "full"])
+def test_what_a_policy_keeps_of_a_block(remat):
+    """Residuals of the backward pass: all, what attention returns, or nothing but the inputs of blocks."""
+    config = tiny.experiment(stage="video", train={"remat": remat})
+    vam, params, batch = VideoActionModel(config), tiny.params(config), tiny.batch(config, 8)
+    draws = vam.draw(jax.random.key(0), 8)
+
+    def loss(backbone):
+        return vam.video_loss(params | {"backbone": backbone}, batch, draws)[0]
+
+    _, pullback = jax.eval_shape(lambda backbone: jax.vjp(loss, backbone), params["backbone"])
+    stacked = [leaf.shape for leaf in jax.tree.leaves(pullback) if leaf.shape[:3] == (2, 8, 3)]  # blocks, samples, frames
+    attended = [shape for shape in stacked if shape[3:] == (2, 2, 8)]  # patches, heads, dimensions of a head
+    if remat == "full":
+        assert len(stacked) == 1
+    elif remat == "attention":
+        assert len(stacked) == 3 and len(attended) == 2  # of self-attention and cross-attention
+    else:
+        assert len(stacked) > 10
+
+
+# Low-rank adaptation.
+
+LORA = {"rank": 2, "alpha": 4.0}
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    config = tiny.experiment(stage="video", lora=LORA, train={"learning_rate": 1e-2})
+    trained, _ = split_params(tiny.params(config), config)
+    return config, trained, run_steps(config, make_mesh(MeshConfig(data=2, fsdp=2, sequence=2)), [tiny.batch(config, 8)] * 2)
+
+
+def test_adapters_change_nothing_at_first():
+    config = tiny.experiment(lora=LORA)
+    params = tiny.params(config)
+    joined = join_params(*split_params(params, config), config)
+    jax.tree.map(np.testing.assert_array_equal, joined, params)
+
+
+@pytest.mark.slow
+def test_adapters_and_modulations_learn_and_the_rest_stays(adapted):
+    _, before, (_, state, frozen) = adapted
+    after = jax.device_get(state.params)
+    moved = {path_name(path): float(np.abs(a - b).max()) for (path, a), b in
+             zip(jax.tree_util.tree_leaves_with_path(after), jax.tree.leaves(before), strict=True)}  # fmt: skip
+    assert all(moved.values())
+    names = {name.removeprefix("lora/") for name in moved if name.startswith("lora/")}
+    assert {"blocks/self_attn/q_proj/kernel/a", "blocks/mlp/down/kernel/b", "patch_proj/kernel/a", "time_out/kernel/b"} <= names
+    assert len(names) == 2 * (4 + 4 + 2 + 3)
+    full = {name for name in moved if name.startswith("backbone/")}
+    assert len(full) == 8 and all("modulation" in name for name in full)
+    assert "q_norm" in frozen["backbone"]["blocks"]["self_attn"] and "final_proj" in frozen["backbone"]
+
+
+@pytest.mark.slow
+def test_merged_adapters_are_the_scaled_product(adapted):
+    config, _, (_, state, frozen) = adapted
+    trained, frozen = jax.device_get((state.params, frozen))
+    joined = join_params(trained, frozen, config)["backbone"]["blocks"]["mlp"]["up"]["kernel"]
+    adapter = trained["lora"]["blocks"]["mlp"]["up"]["kernel"]
+    base = frozen["backbone"]["blocks"]["mlp"]["up"]["kernel"]
+    expected = base + 2.0 * np.einsum("nir,nro->nio", adapter["a"], adapter["b"])
+    np.testing.assert_allclose(joined, expected, atol=1e-6)
+    assert np.abs(expected - base).max() > 1e-4
+
+
+def test_the_published_recipe_trains_as_many_parameters():  # SPEC 4.3
+    config = tiny.experiment(stage="video", lora={"rank": 256}, backbone={
+        "width": 2048, "num_blocks": 28, "num_heads": 16, "mlp_ratio": 4.0, "text_width": 1024, "adaln_lora_dim": 256,
+    }, text={"width": 1024})  # fmt: skip
+    trained = jax.eval_shape(lambda: split_params(VideoActionModel(config).init(jax.random.key(0)), config)[0])
+    adapters, full = (sum(leaf.size for leaf in jax.tree.leaves(trained[part])) for part in ("lora", "backbone"))
+    assert (adapters, full) == (370_690_048, 177_733_632)
+
+
+@pytest.mark.parametrize(("lora", "message"), [
+    ({"targets": ("q_porj",)}, r"'lora\.targets' has 'q_porj', which names no parameter"),
+    ({"trained": ("modulations",)}, r"'lora\.trained' has 'modulations', which names no parameter"),
+    ({"trained": ("mlp",)}, r"both name .*/blocks/mlp/"),
+])  # fmt: skip
+def test_names_that_cannot_be_adapted(lora, message):
+    config = tiny.experiment(stage="video", lora=LORA | lora)
+    with pytest.raises(ConfigError, match=message):
+        split_params(tiny.params(config), config)
+
+
+def test_adapters_learn_on_a_backbone_of_bfloat16():
+    config = tiny.experiment(stage="video", lora=LORA, precision="bfloat16")
+    trained, frozen = split_params(tiny.params(config), config)
+    frozen = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), frozen["backbone"])
+    kernel = join_params(trained, {"backbone": frozen}, config)["backbone"]["time_in"]["kernel"]
+    assert kernel.dtype == jnp.bfloat16 and trained["lora"]["time_in"]["kernel"]["a"].dtype == jnp.float32
