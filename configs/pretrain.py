@@ -1,7 +1,7 @@
 """The 2B video model trained whole on a mixture of Open X-Embodiment, and decoders on top of it, on TPU pods.
 
-    python launch/train.py --config=configs/pretrain.py:video_v5e --workdir=gs://BUCKET/pretrain
-    python launch/train.py --config=configs/pretrain.py:action_v5e --workdir=gs://BUCKET/action
+    python launch/train.py --config=configs/pretrain.py:video_v5e --workdir=/mnt/runs/pretrain
+    python launch/train.py --config=configs/pretrain.py:action_v5e --workdir=/mnt/runs/action
 
 The argument is a stage and a pod: `v5e` (256 chips, v5e:16x16), `v5e_32` (the same with a global batch of 32, eight chips to a
 sample), `v5p` (128 chips, v5p:4x4x8) or `v6e` (256 chips, v6e:16x16). Whether a step fits, and what bounds it, is known before:

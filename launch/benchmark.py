@@ -36,7 +36,7 @@ from data_pipelines.loader import Part, make_batches
 from data_pipelines.mixture import Mixture
 from mimic_video.config import ExperimentConfig, LoraConfig
 from mimic_video.models.text import make_text_encoder
-from mimic_video.training import checkpoints
+from mimic_video.training import checkpoints, run_directory
 from mimic_video.training.aot import batch_shapes
 from mimic_video.training.flops import mfu, step_flops, video_tokens
 from mimic_video.training.sharding import global_batch, make_mesh, shardings
@@ -236,7 +236,7 @@ def _is_pair(node: Any) -> bool:
 def real_batch(config: ExperimentConfig, run: pathlib.Path) -> dict[str, np.ndarray]:
     """The first batch of the run's data."""
     datasets, phases = open_datasets(config, config.data.train_split)
-    robots = checkpoints.load_embodiments(run)
+    robots = run_directory.load_embodiments(run)
     parts = [Part(name, windows, robots[name].normalizers(config)) for name, windows in datasets.items()]
     mixture = Mixture([len(windows) for windows in datasets.values()], phases, config.train.batch_size, config.seed)
     return next(make_batches(parts, mixture, batch_size=config.train.batch_size, start_step=0,

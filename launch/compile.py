@@ -1,7 +1,7 @@
 """Compiles an experiment's training step for a TPU topology, on a machine that has none, and says whether and how it would run.
 
     launch/setup.sh compile
-    python launch/compile.py --config=configs/pretrain.py:v5e_256 --topology=v5e:16x16 [--slices=2] [--out=FILE.json]
+    python launch/compile.py --config=configs/pretrain.py:video_v5e --topology=v5e:16x16 [--slices=2] [--out=FILE.json]
 
 Exit code: 0 if the step fits the chip's memory, 2 if it does not, 1 for errors. The JSON has bytes, operations and seconds of one
 chip: its memory by kind; the model's FLOPs from our count, and the program's, which has what is computed again; communication by
@@ -21,7 +21,7 @@ from absl import flags
 
 from mimic_video.config import ExperimentConfig
 from mimic_video.training import aot, flops
-from mimic_video.training.checkpoints import write_json
+from mimic_video.training.run_directory import write_json
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Name of the TPU topology, such as v5e:16x16 or v5p:4x4x8", required=True)
 _SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology, joined by the data centre's network", lower_bound=1)

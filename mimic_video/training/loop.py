@@ -61,27 +61,71 @@ def train(
     """
     write_config(run, config)
     started, profiler = first_start(run), ProfilerWindow(run, profile, config.train.steps)
-    mesh, vam = make_mesh(config.mesh), VideoActionModel(config)
-    require_divisible(config.train.batch_size, mesh)
-    opened = checkpoints.open_checkpoints(run, config.train.keep_checkpoints, config.train.keep_every)
+    mesh, vam, settings = make_mesh(config.mesh), VideoActionModel(config), config.train
+    require_divisible(settings.batch_size, mesh)
+    opened = checkpoints.open_checkpoints(run, settings.keep_checkpoints, settings.keep_every)
     with _full_disk_explained(run), preemption_notices() as stop_after, opened as manager:
-        target = abstract_state(vam, mesh)
-        state = checkpoints.restore(manager, target)
-        if state is None:
-            trained, frozen = split_params(init(mesh), config)
-            checkpoints.save_frozen(run, frozen)
-            del frozen  # what counts is what is kept, maybe by an earlier start of this run
-            state = initial_state(config, place(trained, mesh), mesh)
-            del trained
-        else:
-            checkpoints.require_same_data(manager, data)
-        frozen = checkpoints.load_frozen(run, mesh=mesh)
+        state, frozen = _start(config, run, vam, mesh, manager, init, data)
         start = int(state.step)
-        if start < config.train.steps:
-            with MetricWriter(run, start, config) as writer:
-                state = _run_steps(config, vam, mesh, state, frozen, batches(start), data, validation, run, manager, stop_after,
-                                   writer, StepClock(config, run, started), profiler)  # fmt: skip
+        if start == settings.steps:
+            return state
+
+        take_step, validate = make_train_step(vam, mesh, state), make_validation(vam, mesh, validation, run)
+        progress = tqdm(total=settings.steps, initial=start, desc=f"{config.stage} stage", unit="step", mininterval=1.0,
+                        disable=jax.process_index() > 0)  # fmt: skip
+        with progress, MetricWriter(run, start, config) as writer:
+            stream, clock, pending = batches(start), StepClock(config, run, started), []
+            for step in range(start + 1, settings.steps + 1):
+                with clock.stopped():
+                    profiler.before(step)
+                with clock.waiting():
+                    batch = global_batch(next(stream), mesh)
+                state, metrics = take_step(state, frozen, batch)
+                pending.append(metrics)
+                clock.step()
+                with clock.stopped():
+                    profiler.after(step, metrics)
+                progress.update()
+                if step == start + 1:  # it compiled
+                    jax.block_until_ready(metrics)
+                    clock.restart()
+
+                last, stopping = step == settings.steps, stop_after(step)
+                saving = step % settings.checkpoint_every == 0 or last or stopping
+                validating = bool(validation) and (step % settings.validate_every == 0 or last)
+                recording = step % settings.log_every == 0 or saving or validating
+                if recording:
+                    values = {name: float(np.mean([m[name] for m in jax.device_get(pending)])) for name in metrics}
+                    if not np.isfinite([values["loss"], values["grad_norm"]]).all():  # before anything is saved
+                        _stop_at_non_finite(values, step - len(pending) + 1, step, run, manager)
+                    values |= clock.lap() | device_memory()
+                    speed = f", {values['samples_per_second']:.0f} samples/s" if "samples_per_second" in values else ""
+                    progress.set_postfix_str(f"loss {values['loss']:.4g}{speed}")
+                    pending = []
+                    if validating:
+                        values |= validate(step, state.inference_params, frozen, writer)
+                    writer.write(step, values)
+                if saving:
+                    checkpoints.save(manager, state, data(step))
+                    if stopping and not last:
+                        raise PreemptedError(f"stopped after step {step} of {run}, as asked; the same command continues there")
+                checkpoints.check_saves(manager)
+                if recording:
+                    clock.restart()
     return state
+
+
+def _start(config, run, vam, mesh, manager, init, data) -> tuple[TrainState, Params]:
+    """The state and the frozen parameters of the newest checkpoint, or new ones."""
+    state = checkpoints.restore(manager, abstract_state(vam, mesh))
+    if state is None:
+        trained, frozen = split_params(init(mesh), config)
+        checkpoints.save_frozen(run, frozen)
+        del frozen  # what counts is what is kept, maybe by an earlier start of this run
+        state = initial_state(config, place(trained, mesh), mesh)
+    else:
+        checkpoints.require_same_data(manager, data)
+    return state, checkpoints.load_frozen(run, mesh=mesh)
 
 
 @contextlib.contextmanager
@@ -93,54 +137,6 @@ def _full_disk_explained(run: pathlib.Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise
         raise RunError(f"{run} cannot be written: {error}; the same command continues from the last checkpoint") from error
-
-
-def _run_steps(config, vam, mesh, state, frozen, batches, data, validation, run, manager, stop_after, writer, clock,
-               profiler) -> TrainState:  # fmt: skip
-    settings, start = config.train, int(state.step)
-    step_function = make_train_step(vam, mesh, state)
-    validate = make_validation(vam, mesh, validation, run)
-    progress = tqdm(total=settings.steps, initial=start, desc=f"{config.stage} stage", unit="step", mininterval=1.0,
-                    disable=jax.process_index() > 0)  # fmt: skip
-    pending = []
-    for step in range(start + 1, settings.steps + 1):
-        with clock.stopped():
-            profiler.before(step)
-        with clock.waiting():
-            batch = global_batch(next(batches), mesh)
-        state, metrics = step_function(state, frozen, batch)
-        pending.append(metrics)
-        clock.step()
-        with clock.stopped():
-            profiler.after(step, metrics)
-        progress.update()
-        last, stopping = step == settings.steps, stop_after(step)
-        saving = step % settings.checkpoint_every == 0 or last or stopping
-        validating = bool(validation) and (step % settings.validate_every == 0 or last)
-        recording = step % settings.log_every == 0 or saving or validating
-        if step == start + 1:  # it compiled
-            jax.block_until_ready(metrics)
-            clock.restart()
-        if recording:
-            values = {name: float(np.mean([m[name] for m in jax.device_get(pending)])) for name in metrics}
-            if not np.isfinite([values["loss"], values["grad_norm"]]).all():  # before anything is saved
-                _stop_at_non_finite(values, step - len(pending) + 1, step, run, manager)
-            values |= clock.lap() | device_memory()
-            speed = f", {values['samples_per_second']:.0f} samples/s" if "samples_per_second" in values else ""
-            progress.set_postfix_str(f"loss {values['loss']:.4g}{speed}")
-            pending = []
-            if validating:
-                values |= validate(step, state.inference_params, frozen, writer)
-            writer.write(step, values)
-        if saving:
-            checkpoints.save(manager, state, data(step))
-            if stopping and not last:
-                raise PreemptedError(f"stopped after step {step} of {run}, as asked; the same command continues from there")
-        checkpoints.check_saves(manager)
-        if recording:
-            clock.restart()
-    progress.close()
-    return state
 
 
 def _stop_at_non_finite(values: dict[str, float], first: int, last: int, run: pathlib.Path, manager) -> NoReturn:

@@ -86,9 +86,9 @@ def make_state(config: ExperimentConfig, params: Params) -> TrainState:
 
 
 def initial_state(config: ExperimentConfig, params: Params, mesh: Mesh) -> TrainState:
-    """`make_state` of placed parameters; every leaf is made where the sharding rules want it."""
+    """`make_state` of placed parameters, which it consumes; every leaf is made where the sharding rules want it."""
     make = functools.partial(make_state, config)
-    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, params), mesh))(params)
+    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, params), mesh), donate_argnums=0)(params)
 
 
 def abstract_state(vam: VideoActionModel, mesh: Mesh) -> TrainState:
@@ -132,7 +132,7 @@ def make_train_step(
         metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
         metrics |= group_norms(grads, "grad_norm") | group_norms(params, "param_norm")
         if config.train.spike_factor:
-            metrics["skipped_steps"] = opt_state.skipped
+            metrics["skipped_fraction"] = opt_state.skipped - state.opt_state.skipped  # of the steps that are logged together
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
     batch, replicated = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec())

@@ -160,14 +160,18 @@ def test_a_run_without_a_checkpoint_starts_again_on_the_frozen_parameters_it_kep
     """The backbone's run may have moved on in between; what is trained on has to be what a policy will load."""
     config, used = tiny.experiment(), []
 
-    def run_no_steps(config, vam, mesh, state, frozen, *_):
-        used.append(jax.device_get(frozen))
-        return state
+    class StoppedError(Exception):
+        pass
 
-    monkeypatch.setattr(loop, "_run_steps", run_no_steps)
+    def stop_before_the_first_step(state, frozen, batch):
+        used.append(jax.device_get(frozen))
+        raise StoppedError
+
+    monkeypatch.setattr(loop, "make_train_step", lambda *_: stop_before_the_first_step)
     for seed in (0, 1):
-        loop.train(config, tmp_path, init=lambda mesh, seed=seed: tiny.params(config, seed), batches=lambda step: iter(()),
-                   data=lambda step: {})
+        with pytest.raises(StoppedError):
+            loop.train(config, tmp_path, init=lambda mesh, seed=seed: tiny.params(config, seed),
+                       batches=lambda step: iter([tiny.batch(config, 8)]), data=lambda step: {})  # fmt: skip
     kept = jax.device_get(checkpoints.load_frozen(tmp_path))
     for frozen in used:
         jax.tree.map(np.testing.assert_array_equal, frozen, kept)
