@@ -107,6 +107,7 @@ def test_a_resumed_run_writes_all_of_it(tmp_path):
     assert [record["step"] for record in (first, second, third)] == [2, 3, 4]
     assert 0 < first["goodput"] < 1 and 0 < third["goodput"] < 1
     assert third["step_seconds"] > first["step_seconds"] == second["step_seconds"]  # step 3 compiled
+    assert first["grad_norm/backbone/blocks/mlp"] > 0 and first["param_norm/backbone/final"] > 0
     assert "samples_per_second" in third and "samples_per_second" not in second
     assert second["validation_video_mse"] > 0 and sum("/sigma_" in name for name in second) == 10
     with Image.open(tmp_path / "samples" / "3.gif") as video:
