@@ -26,8 +26,8 @@ def test_a_step_that_fits(launch, config_file, tmp_path):
 @pytest.mark.slow
 def test_a_step_that_does_not_fit(launch, config_file, tmp_path):
     """19,200 tokens, whose logits the plain attention of narrow heads keeps."""
-    config = tiny.experiment(stage="video", data={"image_size": (480, 640), "future_frames": 56, "latents": "x"}, backbone_run="x",
-                             train={"batch_size": 16})  # fmt: skip
+    data = {"image_size": (480, 640), "future_frames": 56, "latents": "x"}
+    config = tiny.experiment(stage="video", data=data, backbone_run="x", train={"batch_size": 16})
     out = tmp_path / "report.json"
     printed = launch("compile", f"--config={config_file(config)}", *ARGUMENTS, f"--out={out}")
     report = json.loads(out.read_text())
