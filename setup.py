@@ -23,6 +23,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda13]>=0.10"],
 }
+EXTRAS["compile"] = EXTRAS["tpu"]  # the compiler, libtpu, in the version that JAX wants; no TPU is needed
 EXTRAS["quickstart"] = EXTRAS["data"] + EXTRAS["sim"] + EXTRAS["report"]
 EXTRAS["test"] = [
     *(package for extra in ("quickstart", "formats", "convert", "text", "video", "wandb") for package in EXTRAS[extra]),

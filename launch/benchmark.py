@@ -9,8 +9,8 @@ in the same run. `--size=2b` is the published model at 19,200 tokens, one sample
 quickstart's. Without either, the first where there is an accelerator, else the second, whose numbers say little.
 
 `draws`: what several action noise draws that share a backbone forward buy: variance of the gradient over the noise of a step,
-with parameters and batch fixed, and the time of a step, as ratios to those of one draw. With --run, its parameters and, if it is
-there, its data.
+with parameters and batch fixed, and the time of a step, as ratios to those of the first number of --draws. With --run, its
+parameters and, if it is there, its data.
 
 Without a command: steps of both stages, and action chunks for --batch_sizes robots.
 
@@ -36,9 +36,10 @@ from data_pipelines.loader import Part, make_batches
 from data_pipelines.mixture import Mixture
 from mimic_video.config import ExperimentConfig, LoraConfig
 from mimic_video.models.text import make_text_encoder
-from mimic_video.training import checkpoints, run_directory
 from mimic_video.training.aot import batch_shapes
+from mimic_video.training.checkpoints import START_PRECISION, load_params
 from mimic_video.training.flops import mfu, step_flops, video_tokens
+from mimic_video.training.run_directory import RunError, load_embodiments
 from mimic_video.training.sharding import global_batch, make_mesh, shardings
 from mimic_video.training.steps import TrainState, abstract_state, join_params, make_state, make_train_step, split_params
 from mimic_video.vam import Params, VideoActionModel
@@ -47,11 +48,12 @@ _SIZE = flags.DEFINE_enum("size", None, ["2b", "small"], "What `training` measur
 _REPEATS = flags.DEFINE_integer("repeats", 30, "Timed calls of each kind", lower_bound=2)
 _BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "20"], "Robots that a chunk is planned for at once")
 _RUN = flags.DEFINE_string("run", None, "Run of stage `action` whose parameters `draws` takes; random ones by default")
+_DRAWS = flags.DEFINE_list("draws", ["1", "2", "4", "8"], "Numbers of noise draws that `draws` compares, with the first")
 _KEYS = flags.DEFINE_integer("keys", 64, "Noise of how many steps `draws` compares", lower_bound=2)
+flags.FLAGS.set_default("compilation_cache", False)  # what compiling takes is reported
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SIZES = {"2b": "configs/published.py:cosmos", "small": "configs/quickstart.py"}
-DRAWS = (1, 2, 4, 8)
 MATRICES = {"cpu": (512, 1024), "other": (4096, 8192, 16384)}  # sizes that the rate of products is measured at
 
 
@@ -191,7 +193,7 @@ def draws(config: ExperimentConfig) -> dict[str, Any]:
     config = dataclasses.replace(config, stage="action")
     run, mesh = _RUN.value and pathlib.Path(_RUN.value), make_mesh(config.mesh)
     if run:
-        params = checkpoints.load_params(run, checkpoints.START_PRECISION["action"])[0]
+        params = load_params(run, START_PRECISION["action"])[0]
         trained, frozen = split_params(params, config)
     else:
         state, frozen = random_params(config, mesh)
@@ -199,10 +201,11 @@ def draws(config: ExperimentConfig) -> dict[str, Any]:
     there = run and pathlib.Path(config.data.action_dataset).is_dir()
     batch = real_batch(config, run) if there else random_batch(config)
     table = []
-    for number in DRAWS:
+    for number in map(int, _DRAWS.value):
         each = dataclasses.replace(config, train=dataclasses.replace(config.train, action_draws=number))
         timed = step_times(each, product_rate=1.0)
-        table.append({"draws": number, "variance": gradient_variance(each, trained, frozen, batch), "p50_ms": timed["p50_ms"]})
+        table.append({"draws": number, "variance": gradient_variance(each, trained, frozen, batch, _KEYS.value),
+                      "p50_ms": timed["p50_ms"]})  # fmt: skip
     for row in table:
         row |= {"variance_ratio": round(row["variance"] / table[0]["variance"], 3),
                 "time_ratio": round(row["p50_ms"] / table[0]["p50_ms"], 3)}  # fmt: skip
@@ -210,8 +213,10 @@ def draws(config: ExperimentConfig) -> dict[str, Any]:
             "keys": _KEYS.value, "draws": table}  # fmt: skip
 
 
-def gradient_variance(config: ExperimentConfig, trained: Params, frozen: Params, batch: dict[str, np.ndarray]) -> float:
-    """Summed over parameters, of the gradient over the noise of --keys steps."""
+def gradient_variance(
+    config: ExperimentConfig, trained: Params, frozen: Params, batch: dict[str, np.ndarray], keys: int
+) -> float:
+    """Summed over parameters, of the gradient over the noise of `keys` steps."""
     vam, size = VideoActionModel(config), config.train.batch_size
 
     @jax.jit
@@ -221,12 +226,12 @@ def gradient_variance(config: ExperimentConfig, trained: Params, frozen: Params,
         return jax.tree.map(lambda total, grad: (total[0] + grad, total[1] + grad**2), sums, grads, is_leaf=_is_pair)
 
     sums = jax.tree.map(lambda leaf: (jnp.zeros_like(leaf), jnp.zeros_like(leaf)), trained)
-    for key in jax.random.split(jax.random.key(1), _KEYS.value):
+    for key in jax.random.split(jax.random.key(1), keys):
         sums = add(sums, key, trained, frozen, batch)
     pairs = jax.tree.leaves(jax.device_get(sums), is_leaf=_is_pair)
-    total = sum(float(np.sum(squares, dtype=np.float64) - np.sum(first.astype(np.float64) ** 2) / _KEYS.value)
+    total = sum(float(np.sum(squares, dtype=np.float64) - np.sum(first.astype(np.float64) ** 2) / keys)
                 for first, squares in pairs)  # fmt: skip
-    return total / (_KEYS.value - 1)
+    return total / (keys - 1)
 
 
 def _is_pair(node: Any) -> bool:
@@ -236,7 +241,7 @@ def _is_pair(node: Any) -> bool:
 def real_batch(config: ExperimentConfig, run: pathlib.Path) -> dict[str, np.ndarray]:
     """The first batch of the run's data."""
     datasets, phases = open_datasets(config, config.data.train_split)
-    robots = run_directory.load_embodiments(run)
+    robots = load_embodiments(run)
     parts = [Part(name, windows, robots[name].normalizers(config)) for name, windows in datasets.items()]
     mixture = Mixture([len(windows) for windows in datasets.values()], phases, config.train.batch_size, config.seed)
     return next(make_batches(parts, mixture, batch_size=config.train.batch_size, start_step=0,
@@ -270,7 +275,7 @@ def run() -> None:
         size = next(argument.partition("=")[2] for argument in sys.argv if argument.lstrip("-").startswith("size="))
         if size in SIZES:  # else the flag's own check says so
             sys.argv.append(f"--config={ROOT / SIZES[size]}")
-    experiment.run(lambda config: main(command, config), (checkpoints.RunError,))
+    experiment.run(lambda config: main(command, config), (RunError,))
 
 
 if __name__ == "__main__":

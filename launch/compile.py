@@ -26,6 +26,7 @@ from mimic_video.training.run_directory import write_json
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Name of the TPU topology, such as v5e:16x16 or v5p:4x4x8", required=True)
 _SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology, joined by the data centre's network", lower_bound=1)
 _OUT = flags.DEFINE_string("out", None, "File for the report")
+flags.FLAGS.set_default("compilation_cache", False)  # what compiling takes is reported
 
 DOES_NOT_FIT = 2
 

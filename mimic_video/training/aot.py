@@ -59,9 +59,11 @@ def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nothing is run, so others may compile, too
     from jax.experimental import topologies  # it loads libtpu, which reads the environment
 
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if name.endswith(":1x1"):
+        options["chips_per_host_bounds"] = (1, 1, 1)  # by default hosts have four
     try:
-        several = {"num_slices": slices} if slices > 1 else {}
-        return topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except jax.errors.JaxRuntimeError as error:
         raise TopologyError(f"topology '{name}' is not one that libtpu knows: {error}; expected one like v5e:16x16 or v5p:4x4x8"
                             ) from error  # fmt: skip
