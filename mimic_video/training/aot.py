@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from mimic_video.config import ExperimentConfig
+from mimic_video.models.parallel import BATCH
 from mimic_video.training.flops import Chip
 from mimic_video.training.hlo import Program, Work
-from mimic_video.training.sharding import BATCH, make_mesh, require_divisible, shardings
+from mimic_video.training.sharding import make_mesh, require_divisible, shardings
 from mimic_video.training.steps import abstract_state, make_train_step, split_params
 from mimic_video.vam import VideoActionModel
 
@@ -126,17 +127,16 @@ def compile_step(config: ExperimentConfig, devices: Sequence[jax.Device], chip: 
     vam, mesh = VideoActionModel(config), make_mesh(config.mesh, list(devices))
     require_divisible(config.train.batch_size, mesh)
     state = abstract_state(vam, mesh)
-    _, frozen = split_params(jax.eval_shape(vam.init, jax.random.key(0)), config.stage)
+    frozen = jax.eval_shape(lambda: split_params(vam.init(jax.random.key(0)), config)[1])
     frozen = {name: jax.tree.map(lambda leaf, where, name=name: jax.ShapeDtypeStruct(leaf.shape, vam.dtype(name), sharding=where),
                                  part, shardings({name: part}, mesh)[name]) for name, part in frozen.items()}  # fmt: skip
     where = jax.sharding.NamedSharding(mesh, BATCH)
     batch = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where) for name, leaf in batch_shapes(config).items()}
     start = time.perf_counter()
-    with jax.set_mesh(mesh):
-        try:
-            compiled = make_train_step(vam, mesh, state).lower(state, frozen, batch).compile()
-        except jax.errors.JaxRuntimeError as error:
-            raise out_of_memory(str(error)) or error from error
+    try:
+        compiled = make_train_step(vam, mesh, state).lower(state, frozen, batch).compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise out_of_memory(str(error)) or error from error
     seconds = time.perf_counter() - start
     slices = tuple(getattr(device, "slice_index", 0) for device in mesh.devices.flat)
     resident = sum(_bytes_per_chip(leaf) for leaf in jax.tree.leaves((state, frozen, batch)))

@@ -92,7 +92,7 @@ class StepClock:
 
 
 class ProfilerWindow:
-    """A trace of the steps `first` to `last`, written into the run's folder `profile` by the first process.
+    """A trace of the steps `first` to `last`, or what is left of them, in the run's folder `profile`; the first process makes it.
 
     Args:
         window: those two; None for none.
@@ -108,7 +108,7 @@ class ProfilerWindow:
         self._window = window if jax.process_index() == 0 else None
 
     def before(self, step: int) -> None:
-        if self._window is not None and step == self._window[0]:
+        if self._window is not None and not self._tracing and self._window[0] <= step <= self._window[1]:
             jax.profiler.start_trace(str(self._folder))
             self._tracing = True
 

@@ -76,7 +76,8 @@ def initialize(environment: Mapping[str, str]) -> None:
     explicit = {name: environment[name] for name in _EXPLICIT if environment.get(name)}
     if explicit.get("JAX_NUM_PROCESSES") == "1":
         return
-    timeout = {"heartbeat_timeout_seconds": int(2 * SILENCE)}  # JAX's own, so that ours comes first
+    # JAX's own, a process's last beat of which may be half of this before its death: so ours comes first.
+    timeout = {"heartbeat_timeout_seconds": int(4 * SILENCE)}
     if explicit:
         for name in _EXPLICIT:
             if name not in explicit:

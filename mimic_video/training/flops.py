@@ -55,6 +55,7 @@ class Product:
     Attributes:
         weight: path of the parameter in its network, without 'kernel'; empty for those of attention, between activations.
         live: whether the input depends on parameters of the same network that are trained.
+        other_live: the same of the other factor, in attention.
     """
 
     rows: int
@@ -62,6 +63,7 @@ class Product:
     outputs: int
     weight: str = ""
     live: bool = True
+    other_live: bool = True
     count: int = 1
 
     @property
@@ -102,10 +104,8 @@ def backbone_products(config: ExperimentConfig, stop: int | None) -> Iterator[Pr
     yield Product(tokens, (net.latent_channels + 2) * patch, width, "patch_proj", live=False)
     yield Product(frames, width, width, "time_in", live=False)
     yield Product(frames, width, 3 * width, "time_out", live=_trained(config, "backbone", "time_in"))
-    yield from _attention("blocks/self_attn", tokens, tokens, width, blocks)
-    yield from _keys_values("blocks/self_attn", tokens, width, width, blocks)
-    yield from _attention("blocks/cross_attn", tokens, text, width, blocks)
-    yield from _keys_values("blocks/cross_attn", text, net.text_width, width, blocks, live=False)
+    yield from _attention(config, "backbone", "self_attn", tokens, tokens, (tokens, width, True), blocks)
+    yield from _attention(config, "backbone", "cross_attn", tokens, text, (text, net.text_width, False), blocks)
     yield from _mlp(tokens, width, net.mlp_ratio, blocks)
     modulated = Modulated(frames, width, net.adaln_lora_dim, width)
     yield from _block_modulations(config, "backbone", modulated, blocks)
@@ -120,7 +120,6 @@ def decoder_products(config: ExperimentConfig) -> Iterator[Product]:
     width, rank, acted = net.width, net.time_rank, draws * net.action_horizon
     tokens = draws * (bool(net.embodiments) + net.obs_horizon + net.action_horizon)
     blocks, whole = net.num_blocks, config.lora.rank == 0
-    yield from _keys_values("blocks/cross_attn", context, config.backbone.width, width, blocks, live=whole)
     for name, rows, inputs in (("proprio", net.obs_horizon, net.proprio_dim), ("action", acted, net.action_dim)):
         for layer, (a, b) in enumerate(itertools.pairwise(embedder_widths(inputs, width))):
             yield Product(rows, a, b, f"{name}_embedder/layers/{layer}", live=layer > 0 and whole)
@@ -128,9 +127,8 @@ def decoder_products(config: ExperimentConfig) -> Iterator[Product]:
         yield Product(rows, width, width, f"time_embedding/{name}_proj", live=False)
         yield Product(rows, width, rank, f"time_embedding/{name}_rank", live=whole)
     yield Product(tokens, rank, 3 * width, "time_embedding/shared_proj", live=whole)
-    yield from _attention("blocks/cross_attn", tokens, context, width, blocks)
-    yield from _attention("blocks/self_attn", tokens, tokens // draws, width, blocks)
-    yield from _keys_values("blocks/self_attn", tokens, width, width, blocks)
+    yield from _attention(config, "decoder", "cross_attn", tokens, context, (context, config.backbone.width, whole), blocks)
+    yield from _attention(config, "decoder", "self_attn", tokens, tokens // draws, (tokens, width, True), blocks)
     yield from _mlp(tokens, width, net.mlp_ratio, blocks)
     modulated = Modulated(tokens, rank, net.adaln_lora_dim, width)
     yield from _block_modulations(config, "decoder", modulated, blocks)
@@ -138,16 +136,18 @@ def decoder_products(config: ExperimentConfig) -> Iterator[Product]:
     yield Product(tokens, width, net.action_dim, "final_proj")
 
 
-def _attention(path: str, queries: int, keys: int, width: int, blocks: int) -> Iterator[Product]:
+def _attention(
+    config: ExperimentConfig, network: str, name: str, queries: int, keys: int, context: tuple[int, int, bool], blocks: int
+) -> Iterator[Product]:
+    """Of each query to `keys` keys, made of `context`: its rows, its width, and whether it depends on what is trained."""
+    path, width, (rows, inputs, live) = f"blocks/{name}", getattr(config, network).width, context
+    live_keys, live_values = (live or _trained(config, network, f"{path}/{projection}") for projection in ("k_proj", "v_proj"))
     yield Product(queries, width, width, f"{path}/q_proj", count=blocks)
-    yield Product(queries, width, keys, count=blocks)
-    yield Product(queries, keys, width, count=blocks)
+    yield Product(rows, inputs, width, f"{path}/k_proj", live, count=blocks)
+    yield Product(rows, inputs, width, f"{path}/v_proj", live, count=blocks)
+    yield Product(queries, width, keys, other_live=live_keys, count=blocks)
+    yield Product(queries, keys, width, other_live=live_values, count=blocks)
     yield Product(queries, width, width, f"{path}/out_proj", count=blocks)
-
-
-def _keys_values(path: str, rows: int, inputs: int, width: int, blocks: int, live: bool = True) -> Iterator[Product]:
-    for name in ("k_proj", "v_proj"):
-        yield Product(rows, inputs, width, f"{path}/{name}", live, blocks)
 
 
 def _mlp(rows: int, width: int, ratio: float, blocks: int) -> Iterator[Product]:
@@ -173,18 +173,17 @@ def _modulation(
     config: ExperimentConfig, network: str, path: str, sizes: Modulated, parts: int, blocks: int
 ) -> Iterator[Product]:
     whole = config.lora.rank == 0
-    yield Product(sizes.rows, sizes.time, sizes.rank, f"{path}/down", whole, blocks)
+    yield Product(sizes.rows, sizes.time, sizes.rank, f"{path}/down", whole, count=blocks)
     live = whole or _trained(config, network, f"{path}/down")
-    yield Product(sizes.rows, sizes.rank, parts * sizes.width, f"{path}/up", live, blocks)
+    yield Product(sizes.rows, sizes.rank, parts * sizes.width, f"{path}/up", live, count=blocks)
 
 
 def _passes(config: ExperimentConfig, network: str, product: Product) -> int:
     """How often a product of its size is done: forward, for the weight's and for the input's gradient."""
     if TRAINED[config.stage] != network:
         return 1
-    if not product.weight:
-        return 3
-    return 1 + _trained(config, network, product.weight) + product.live
+    other = _trained(config, network, product.weight) if product.weight else product.other_live
+    return 1 + product.live + other
 
 
 def _trained(config: ExperimentConfig, network: str, weight: str) -> bool:

@@ -8,6 +8,7 @@ import functools
 import math
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,9 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 _CALLED = re.compile(r"\b(calls|to_apply|body|condition|branch_computations|called_computations)=\{?((?:%[\w.\-]+(?:, )?)+)")
+# Splash attention's kernels, which declare no costs, and how many products of queries' by keys' size each does.
+_FLASH_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+_CHAIN = re.compile(r'channel_id=(\d+).*chain_id="(\d+)"')
 # What moves nothing by itself: names, loops (their bodies do), and the ends of what was started before.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "async-start",
          "async-update", "after-all", "opt-barrier", "partition-id", "replica-id"}  # fmt: skip
@@ -61,7 +65,7 @@ class Work:
     """What one chip does.
 
     Attributes:
-        flops: of matrix products, convolutions and kernels that declare theirs.
+        flops: of matrix products, convolutions and splash attention.
         hbm_bytes: read from and written to the chip's memory by the program's instructions.
         collectives: by kind and network.
         unknown_loops: how many loops' lengths the text does not say; their bodies count once.
@@ -96,7 +100,7 @@ class Program:
             slices: the slice of every device, in the order of the program's partitions; empty if there is only one slice.
         """
         flops, moved, unknown = 0.0, 0.0, 0
-        collectives: dict[tuple[str, str], tuple[int, float]] = {}
+        found: dict[Any, tuple[tuple[str, str], int, float]] = {}
         for instruction, computation, times, fused in self._executed(self.entry, 1, False):
             flops += times * _flops(instruction, computation)
             unknown += instruction.opcode == "while" and self._trips(instruction) is None
@@ -107,11 +111,17 @@ class Program:
                 groups = _groups(instruction.attributes)
                 sent = _sent(kind, sum(_bytes(computation[name].shape) for name in instruction.operands), groups.shape[1])
                 crosses = bool(slices) and any(len({slices[device] for device in group}) > 1 for group in groups)
-                key = kind, "dcn" if crosses else "ici"
-                count, total = collectives.get(key, (0, 0.0))
-                collectives[key] = count + times, total + times * sent
-        listed = tuple(Collective(*key, *value) for key, value in sorted(collectives.items()))
-        return Work(flops, moved, listed, unknown)
+                # Several fusions may do one collective, a part each between parts of a product, some of them in a loop.
+                chain = _CHAIN.search(instruction.attributes)
+                key = chain.groups() if chain else len(found)
+                if key not in found or times < found[key][1]:
+                    found[key] = (kind, "dcn" if crosses else "ici"), times, sent
+        collectives = tuple(
+            Collective(*key, sum(times for other, times, _ in found.values() if other == key),
+                       sum(times * sent for other, times, sent in found.values() if other == key))
+            for key in sorted({key for key, _, _ in found.values()})
+        )  # fmt: skip
+        return Work(flops, moved, collectives, unknown)
 
     def _executed(self, name: str, times: int, fused: bool) -> Iterator[tuple[Instruction, dict[str, Instruction], int, bool]]:
         """Every instruction under a computation, with its computation, how often it runs, and whether it is part of a fusion."""
@@ -133,7 +143,7 @@ class Program:
             return int(known[1])
         condition = self.computations[loop.called("condition")[0]]
         compared = [i for i in self._inlined(condition) if i.opcode == "compare" and "direction=LT" in i.attributes]
-        constants = [int(i.argument) for i in self._inlined(condition) if i.opcode == "constant" and i.shape.startswith("s32[]")]
+        constants = [int(i.argument) for i in self._inlined(condition) if i.opcode == "constant" and i.shape[1:5] == "32[]"]
         return constants[0] if len(compared) == 1 and len(constants) == 1 else None
 
     def _inlined(self, computation: dict[str, Instruction]) -> Iterator[Instruction]:
@@ -244,8 +254,11 @@ def _flops(instruction: Instruction, computation: dict[str, Instruction]) -> flo
     if instruction.opcode == "convolution":
         return _convolution_flops(instruction, *(_dims(computation[name].shape) for name in instruction.operands))
     if instruction.opcode == "custom-call":
-        declared = re.search(r'"cost_estimate":\{"flops":"?(\d+)', instruction.attributes)
-        return float(declared[1]) if declared else 0.0
+        products = next((number for kernel, number in _FLASH_PRODUCTS.items() if instruction.name.startswith(kernel)), 0)
+        if products:
+            shapes = (computation[name].shape for name in instruction.operands)
+            queries, keys, *_ = (_dims(shape) for shape in shapes if re.match(r"bf16|f32", shape))
+            return 2.0 * products * math.prod(queries) * keys[-2]
     return 0.0
 
 
@@ -258,7 +271,7 @@ def _convolution_flops(instruction: Instruction, left: tuple[int, ...], right: t
     spatial = sorted(label for label in labels[3] if label.isdigit())
 
     def field(name: str, default: str) -> list[str]:
-        return fields.get(name, "x".join(default for _ in spatial)).split("x")
+        return fields[name].split("x") if name in fields else [default] * len(spatial)
 
     out, pairs = _dims(instruction.shape), 1
     for axis, size, stride, pad, base, dilation in zip(
@@ -286,15 +299,25 @@ def _groups(attributes: str) -> np.ndarray:
     if pairs or explicit:
         rows = re.findall(r"\{([\d,]+)\}?", (pairs or explicit)[1])  # type: ignore[index]
         return np.array([[int(device) for device in row.split(",")] for row in rows])
-    listed = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    listed = re.search(r"replica_groups=\[([\d,]+)\]<=(\S+?),? ", attributes + " ")
     if listed:
-        shape, source, order = (tuple(map(int, part.split(","))) if part else None for part in listed.groups())
-        return np.arange(math.prod(source)).reshape(source).transpose(order).reshape(shape)
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)
+        return _device_order(listed[2]).reshape(_numbers(listed[1]))
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S+)\))? \{((?:'[^']+',?)*)\}", attributes)
     if mesh:
         names, sizes = zip(*re.findall(r"'([^']+)'=(\d+)", mesh[1]), strict=True)
-        chosen = [names.index(name) for name in re.findall(r"'([^']+)'", mesh[2])]
-        devices = np.arange(math.prod(map(int, sizes))).reshape([int(size) for size in sizes])
-        devices = np.moveaxis(devices, chosen, range(-len(chosen), 0))
-        return devices.reshape(-1, math.prod(int(sizes[axis]) for axis in chosen))
+        shape = [int(size) for size in sizes]
+        chosen = [names.index(name) for name in re.findall(r"'([^']+)'", mesh[3])]
+        devices = _device_order(mesh[2] or f"[{math.prod(shape)}]").reshape(shape)
+        return np.moveaxis(devices, chosen, range(-len(chosen), 0)).reshape(-1, math.prod(shape[axis] for axis in chosen))
     raise ValueError(f"groups of devices cannot be read from {attributes[:200]}")
+
+
+def _device_order(text: str) -> np.ndarray:
+    """Devices as "[4,2]T(1,0)" lists them: 0 to 7 as 4x2, transposed."""
+    shape, _, order = text.removeprefix("[").removesuffix(")").partition("]")
+    axes = _numbers(order.removeprefix("T(")) if order else None
+    return np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape)).transpose(axes)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))

@@ -9,7 +9,7 @@ from jax.extend.core import jaxprs_in_params
 from mimic_video.config import ExperimentConfig, TokenizerConfig, TrainConfig
 from mimic_video.training import flops
 from mimic_video.training.aot import batch_shapes
-from mimic_video.training.steps import loss_function, split_params
+from mimic_video.training.steps import join_params, split_params
 from mimic_video.vam import VideoActionModel
 
 PUBLISHED = ExperimentConfig(stage="video", tokenizer=TokenizerConfig(kind="wan"), train=TrainConfig(batch_size=1))
@@ -34,10 +34,13 @@ def traced_flops(jaxpr) -> float:
 def gradient(config: ExperimentConfig):
     """The gradient of a stage's loss, and shapes of its arguments."""
     vam = VideoActionModel(config)
-    trained, frozen = split_params(jax.eval_shape(vam.init, jax.random.key(0)), config.stage)
-    loss = loss_function(vam)
-    return jax.grad(lambda trained, frozen, batch: loss(trained | frozen, batch, jax.random.key(0))[0]), (
-        trained, frozen, batch_shapes(config))  # fmt: skip
+    trained, frozen = jax.eval_shape(lambda: split_params(vam.init(jax.random.key(0)), config))
+
+    def loss(trained, frozen, batch):
+        draws = vam.draw(jax.random.key(0), config.train.batch_size)
+        return vam.loss(join_params(trained, frozen, config), batch, draws)[0]
+
+    return jax.grad(loss), (trained, frozen, batch_shapes(config))
 
 
 @pytest.mark.parametrize("changes", [
@@ -45,7 +48,10 @@ def gradient(config: ExperimentConfig):
     {"stage": "action", "train": {"action_draws": 3}},
     {"stage": "action", "decoder": {"embodiments": 2}, "data": {"cameras": ("primary", "wrist")}, "backbone": {"views": 2}},
     {"stage": "video", "data": {"latents": "there"}, "backbone_run": "there"},
-], ids=["video", "several draws", "robots and views", "latents"])  # fmt: skip
+    {"stage": "video", "lora": {"rank": 2}},
+    {"stage": "video", "lora": {"rank": 2, "targets": ("q_proj", "mlp/up"), "trained": ()}},
+    {"stage": "action", "lora": {"rank": 2, "targets": ("q_proj", "mlp"), "trained": ("final_modulation",)}},
+], ids=["video", "several draws", "robots and views", "latents", "adapters", "few adapters", "adapted decoder"])  # fmt: skip
 def test_the_count_is_that_of_the_traced_step(changes):
     config = tiny.experiment(**changes)
     counted = flops.step_flops(config)
