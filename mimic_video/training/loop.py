@@ -78,9 +78,11 @@ def train(
         frozen = checkpoints.load_frozen(run, mesh=mesh)
         start = int(state.step)
         if start < config.train.steps:
-            with MetricWriter(run, start, config) as writer:
+            progress = tqdm(total=config.train.steps, initial=start, desc=f"{config.stage} stage", unit="step", mininterval=1.0,
+                            disable=jax.process_index() > 0)  # fmt: skip
+            with MetricWriter(run, start, config) as writer, progress:
                 state = _run_steps(config, vam, mesh, state, frozen, batches(start), data, validation, run, manager, stop_after,
-                                   writer, StepClock(config, run, started), profiler)  # fmt: skip
+                                   writer, progress, StepClock(config, run, started), profiler)  # fmt: skip
     return state
 
 
@@ -95,13 +97,11 @@ def _full_disk_explained(run: pathlib.Path) -> Iterator[None]:
         raise RunError(f"{run} cannot be written: {error}; the same command continues from the last checkpoint") from error
 
 
-def _run_steps(config, vam, mesh, state, frozen, batches, data, validation, run, manager, stop_after, writer, clock,
-               profiler) -> TrainState:  # fmt: skip
+def _run_steps(config, vam, mesh, state, frozen, batches, data, validation, run, manager, stop_after, writer, progress,
+               clock, profiler) -> TrainState:  # fmt: skip
     settings, start = config.train, int(state.step)
     step_function = make_train_step(vam, mesh, state)
     validate = make_validation(vam, mesh, validation, run)
-    progress = tqdm(total=settings.steps, initial=start, desc=f"{config.stage} stage", unit="step", mininterval=1.0,
-                    disable=jax.process_index() > 0)  # fmt: skip
     pending = []
     for step in range(start + 1, settings.steps + 1):
         with clock.stopped():
@@ -139,7 +139,6 @@ def _run_steps(config, vam, mesh, state, frozen, batches, data, validation, run,
         checkpoints.check_saves(manager)
         if recording:
             clock.restart()
-    progress.close()
     return state
 
 
