@@ -71,7 +71,7 @@ def test_a_disk_that_is_full_for_something_else_ends_training_too(tmp_path):
 
 @contextlib.contextmanager
 def file_size_limit(size):
-    """Writing beyond fails as on a full disk, with an OSError."""
+    """Writing beyond it fails as on a full disk, with an OSError. Metrics of a few steps are smaller, checkpoints larger."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -88,7 +88,7 @@ def test_a_full_disk_ends_training_with_what_is_left_and_the_next_start_continue
             if step == 4:
                 while saved_steps(tmp_path) != [2]:
                     time.sleep(0.01)
-                full.enter_context(file_size_limit(4096))
+                full.enter_context(file_size_limit(12_000))
 
         with pytest.raises(run_directory.RunError) as error:
             train(tmp_path, at=fill)
