@@ -284,7 +284,8 @@ def _convolution_flops(instruction: Instruction, left: tuple[int, ...], right: t
 def _sent(kind: str, operand_bytes: float, size: int) -> float:
     """Bytes that each of `size` chips sends."""
     share = (size - 1) / size
-    return operand_bytes * {"all-gather": size - 1, "all-reduce": 2 * share, "collective-permute": 1}.get(kind, share)
+    factors = {"all-gather": size - 1, "all-reduce": 2 * share, "collective-permute": 1, "one-to-one": 1}
+    return operand_bytes * factors.get(kind, share)
 
 
 def _communication(instruction: Instruction, computation: str, slices: int) -> tuple[str, str, int] | None:

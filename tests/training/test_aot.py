@@ -103,6 +103,6 @@ def test_a_step_compiled_for_tpus(stage, slices):
     counted = (model.model + model.tokenizer) / (4 * slices)
     assert counted < step.work.flops < 2 * again * counted  # blocks again, and padding to the units' sizes
     assert {"all-gather", "all-reduce"} <= {each.kind for each in step.work.collectives}
-    between = [each for each in step.work.collectives if each.network == "dcn"]
-    assert [each.kind for each in between] == ["all-reduce"] * (slices - 1)  # of gradients
+    between = {each.kind for each in step.work.collectives if each.network == "dcn"}
+    assert ("all-reduce" in between) == bool(between) == (slices > 1)
     assert np.isfinite(aot.step_bound(step.work, flops.CHIPS["TPU v5 lite"]).seconds)
