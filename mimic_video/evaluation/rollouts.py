@@ -74,8 +74,7 @@ class EpisodeResult:
 
 
 def run_rollouts(
-    plan: Plan, factory_for: Callable[[str], Callable[[], Environment]], config: ExperimentConfig, record: int = 0,
-    delay: int = 0, hold: Hold = _cannot_hold,
+    plan: Plan, factory_for: Callable[[str], Callable[[], Environment]], config: ExperimentConfig, record: int = 0
 ) -> list[EpisodeResult]:
     """Runs `config.evaluation.episodes_per_task` episodes of every task, from seeds `first_seed`, `first_seed + 1`, ...
 
@@ -88,15 +87,13 @@ def run_rollouts(
         config: `evaluation`, `policy`, and from `data` the observed past (`past_frames`, `video_hz`) and the `control_hz` that
             the policy was trained for.
         record: the first so many episodes of each task keep their frames.
-        delay: control steps that go by between what a plan is made on and its arrival.
-        hold: the actions of robots that have to hold still, as they do at times if there is a delay.
 
     Returns:
         One result per episode, in order of tasks, then seeds.
 
     Raises:
         ValueError: when there are no tasks, when a task's control rate is not `data.control_hz` or no whole multiple of the
-            video rate, when the plan's output has the wrong shape, or when robots have to hold still without `hold`.
+            video rate, or when the plan's output has the wrong shape.
         WorkerError: when a simulator fails.
     """
     evaluation = config.evaluation
@@ -106,15 +103,22 @@ def run_rollouts(
     results = []
     for task in evaluation.tasks:
         with EnvironmentPool(factory_for(task), seeds, evaluation.workers) as pool:
-            results += _run_task(plan, pool, task, config, record, delay, hold)
+            results += run_task(plan, pool, task, config, record)
         successes = sum(result.success for result in results[-len(seeds):])
         _log.info("%s: %d of %d episodes succeeded", task, successes, len(seeds))
     return results
 
 
-def _run_task(
-    plan: Plan, pool: EnvironmentPool, task: str, config: ExperimentConfig, record: int, delay: int, hold: Hold
+def run_task(
+    plan: Plan, pool: EnvironmentPool, task: str, config: ExperimentConfig, record: int = 0, delay: int = 0,
+    hold: Hold = _cannot_hold,
 ) -> list[EpisodeResult]:
+    """One task of `run_rollouts`, in a pool of its environments, which may be used again.
+
+    Args:
+        delay: control steps that go by between the observation that a plan is made on and its arrival.
+        hold: actions of robots that have none and hold still, as they have to at times if there is a delay.
+    """
     data, execute_steps, n = config.data, config.policy.execute_steps, len(pool.seeds)
     if not math.isclose(pool.control_hz, data.control_hz, rel_tol=1e-6):
         raise ValueError(f"{task} is controlled at {pool.control_hz:g} Hz, but data.control_hz={data.control_hz:g}")

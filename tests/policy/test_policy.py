@@ -85,7 +85,7 @@ def test_a_wrong_argument_is_named(policy, name, value, complaint):
 
 def write_run(run, config, params):
     checkpoints.write_config(run, config)
-    trained, frozen = split_params(params, config.stage)
+    trained, frozen = split_params(params, config)
     checkpoints.save_frozen(run, frozen)
     state = make_state(config, jax.tree.map(np.zeros_like, trained)).replace(step=np.int32(4), ema=trained)
     with checkpoints.open_checkpoints(run, 1) as manager:
