@@ -258,19 +258,17 @@ class Executor:
 
 
 def control_loop(step: Callable[[], None], control_hz: float, steps: int) -> int:
-    """Calls `step` at a fixed rate of the monotonic clock. A step that starts late moves all later ones: none are rushed.
+    """Calls `step` at a fixed rate of the monotonic clock.
 
     Returns:
-        The number of steps that started more than half a period late, since the one before took too long.
+        The number of steps that started more than half a period late. These move all later ones, so that none is rushed.
     """
     period, due, late = 1 / control_hz, time.monotonic(), 0
     for _ in range(steps):
+        time.sleep(max(0.0, due - time.monotonic()))
         delay = time.monotonic() - due
-        if delay < 0:
-            time.sleep(-delay)
-        elif delay > 0:
-            late += delay > period / 2
-            due += delay
+        if delay > period / 2:
+            late, due = late + 1, due + delay
         step()
         due += period
     return late
