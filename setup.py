@@ -19,12 +19,14 @@ EXTRAS = {
     # T5 features of instructions; sentencepiece and protobuf for models that come without a tokenizer.json.
     "text": ["torch", "transformers>=5", "sentencepiece", "protobuf"],
     "video": ["av"],  # MP4
+    "wandb": ["wandb"],  # metrics there, too
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda13]>=0.10"],
 }
+EXTRAS["compile"] = EXTRAS["tpu"]  # the compiler, libtpu, in the version that JAX wants; no TPU is needed
 EXTRAS["quickstart"] = EXTRAS["data"] + EXTRAS["sim"] + EXTRAS["report"]
 EXTRAS["test"] = [
-    *(package for extra in ("quickstart", "formats", "convert", "text", "video") for package in EXTRAS[extra]),
+    *(package for extra in ("quickstart", "formats", "convert", "text", "video", "wandb") for package in EXTRAS[extra]),
     "diffusers",  # an independent implementation of both video networks, to compare ours with
     "mypy",
     "opencv-python-headless",  # what the loader is measured beside

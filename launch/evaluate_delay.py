@@ -26,7 +26,7 @@ from mimic_video.evaluation.environment import EnvironmentPool
 from mimic_video.evaluation.rollouts import EpisodeResult, run_task, success_table
 from mimic_video.evaluation.smoothness import mean_squared_jerk
 from mimic_video.policy.policy import Policy
-from mimic_video.training import checkpoints
+from mimic_video.training import run_directory
 
 STRATEGIES = get_args(get_type_hints(PolicyConfig)["strategy"])
 
@@ -39,9 +39,12 @@ _DATASET = flags.DEFINE_string("dataset", None, "Of a run on several datasets, t
 def delays_in_steps(control_hz: float) -> dict[float, int]:
     """Milliseconds → control steps, of --delays."""
     try:
-        return {float(value): math.ceil(float(value) / 1000 * control_hz - 1e-9) for value in _DELAYS.value if float(value) >= 0}
-    except ValueError as error:
-        raise ConfigError(f"--delays is {','.join(_DELAYS.value)!r}; expected milliseconds, such as 0,100") from error
+        delays = [float(value) for value in _DELAYS.value]
+        if not all(0 <= delay < math.inf for delay in delays):
+            raise ValueError
+    except ValueError:
+        raise ConfigError(f"--delays is {','.join(_DELAYS.value)!r}; expected milliseconds, such as 0,100") from None
+    return {delay: math.ceil(delay / 1000 * control_hz - 1e-9) for delay in delays}
 
 
 def row(strategy: str, milliseconds: float, steps: int, results: list[EpisodeResult], config: ExperimentConfig) -> dict:
@@ -61,7 +64,7 @@ def row(strategy: str, milliseconds: float, steps: int, results: list[EpisodeRes
 
 def main(given: ExperimentConfig) -> None:
     run, start = pathlib.Path(_WORKDIR.value), time.perf_counter()
-    config = dataclasses.replace(checkpoints.read_config(run), policy=given.policy, evaluation=given.evaluation)
+    config = dataclasses.replace(run_directory.read_config(run), policy=given.policy, evaluation=given.evaluation)
     evaluation, delays = config.evaluation, delays_in_steps(config.data.control_hz)
     policy = Policy.load(run, config, _DATASET.value)
     seeds = range(evaluation.first_seed, evaluation.first_seed + evaluation.episodes_per_task)
@@ -78,7 +81,7 @@ def main(given: ExperimentConfig) -> None:
     rows = [row(strategy, ms, delays[ms], episodes, config) for (strategy, ms), episodes in results.items()]
     values = {"rows": rows, "policy": dataclasses.asdict(config.policy), "evaluation": dataclasses.asdict(evaluation),
               "device": jax.devices()[0].device_kind, "seconds": time.perf_counter() - start}  # fmt: skip
-    checkpoints.write_json(run / "delays.json", values)
+    run_directory.write_json(run / "delays.json", values)
     print(f"\n{'strategy':<20}{'delay ms':>9}{'success':>9}  {'95 % interval':<14}{'seconds':>8}{'jerk':>8}{'commanded':>11}")
     for r in rows:
         overall, seconds = r["success"]["overall"], r["seconds_to_success"]
@@ -88,4 +91,4 @@ def main(given: ExperimentConfig) -> None:
 
 
 if __name__ == "__main__":
-    experiment.run(main, (checkpoints.RunError,))
+    experiment.run(main, (run_directory.RunError,))
