@@ -1,12 +1,13 @@
 """What planning delays do to a policy in the simulator, by execution strategy; writes `delays.json` into the run's directory.
 
-    python launch/evaluate_delay.py --config=configs/quickstart.py:action --workdir=runs/quickstart/action-trained-0 \
-        --config.evaluation.max_steps=100
+    python launch/evaluate_delay.py --config=configs/quickstart.py:action --workdir=runs/quickstart/action-trained-0 \\
+        --config.evaluation.max_steps=80
 
 Of the experiment, `policy` and `evaluation` count; everything else is as the run was trained. Every strategy sees the same seeds
 and, in its n-th plan, the same noise. While a plan is made, robots execute what is left of the chunk before, and hold still if
-nothing is: always in the strategies that plan only when they have run out of actions. The jerk is the root of
-`mean_squared_jerk`, in m/s³: of the hand as it moved, and as it was commanded to.
+nothing is: always in the strategies that plan only when they have run out of actions, which therefore need more control steps
+than the quickstart's 50. The jerk is the root of `mean_squared_jerk`, in m/s³: of the hand as it moved, and as it was commanded
+to.
 """
 
 import dataclasses

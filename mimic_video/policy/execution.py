@@ -8,6 +8,9 @@ evaluated in simulation is what drives the robot:
         executor = Executor(make_strategy(config.policy), policy, planner)
         control_loop(lambda: robot.execute(executor.step(robot.observe)), config.data.control_hz, steps)
 
+Programs are compiled when they are first run, which would count as delay: call a policy once before, for real-time chunking also
+with something committed.
+
 An action is taken to mean the same whenever it is executed: absolute poses, joint positions, or commanded steps. Plans of poses
 as seen from the current hand (SPEC 8.5) go through `in_base_frame`.
 """
@@ -201,6 +204,9 @@ class SimulatedDelay:
     """Runs plans at once and hands them over `steps` control steps later: polled at every step, before and after `start`."""
 
     def __init__(self, steps: int):
+        """Raises ValueError for a negative number of steps."""
+        if steps < 0:
+            raise ValueError(f"a simulated delay is {steps} steps; expected zero or more")
         self._delay, self._left = steps, 0
         self._chunk: Chunk | None = None
 

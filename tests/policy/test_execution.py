@@ -120,6 +120,11 @@ def test_temporal_ensembling_with_a_delay_holds_only_at_the_start():
     assert executed[4] == pytest.approx((2 + 104) / 2)  # two actions have been executed since either plan's observation
 
 
+def test_delays_are_not_negative():
+    with pytest.raises(ValueError, match="a simulated delay is -1 steps; expected zero or more"):
+        SimulatedDelay(-1)
+
+
 def test_robots_are_driven_side_by_side():
     def plan(now, query, committed=None):
         return np.stack([np.full((HORIZON, 2), robot + now, np.float32) for robot in (0, 10, 20)])
