@@ -11,10 +11,12 @@ from jaxtyping import Float, UInt8
 
 from mimic_video.config import ExperimentConfig
 from mimic_video.embodiments import Embodiment, choose, pad_last
+from mimic_video.flow.inpainting import prefix_weights
 from mimic_video.models.text import make_text_encoder
+from mimic_video.policy.execution import Committed
 from mimic_video.training import checkpoints, run_directory
 from mimic_video.transforms import stack_views
-from mimic_video.vam import Params, Robots, VideoActionModel
+from mimic_video.vam import Params, Prefix, Robots, VideoActionModel
 
 
 class Policy:
@@ -57,6 +59,7 @@ class Policy:
         proprio: Float[np.ndarray, "b p"],
         instructions: Sequence[str],
         query: int = 0,
+        committed: Committed | None = None,
     ) -> Float[np.ndarray, "b a m"]:
         """Action chunks in raw units, at `data.control_hz`.
 
@@ -66,6 +69,8 @@ class Policy:
             proprio: current proprioception in raw units.
             instructions: one per robot.
             query: counts the plans of an episode, so that their noise differs (unless it is the published one).
+            committed: actions that the chunks have to continue (real-time chunking); None for none. Where actions are poses as
+                seen from the current hand, so are these: `execution.in_base_frame` sees to it.
 
         Raises:
             ValueError: naming the argument, if a shape or dtype is not the one the policy was trained on.
@@ -86,7 +91,8 @@ class Policy:
         text = np.stack([self._text[instruction] for instruction in instructions])
         noise = self._vam.policy_noise(self._seed, batch, query)
         normalised = pad_last(self.normalizers["proprio"].normalize(proprio[:, None]), decoder.proprio_dim)
-        actions = self._plan(self._params, jnp.asarray(video), normalised, text, noise, self._robots(batch))
+        prefix = None if committed is None else self._prefix(committed, batch)
+        actions = self._plan(self._params, jnp.asarray(video), normalised, text, noise, self._robots(batch), prefix)
         return self.normalizers["action"].unnormalize(np.asarray(actions)[..., : self.embodiment.action_dim])
 
     def _stack(self, images: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -97,6 +103,20 @@ class Policy:
             shapes = {name: value.shape for name, value in images.items()}
             raise ValueError(f"policy input 'images' has shapes {shapes}; expected one and the same")
         return stack_views(images, self.config.data.cameras)
+
+    def _prefix(self, committed: Committed, batch: int) -> Prefix:
+        """Committed actions in normalised units, filled up with zeros that do not count."""
+        (actions, delay), horizon = committed, self.config.decoder.action_horizon
+        overlap = actions.shape[1] if actions.ndim == 3 else 0
+        if actions.shape != (batch, overlap, self.embodiment.action_dim) or not 1 <= overlap <= horizon:
+            raise ValueError(f"policy input 'committed' has actions of shape {actions.shape}; expected ({batch}, 1 to {horizon}, "
+                             f"{self.embodiment.action_dim})")
+        if not np.isfinite(actions).all():
+            raise ValueError("policy input 'committed' has actions that are not finite")
+        weights = prefix_weights(horizon, delay, overlap)
+        filled = np.pad(actions, [(0, 0), (0, horizon - overlap), (0, 0)])
+        normalised = pad_last(self.normalizers["action"].normalize(filled), self.config.decoder.action_dim)
+        return Prefix(jnp.asarray(normalised), jnp.tile(weights, (batch, 1)))
 
     def _robots(self, batch: int) -> Robots:
         """What the model has to be told of `batch` times this robot."""
