@@ -1,5 +1,6 @@
 """A connection to a policy server."""
 
+import contextlib
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -46,7 +47,8 @@ class PolicyClient:
         {"images": {"primary": ...}, "state": ..., "prompt": ...}
 
     The server keeps the frames of this connection, so that the policy sees the past: send every frame with `observe`, or the
-    whole past at once as images of shape (past_frames, H, W, 3). Not for several threads at once.
+    whole past at once as images of shape (past_frames, H, W, 3). Of openpi's servers, which keep nothing, `observe` and `reset`
+    ask nothing. Not for several threads at once.
 
     Attributes:
         metadata: what the server said about its policy: action layout, rates, image size, cameras, versions.
@@ -60,11 +62,13 @@ class PolicyClient:
             ProtocolError: if the server speaks another protocol.
         """
         self._timeout = timeout
-        self._connection = _connect(uri, token, wait, timeout)
+        self._stack = contextlib.ExitStack()
+        self._connection = _connect(self._stack, uri, token, wait, timeout)
         try:
             self.metadata = self._receive(timeout)
             version = self.metadata.get("protocol")
-            if version is not None and version != protocol.PROTOCOL_VERSION:  # openpi's servers name none
+            self._has_history = version is not None  # openpi's servers have neither
+            if self._has_history and version != protocol.PROTOCOL_VERSION:
                 raise protocol.ProtocolError(f"{uri} speaks protocol {version}; this client speaks {protocol.PROTOCOL_VERSION}")
         except BaseException:
             self.close()
@@ -93,15 +97,17 @@ class PolicyClient:
 
     def observe(self, observation: Mapping[str, Any]) -> None:
         """Adds a frame to the history without planning. Raises as `infer`."""
-        self.infer({**observation, "plan": False})
+        if self._has_history:
+            self.infer({**observation, "plan": False})
 
     def reset(self) -> None:
         """Starts an episode: the server forgets the frames and the instruction. Raises as `infer`."""
-        self.infer({"reset": True})
+        if self._has_history:
+            self.infer({"reset": True})
 
     def close(self) -> None:
         """Ends the connection; does nothing the second time."""
-        self._connection.close()
+        self._stack.close()
 
     def __enter__(self) -> "PolicyClient":
         return self
@@ -122,13 +128,13 @@ class PolicyClient:
         return protocol.unpack(reply)
 
 
-def _connect(uri: str, token: str | None, wait: float, timeout: float) -> ClientConnection:
+def _connect(stack: contextlib.ExitStack, uri: str, token: str | None, wait: float, timeout: float) -> ClientConnection:
     headers = {"Authorization": f"Bearer {token}"} if token else None
     deadline = time.monotonic() + wait
     while True:
         try:
-            return connect(uri, compression=None, max_size=None, additional_headers=headers, open_timeout=timeout,
-                           close_timeout=_CLOSE_SECONDS)  # fmt: skip
+            return stack.enter_context(connect(uri, compression=None, max_size=None, additional_headers=headers,
+                                               open_timeout=timeout, close_timeout=_CLOSE_SECONDS))  # fmt: skip
         except InvalidURI as error:
             raise ServerUnavailable(f"{uri!r} is not a server's address; expected ws://HOST:PORT") from error
         except InvalidStatus as error:

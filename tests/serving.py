@@ -8,6 +8,7 @@ import time
 import zlib
 
 import numpy as np
+from websockets.sync.client import connect
 
 from mimic_video.policy.observations import PolicyLayout
 from mimic_video.policy.server import PolicyServer, ServerOptions
@@ -67,6 +68,12 @@ class Running:
     def client(self, **options):
         return PolicyClient(f"ws://{self.address}", **{"wait": 10.0, "timeout": 30.0, **options})
 
+    def raw(self):
+        """A connection whose metadata have been read."""
+        connection = connect(f"ws://{self.address}", compression=None).__enter__()
+        connection.recv(10)
+        return connection
+
     def drain(self):
         """A future that is done once the server has drained."""
         return asyncio.run_coroutine_threadsafe(self.server.drain(), self.loop)
@@ -78,7 +85,7 @@ def serving(plan, layout=LAYOUT, **options):
 
     async def run():
         stop = asyncio.Event()
-        async with PolicyServer(plan, layout, ServerOptions(port=0, **options)) as server:
+        async with PolicyServer(plan, layout, ServerOptions(**{"port": 0, **options})) as server:
             running.extend([Running(server, asyncio.get_running_loop()), stop])
             ready.set()
             await stop.wait()

@@ -212,7 +212,7 @@ class Session:
 
 def _prompts(value: Any, count: int, planned: bool) -> list[str]:
     """One instruction for each robot; none only where there is nothing to plan."""
-    if value is None or value == []:
+    if value is None or (isinstance(value, list) and not value):
         if planned:
             raise BadRequest("field 'prompt' is missing; expected it once after connecting or a reset")
         return []

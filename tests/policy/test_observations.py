@@ -74,7 +74,7 @@ def test_a_refused_message_changes_nothing():
     ("observation.images.front", "observation.qpos", "goal"),
 ])  # fmt: skip
 def test_names_of_several_robot_stacks(names):
-    renames = {"observation.images.front": "images.primary", "qpos": "state", "observation/goal": "prompt", "observation.gripper": ""}
+    renames = {"observation.images.front": "images.primary", "qpos": "state", "observation/goal": "prompt", "gripper": ""}
     plain = observation()
     message = dict(zip(names, (plain["images"]["primary"], plain["state"], "a"), strict=True)) | {"observation/gripper": 1.0}
     request = session(**renames).accept(message, now=0.0)
