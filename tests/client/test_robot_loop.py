@@ -112,5 +112,6 @@ def test_a_dry_run_from_the_command_line(capsys):
         assert capsys.readouterr().out.count("would do [") == 3
         with pytest.raises(SystemExit, match="error: --robot=no_such_module:make: expected MODULE:FUNCTION, but No module named"):
             main([f"--server=ws://{running.address}", *common, "--robot=no_such_module:make"])
-    with pytest.raises(SystemExit), capsys.disabled():
+    with pytest.raises(SystemExit):
         main(["--server=ws://127.0.0.1:1", *common])
+    assert "expected --robot=MODULE:FUNCTION, or --dry-run" in capsys.readouterr().err

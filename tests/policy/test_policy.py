@@ -60,6 +60,14 @@ def test_every_observation_matters_and_only_to_its_own_robot(policy, name):
     np.testing.assert_allclose(difference[1], 0, atol=1e-6)
 
 
+def test_features_of_many_instructions_are_not_all_kept(policy):
+    images, proprio, _ = observation()
+    for group in range(40):
+        policy(images, proprio, [f"do task {2 * group + row}" for row in range(2)])
+    assert len(policy._text) <= 64
+    np.testing.assert_array_equal(policy(*observation()), policy(*observation()))
+
+
 def test_plans_are_in_raw_units(policy, params):
     normalised = Policy(tiny.experiment(data={"normalization": "identity"}), params, ROBOT)
     images, proprio, instructions = observation()
@@ -85,7 +93,7 @@ def test_a_wrong_argument_is_named(policy, name, value, complaint):
 
 def write_run(run, config, params):
     checkpoints.write_config(run, config)
-    trained, frozen = split_params(params, config.stage)
+    trained, frozen = split_params(params, config)
     checkpoints.save_frozen(run, frozen)
     state = make_state(config, jax.tree.map(np.zeros_like, trained)).replace(step=np.int32(4), ema=trained)
     with checkpoints.open_checkpoints(run, 1) as manager:

@@ -275,7 +275,7 @@ def corrupted(generator, valid):
         data = pack(valid)
         return data[: generator.randrange(len(data))]
     if kind == 3:
-        name = generator.choice(["state", "prompt", "images", *"timestamp deadline query robots reset plan other".split()])
+        name = generator.choice(("state", "prompt", "images", "timestamp", "deadline", "query", "robots", "reset", "plan"))
         values = [None, -1, 2**63, 1e308, float("nan"), "", "a" * 5000, [], {}, [[[]]], b"raw", True, np.zeros((3, 3, 3, 3)),
                   np.zeros(3, bool), np.zeros((0, 3)), np.full(3, np.inf), np.uint8(3)]  # fmt: skip
         return pack(valid | {name: generator.choice(values)})
