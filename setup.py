@@ -19,7 +19,7 @@ EXTRAS = {
     # T5 features of instructions; sentencepiece and protobuf for models that come without a tokenizer.json.
     "text": ["torch", "transformers>=5", "sentencepiece", "protobuf"],
     "video": ["av"],  # MP4
-    "serve": ["msgpack>=1.0.5", "websockets>=15"],  # what mimic_video_client needs
+    "serve": ["msgpack>=1.0.5", "websockets>=16"],  # what mimic_video_client needs
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda13]>=0.10"],
 }

@@ -5,15 +5,15 @@
 Clients are `mimic_video_client` (see its robot loop) and openpi's. `--rename=observation.images.front=images.primary` maps a
 field of a robot's observations to a name that the server knows, `--rename=observation.gripper=` leaves one out. `/healthz` and
 `/metrics` answer plain HTTP on the same port. On SIGTERM, what was asked before is answered, and new requests are refused.
+There is no encryption: across networks that others use, put a proxy with TLS in front.
 """
 
 import asyncio
-import logging
 import os
 import signal
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from mimic_video.config import ConfigError
 from mimic_video.policy.observations import PolicyLayout
@@ -60,7 +60,7 @@ async def serve(policy: Policy, options: ServerOptions) -> None:
 
 
 def main(_: list[str]) -> None:
-    logging.basicConfig(level=logging.WARNING)
+    logging.set_verbosity(logging.WARNING)  # orbax, JAX and websockets narrate
     token = os.environ.get("MIMIC_VIDEO_TOKEN", "") if _TOKEN.value is None else _TOKEN.value
     try:
         options = ServerOptions(
@@ -70,6 +70,8 @@ def main(_: list[str]) -> None:
         policy = Policy.load(_POLICY.value, embodiment=_EMBODIMENT.value)
     except (ValueError, RunError, ConfigError) as error:
         sys.exit(f"error: {error}")
+    if not token and options.host not in ("127.0.0.1", "::1", "localhost"):
+        logging.warning("no --token: anybody who reaches %s:%d may use the policy", options.host, options.port)
     asyncio.run(serve(policy, options))
 
 

@@ -42,10 +42,11 @@ def limit_step(
         ValueError: if the limits are not positive, or shapes differ.
     """
     action, last = np.asarray(action, np.float64), np.asarray(last, np.float64)
-    bounds = np.broadcast_to(np.asarray(limits, np.float64), action.shape)
-    if action.shape != last.shape or not (bounds > 0).all():
+    bounds = np.asarray(limits, np.float64)
+    if action.shape != last.shape or bounds.size not in (1, action.size) or not (bounds > 0).all():
         raise ValueError(f"an action of shape {action.shape} after one of {last.shape} with limits {limits}; expected equal "
-                         "shapes and positive limits")
+                         "shapes, and one positive limit or one for each joint")
+    bounds = np.broadcast_to(bounds, action.shape)
     if not np.isfinite(action).all():
         raise ActionTooFar(f"action {action.tolist()} is not finite")
     steps = action - last

@@ -49,13 +49,13 @@ class LoopSettings:
 
     Attributes:
         actions: "targets" are where to go, such as joint positions; "displacements" how far from here.
-        max_step: limit of what one command moves in each dimension.
+        max_step: limit of what one command moves in each dimension, (m,) or one number for all.
         excess: what to do with a command beyond it: "error" ends the loop, "limit" goes as far as allowed and logs it.
         robot_hz: commands per second, a whole multiple of the policy's rate; 0 for that rate. Targets are interpolated.
     """
 
     actions: Literal["targets", "displacements"]
-    max_step: float
+    max_step: np.ndarray | float
     excess: Literal["error", "limit"]
     robot_hz: float = 0.0
 
@@ -153,13 +153,17 @@ def make_robot(name: str) -> Robot:
         raise ValueError(f"--robot={name}: expected MODULE:FUNCTION, but {error}") from error
 
 
+def _numbers(text: str) -> np.ndarray:
+    return np.array([float(number) for number in text.split(",")])
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Drives a robot by a policy server.")
     parser.add_argument("--server", required=True, help="ws://HOST:PORT")
     parser.add_argument("--token", default=os.environ.get("MIMIC_VIDEO_TOKEN"), help="the server's secret")
     parser.add_argument("--task", required=True, help="instruction")
     parser.add_argument("--actions", required=True, choices=("targets", "displacements"), help="what the policy's actions are")
-    parser.add_argument("--max-step", required=True, type=float, help="limit of one command in each dimension")
+    parser.add_argument("--max-step", required=True, type=_numbers, help="limit of one command: a number, or LIMIT,LIMIT,...")
     parser.add_argument("--excess", required=True, choices=("error", "limit"), help="what to do with a command beyond it")
     parser.add_argument("--robot", help="MODULE:FUNCTION that returns the robot")
     parser.add_argument("--robot-hz", type=float, default=0.0, help="commands per second; the policy's rate unless given")

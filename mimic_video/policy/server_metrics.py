@@ -33,7 +33,7 @@ class ServerMetrics:
         self.errors: Counter[str] = Counter()  # by kind
         self.connections = self.queue_depth = 0
         self.latency = Histogram(_LATENCY_BOUNDS)  # from a message's arrival to its answer
-        self.robots = Histogram(tuple(float(size) for size in batch_sizes))  # of a call of the policy
+        self.robots = Histogram(tuple(float(size) for size in sorted(batch_sizes)))  # of a call of the policy
 
     def text(self) -> str:
         """One metric after another, each with its help and type."""

@@ -32,8 +32,8 @@ def test_a_command_that_is_too_far(caplog):
     for excess in ("error", "limit"):
         with pytest.raises(ActionTooFar, match="is not finite"):
             limit_step(np.array([np.nan, 0]), last, limits, excess)
-    for wrong in ((far[:1], last, 0.1), (far, last, 0.0)):
-        with pytest.raises(ValueError, match="expected equal shapes and positive limits"):
+    for wrong in ((far[:1], last, 0.1), (far, last, 0.0), (far, last, np.ones(3))):
+        with pytest.raises(ValueError, match="expected equal shapes, and one positive limit or one for each joint"):
             limit_step(*wrong, "limit")
 
 
@@ -106,7 +106,7 @@ def test_rates_that_do_not_fit():
 
 
 def test_a_dry_run_from_the_command_line(capsys):
-    common = ["--task=a", "--actions=displacements", "--max-step=1e9", "--excess=error"]
+    common = ["--task=a", "--actions=displacements", "--max-step=1e9,1e9,1e9,1e9,1e9", "--excess=error"]
     with serving(Recorder()) as running:
         main([f"--server=ws://{running.address}", *common, "--dry-run", "--seconds=0.3"])
         assert capsys.readouterr().out.count("would do [") == 3

@@ -62,7 +62,7 @@ def test_a_client_learns_the_layout_and_gets_plans():
 
 
 def test_health_and_metrics_are_plain_http():
-    with serving(Recorder(), batch_sizes=(1, 2)) as running, running.client() as client:
+    with serving(Recorder(), batch_sizes=(2, 1)) as running, running.client() as client:
         assert get(running, "/healthz") == "ok\n"
         for index in range(3):
             client.infer(observation(prompt="a", timestamp=float(index)))
@@ -465,7 +465,7 @@ def test_memory_does_not_grow_with_requests_connections_and_garbage():
                         connection.send(pack(observation(prompt=f"a {generator.random()}") | {"images": image}))
                         connection.recv()
             sizes.append(resident_bytes(process.pid))
-        assert sizes[-1] - sizes[0] < 8 * 2**20, [size // 2**20 for size in sizes]  # a thousand images would be 230 MB
+        assert sizes[-1] - sizes[0] < 32 * 2**20, [size // 2**20 for size in sizes]  # the images since then are 350 MB
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
