@@ -28,10 +28,13 @@ class Recorder:
         self.instructions = []  # of each call
         self.gate = threading.Event()  # calls wait for it
         self.gate.set()
+        self.busy = False
         self.failure = None  # what is raised for an instruction of "fail"
 
     def __call__(self, images, proprio, instructions, query):
+        self.busy = True
         assert self.gate.wait(30)
+        self.busy = False
         self.batches.append(len(proprio))
         self.instructions.append(list(instructions))
         if "fail" in instructions and self.failure is not None:

@@ -130,7 +130,7 @@ class PolicyServer:
 
     def _authorised(self, request: HttpRequest) -> bool:
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-        same = hmac.compare_digest(token.strip().encode(), self._options.token.encode())
+        same = hmac.compare_digest(token.strip().encode(errors="surrogateescape"), self._options.token.encode())
         return scheme.lower() in ("bearer", "api-key") and same
 
     def _metadata(self) -> dict[str, Any]:

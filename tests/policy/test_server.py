@@ -110,7 +110,7 @@ def test_what_waits_together_is_computed_together():
         clients = [running.client() for _ in range(7)]
         recorder.gate.clear()
         first = pool.submit(clients[0].infer, observation(prompt="first"))
-        wait_until(lambda: metric(running, "requests_total") == 1 and metric(running, "queue_depth") == 0)
+        wait_until(lambda: recorder.busy)
         others = [pool.submit(client.infer, observation(prompt="other")) for client in clients[1:]]
         wait_until(lambda: metric(running, "queue_depth") == 6)
         recorder.gate.set()
@@ -126,7 +126,7 @@ def test_a_full_queue_refuses_and_goes_on():
         clients = [running.client() for _ in range(3)]
         recorder.gate.clear()
         first = pool.submit(clients[0].infer, observation(prompt="a"))
-        wait_until(lambda: metric(running, "requests_total") == 1 and metric(running, "queue_depth") == 0)
+        wait_until(lambda: recorder.busy)
         second = pool.submit(clients[1].infer, observation(prompt="a"))
         wait_until(lambda: metric(running, "queue_depth") == 1)
         with pytest.raises(RequestRefused, match="overloaded: 1 requests wait already"):
@@ -146,7 +146,7 @@ def test_what_is_too_late_is_not_computed():
     ):  # fmt: skip
         recorder.gate.clear()
         first = pool.submit(slow.infer, observation(prompt="a"))
-        wait_until(lambda: metric(running, "requests_total") == 1 and metric(running, "queue_depth") == 0)
+        wait_until(lambda: recorder.busy)
         second = pool.submit(late.infer, observation(prompt="b", deadline=0.05))
         wait_until(lambda: metric(running, "queue_depth") == 1)
         time.sleep(0.06)
@@ -164,11 +164,11 @@ def test_a_client_that_has_gone_is_not_computed_for():
         with running.client() as stays:
             recorder.gate.clear()
             first = pool.submit(stays.infer, observation(prompt="a"))
-            wait_until(lambda: metric(running, "requests_total") == 1 and metric(running, "queue_depth") == 0)
+            wait_until(lambda: recorder.busy)
             leaves = running.raw()
             leaves.send(pack(observation(prompt="gone")))
             wait_until(lambda: metric(running, "queue_depth") == 1)
-            leaves.socket.close()
+            leaves.socket.shutdown(socket.SHUT_RDWR)
             wait_until(lambda: metric(running, "queue_depth") == 0)
             recorder.gate.set()
             first.result()
@@ -187,7 +187,7 @@ def test_a_failure_reaches_only_who_caused_it(failure, complaint):
         clients = [running.client() for _ in range(3)]
         recorder.gate.clear()
         futures = [pool.submit(clients[0].infer, observation(prompt="a"))]
-        wait_until(lambda: metric(running, "requests_total") == 1 and metric(running, "queue_depth") == 0)
+        wait_until(lambda: recorder.busy)
         for client, instruction in zip(clients[1:], ("fail", "b"), strict=True):
             futures.append(pool.submit(client.infer, observation(prompt=instruction)))
         wait_until(lambda: metric(running, "queue_depth") == 2)
@@ -218,7 +218,7 @@ def test_a_drain_answers_what_was_taken_and_refuses_the_rest():
     ):  # fmt: skip
         recorder.gate.clear()
         taken = [pool.submit(busy.infer, observation(prompt="a"))]
-        wait_until(lambda: metric(running, "requests_total") == 1 and metric(running, "queue_depth") == 0)
+        wait_until(lambda: recorder.busy)
         taken.append(pool.submit(queued.infer, observation(prompt="b")))
         wait_until(lambda: metric(running, "queue_depth") == 1)
         drained = running.drain()
@@ -350,7 +350,7 @@ def test_a_slow_reader_and_abrupt_ends_hold_up_nobody(monkeypatch):
         for _ in range(10):
             vanishing = running.raw()
             vanishing.socket.sendall(frame(bytes(1000))[:500])
-            vanishing.socket.close()
+            vanishing.socket.shutdown(socket.SHUT_RDWR)
         with running.client() as client:
             assert client.infer(observation(prompt="a"))["actions"].shape == (250_000, 1)
         wait_until(lambda: metric(running, 'errors_total{kind="slow_reader"}') == 1)
