@@ -141,40 +141,44 @@ class Part:
 
 
 def make_batches(parts: Sequence[Part], mixture: Mixture, *, batch_size: int, start_step: int, text: Callable[[str], np.ndarray],
-                 decoder: ActionDecoderConfig, process_index: int = 0, process_count: int = 1, workers: int = 0,
-                 skip_broken: bool = False) -> Iterator[dict]:
-    """This process's share of an endless stream of batches, made ahead in the background.
+                 decoder: ActionDecoderConfig, rows: Sequence[int] | None = None, workers: int = 0,
+                 skip_broken: bool = False, scales: bool = False) -> Iterator[dict]:
+    """This process's rows of an endless stream of batches, made ahead in the background.
 
-    The global batch of a step depends on the mixture and the step alone: not on `start_step` or `workers` nor, up to the order of
-    its rows, on `process_count`.
+    The global batch of a step depends on the mixture and the step alone, row for row: not on `start_step` or `workers`, nor on
+    how `rows` divide it among processes.
 
     Args:
         parts: the mixture's datasets, in its order.
         mixture: which sample comes when.
-        batch_size: global; every process gets batch_size / process_count = b rows.
+        batch_size: global.
         start_step: the step of the first batch, to resume there.
         text: instruction → float32 (rows, width); called once for an instruction (the last 256 are kept).
         decoder: the widths p and m that proprioception and actions of narrower datasets are padded to with zeros.
+        rows: numbers of the b rows of every global batch that this process reads, in the order it gets them; None for all.
         workers: processes that read windows; 0 reads in threads of this process.
         skip_broken: replaces a window that cannot be read by the next one of its dataset, and says so in the log; otherwise it is
             an error.
+        scales: gives errors of normalised actions their raw units back.
 
     Returns:
         Iterator of dicts: what `video_window` has behind a leading axis b, with `latents` (b, t, h, w, c) in place of `video` for
         datasets `with_latents`; `text` float32 (b, rows, width); for datasets with actions also `proprio` (b, 1, p), `actions`
         (b, A, m) and `action_mask` bool (b, A); of these also `action_dims` bool (b, m) if a dataset is narrower than m, and
-        `embodiment` int32 (b,), the number of the row's dataset, if the decoder tells them apart.
+        `embodiment` int32 (b,), the number of the row's dataset, if the decoder tells them apart; and with `scales`
+        `action_scale` float32 (b, A, m), raw units of one normalised unit.
 
     Raises:
-        ValueError: if `batch_size` cannot be divided.
+        ValueError: if there are no rows, or some that a batch does not have.
     """
-    if batch_size % process_count or batch_size < 1:
-        raise ValueError(f"train.batch_size is {batch_size}; expected a multiple of the {process_count} processes")
+    rows = range(batch_size) if rows is None else rows
+    if not rows or not set(rows) <= set(range(batch_size)):
+        raise ValueError(f"rows are {list(rows)}; expected one or more from 0 to batch_size-1={batch_size - 1}")
     batches = (
-        grain.MapDataset.range(_ENDLESS)
-        .slice(slice(process_index, None, process_count))
-        .map(_Load(tuple(parts), mixture, _Once(text), decoder, skip_broken))
-        .batch(batch_size // process_count, batch_fn=_stack)
+        grain.MapDataset.range(_ENDLESS // batch_size * len(rows))
+        .map(_SampleNumber(batch_size, tuple(rows)))
+        .map(_Load(tuple(parts), mixture, _Once(text), decoder, skip_broken, scales))
+        .batch(len(rows), batch_fn=_stack)
     )
     iterator = batches[start_step:].to_iter_dataset(_READ)
     if workers:
@@ -205,11 +209,25 @@ def data_state(parts: Sequence[Part], mixture: Mixture, step: int) -> dict[str, 
     }  # fmt: skip
 
 
+@dataclasses.dataclass(frozen=True)
+class _SampleNumber:
+    """Position in the stream of one process → position in the stream of all."""
+
+    batch_size: int
+    rows: tuple[int, ...]
+
+    def __call__(self, position: int) -> int:
+        step, row = divmod(position, len(self.rows))
+        return step * self.batch_size + self.rows[row]
+
+
 class _Load:
     """Sample number → one row of a batch."""
 
-    def __init__(self, parts: tuple[Part, ...], mixture: Mixture, text: "_Once", decoder: ActionDecoderConfig, skip_broken: bool):
+    def __init__(self, parts: tuple[Part, ...], mixture: Mixture, text: "_Once", decoder: ActionDecoderConfig, skip_broken: bool,
+                 scales: bool):
         self._parts, self._mixture, self._text, self._decoder, self._skip = parts, mixture, text, decoder, skip_broken
+        self._scales = scales
         self._narrow = any(part.windows.action_dim not in (None, decoder.action_dim) for part in parts)
         self._skipped = itertools.count(1)  # threads may count at once
 
@@ -223,6 +241,9 @@ class _Load:
         if part.normalizers is not None:
             sample["actions"] = part.normalizers["action"].normalize(sample["actions"])
             sample["proprio"] = part.normalizers["proprio"].normalize(sample["proprio"])
+            if self._scales:
+                scale = 1 / part.normalizers["action"].scale.astype(np.float32)
+                sample["action_scale"] = pad_last(scale, self._decoder.action_dim)
         if self._narrow:
             sample["action_dims"] = np.arange(self._decoder.action_dim) < sample["actions"].shape[-1]
         if self._decoder.embodiments:

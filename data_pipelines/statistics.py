@@ -12,8 +12,8 @@ import numpy as np
 from absl import logging
 
 from data_pipelines.episode import Episode, content_hash
-from data_pipelines.sources.index import user_cache
 from data_pipelines.windows import action_windows, anchors
+from mimic_video.cache import user_cache
 from mimic_video.config import DataConfig
 from mimic_video.transforms import PERCENTILES, Statistics, compute_statistics, from_json, to_json
 

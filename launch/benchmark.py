@@ -1,85 +1,282 @@
-"""Measures the training step of either stage and action chunks of an experiment, on random data; prints one JSON object.
+"""Measures training and planning on random data; prints one JSON line.
 
+    python launch/benchmark.py training [--size=2b | --config=FILE.py[:ARG]] [--repeats=30]
+    python launch/benchmark.py draws --config=configs/quickstart.py:action [--run=RUN]
     python launch/benchmark.py --config=configs/quickstart.py [--batch_sizes=1,20]
+
+`training`: steps of stage 2, of low-rank adaptation and of full finetuning, beside the rate of the fastest square matrix product
+in the same run. `--size=2b` is the published model at 19,200 tokens, one sample a device, from latents; `--size=small` the
+quickstart's. Without either, the first where there is an accelerator, else the second, whose numbers say little.
+
+`draws`: what several action noise draws that share a backbone forward buy: variance of the gradient over the noise of a step,
+with parameters and batch fixed, and the time of a step, as ratios to those of the first number of --draws. With --run, its
+parameters and, if it is there, its data.
+
+Without a command: steps of both stages, and action chunks for --batch_sizes robots.
 
 Each time is of one call up to the arrival of its result; compilation is reported apart.
 """
 
 import dataclasses
 import json
+import pathlib
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import experiment
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from mimic_video.config import ExperimentConfig
-from mimic_video.training.sharding import global_batch, make_mesh
-from mimic_video.training.steps import make_state, make_train_step, place, split_params
-from mimic_video.vam import VideoActionModel
+from data_pipelines.datasets import open_datasets
+from data_pipelines.loader import Part, make_batches
+from data_pipelines.mixture import Mixture
+from mimic_video.config import ExperimentConfig, LoraConfig
+from mimic_video.models.text import make_text_encoder
+from mimic_video.training.aot import batch_shapes
+from mimic_video.training.checkpoints import START_PRECISION, load_params
+from mimic_video.training.flops import mfu, step_flops, video_tokens
+from mimic_video.training.run_directory import RunError, load_embodiments
+from mimic_video.training.sharding import global_batch, make_mesh, shardings
+from mimic_video.training.steps import TrainState, abstract_state, join_params, make_state, make_train_step, split_params
+from mimic_video.vam import Params, VideoActionModel
 
+_SIZE = flags.DEFINE_enum("size", None, ["2b", "small"], "What `training` measures, in place of --config")
 _REPEATS = flags.DEFINE_integer("repeats", 30, "Timed calls of each kind", lower_bound=2)
 _BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "20"], "Robots that a chunk is planned for at once")
+_RUN = flags.DEFINE_string("run", None, "Run of stage `action` whose parameters `draws` takes; random ones by default")
+_DRAWS = flags.DEFINE_list("draws", ["1", "2", "4", "8"], "Numbers of noise draws that `draws` compares, with the first")
+_KEYS = flags.DEFINE_integer("keys", 64, "Noise of how many steps `draws` compares", lower_bound=2)
+flags.FLAGS.set_default("compilation_cache", False)  # what compiling takes is reported
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SIZES = {"2b": "configs/published.py:cosmos", "small": "configs/quickstart.py"}
+MATRICES = {"cpu": (512, 1024), "other": (4096, 8192, 16384)}  # sizes that the rate of products is measured at
 
 
-def timed(call: Callable[[], Any]) -> dict[str, float]:
-    """Seconds of the first call (compilation included) and percentiles of the others, in milliseconds."""
+def percentiles(call: Callable[[], Any]) -> dict[str, float]:
+    """Of the calls after the first one, in milliseconds."""
     times = []
     for _ in range(_REPEATS.value + 1):
         start = time.perf_counter()
         jax.block_until_ready(call())
         times.append(time.perf_counter() - start)
     p50, p95 = np.percentile(times[1:], [50, 95]) * 1e3
-    return {"first_call_s": round(times[0], 2), "p50_ms": round(p50, 2), "p95_ms": round(p95, 2)}
+    return {"p50_ms": round(p50, 2), "p95_ms": round(p95, 2)}
 
 
-def random_batch(config: ExperimentConfig, size: int) -> dict[str, np.ndarray]:
-    data, decoder, random = config.data, config.decoder, np.random.default_rng(0)
-    return {
-        "video": random.integers(0, 256, (size, data.num_frames, *data.frame_size, 3), np.uint8),
-        "video_mask": np.ones((size, data.num_frames), bool),
-        "text": random.standard_normal((size, config.text.rows, config.text.width)).astype(np.float32),
-        "proprio": random.standard_normal((size, decoder.obs_horizon, decoder.proprio_dim)).astype(np.float32),
-        "actions": random.standard_normal((size, decoder.action_horizon, decoder.action_dim)).astype(np.float32),
-        "action_mask": np.ones((size, decoder.action_horizon), bool),
-    }
+def random_batch(config: ExperimentConfig) -> dict[str, np.ndarray]:
+    """A batch of nothing in particular: every frame, view and action counts."""
+    random = np.random.default_rng(0)
+
+    def draw(shape: jax.ShapeDtypeStruct) -> np.ndarray:
+        if shape.dtype == bool:
+            return np.ones(shape.shape, bool)
+        if jnp.issubdtype(shape.dtype, jnp.floating):
+            return random.standard_normal(shape.shape, np.float32).astype(shape.dtype)
+        return random.integers(0, 256 if shape.dtype == jnp.uint8 else config.decoder.embodiments, shape.shape, shape.dtype)
+
+    return {name: draw(shape) for name, shape in batch_shapes(config).items()}
 
 
-def training(config: ExperimentConfig) -> dict[str, float]:
+def random_params(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> tuple[TrainState, Params]:
+    """(state, frozen parameters in the precision of training), made where they belong."""
+    vam = VideoActionModel(config)
+
+    def make() -> tuple[TrainState, Params]:
+        trained, frozen = split_params(vam.init(jax.random.key(0)), config)
+        frozen = {name: jax.tree.map(lambda leaf: leaf.astype(vam.dtype(name)), part) for name, part in frozen.items()}  # noqa: B023
+        return make_state(config, trained), frozen
+
+    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make), mesh))()
+
+
+def step_times(config: ExperimentConfig, product_rate: float) -> dict[str, Any]:
+    """Of training steps on one random batch."""
     vam, mesh = VideoActionModel(config), make_mesh(config.mesh)
-    trained, frozen = split_params(vam.init(jax.random.key(0)), config)
-    state, frozen = place(make_state(config, trained), mesh), place(frozen, mesh)
-    batch = global_batch(random_batch(config, config.train.batch_size), mesh)
-    step = make_train_step(vam, mesh, state)
+    state, frozen = random_params(config, mesh)
+    batch = global_batch(random_batch(config), mesh)
+    start = time.perf_counter()
+    step = make_train_step(vam, mesh, abstract_state(vam, mesh)).lower(state, frozen, batch).compile()
+    result: dict[str, Any] = {"compile_s": round(time.perf_counter() - start, 2)}
 
     def call():
         nonlocal state
         state, metrics = step(state, frozen, batch)
         return metrics
 
-    result = timed(call)
-    return result | {"steps_per_second": round(1e3 / result["p50_ms"], 2), "batch_size": config.train.batch_size}
+    result |= percentiles(call)
+    counted, seconds, devices = step_flops(config), result["p50_ms"] / 1e3, list(mesh.devices.flat)
+    rate, memory = counted.model / seconds, devices[0].memory_stats() or {}
+    return result | {
+        "steps_per_second": round(1 / seconds, 3),
+        "batch_size": config.train.batch_size,
+        "tokens_per_second": round(config.train.batch_size * video_tokens(config) / seconds),
+        "model_tflops_per_second": round(rate / 1e12, 4),
+        "share_of_product_rate": round(rate / (product_rate * len(devices)), 4),
+        "mfu": mfu(rate, devices),
+        "attention_share_of_flops": round(counted.attention / counted.model, 4),
+        "tokenizer_to_model_flops": round(counted.tokenizer / counted.model, 4),
+        "hbm_bytes": {name: memory.get(name) for name in ("bytes_in_use", "peak_bytes_in_use", "bytes_limit")},
+    }
+
+
+def product_rate(dtype: str) -> float:
+    """Operations per second of the fastest square matrix product on one device."""
+    best = 0.0
+    for size in MATRICES.get(jax.default_backend(), MATRICES["other"]):
+        x = jax.random.normal(jax.random.key(0), (size, size), dtype)
+
+        @jax.jit
+        def chain(x):
+            return jax.lax.fori_loop(0, 8, lambda _, y: (y @ x) * jnp.asarray(size**-0.5, dtype), x)  # noqa: B023
+
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            jax.block_until_ready(chain(x))
+            times.append(time.perf_counter() - start)
+        best = max(best, 8 * 2 * size**3 / min(times[1:]))
+    return best
+
+
+def training(config: ExperimentConfig) -> dict[str, Any]:
+    """Steps of stage 2, with adapters and of everything: in this order, as the peak of memory is that so far."""
+    rate = product_rate(config.precision)
+    adapters = config.lora if config.lora.rank else LoraConfig(rank=config.backbone.width // 8)
+    kinds = {
+        "action": dataclasses.replace(config, stage="action", lora=LoraConfig()),
+        "lora": dataclasses.replace(config, stage="video", lora=adapters),
+        "full": dataclasses.replace(config, stage="video", lora=LoraConfig()),
+    }
+    return {"product_tflops_per_second": round(rate / 1e12, 4), "precision": config.precision,
+            "tokens_per_sample": video_tokens(config),
+            **{name: step_times(kind, rate) for name, kind in kinds.items()}}  # fmt: skip
+
+
+def one_sample_a_device(config: ExperimentConfig) -> ExperimentConfig:
+    """The published model as `--size=2b` measures it."""
+    train = dataclasses.replace(config.train, batch_size=jax.device_count(), remat="attention")
+    data = dataclasses.replace(config.data, latents="random")
+    return dataclasses.replace(config, train=train, data=data, backbone_run="random")
 
 
 def chunks(config: ExperimentConfig, size: int) -> dict[str, float]:
-    vam, batch = VideoActionModel(config), random_batch(config, size)
-    params, noise = vam.init(jax.random.key(0)), vam.draw_noise(jax.random.key(0), size)
+    """Action chunks for `size` robots."""
+    train = dataclasses.replace(config.train, batch_size=size, micro_batches=1)
+    config = dataclasses.replace(config, stage="action", train=train)
+    vam, batch = VideoActionModel(config), random_batch(config)
+    params, noise = jax.jit(vam.init)(jax.random.key(0)), vam.draw_noise(jax.random.key(0), size)
+    start = time.perf_counter()
     plan = jax.jit(vam.sample_actions)
     past = batch["video"][:, : config.data.past_frames]
-    return timed(lambda: plan(params, past, batch["proprio"], batch["text"], noise))
+
+    def call():
+        return plan(params, past, batch["proprio"], batch["text"], noise)
+
+    jax.block_until_ready(call())
+    return {"first_call_s": round(time.perf_counter() - start, 2), **percentiles(call)}
 
 
-def main(config: ExperimentConfig) -> None:
+def both_stages(config: ExperimentConfig) -> dict[str, Any]:
+    """What the quickstart's numbers are made of."""
+    rate = product_rate(config.precision)
+    return {**{f"{stage}_training": step_times(dataclasses.replace(config, stage=stage), rate) for stage in ("video", "action")},
+            **{f"chunk_for_{size}": chunks(config, int(size)) for size in _BATCH_SIZES.value}}  # fmt: skip
+
+
+def draws(config: ExperimentConfig) -> dict[str, Any]:
+    """Variance of the gradient and time of a step, by number of draws."""
+    config = dataclasses.replace(config, stage="action")
+    run, mesh = _RUN.value and pathlib.Path(_RUN.value), make_mesh(config.mesh)
+    if run:
+        params = load_params(run, START_PRECISION["action"])[0]
+        trained, frozen = split_params(params, config)
+    else:
+        state, frozen = random_params(config, mesh)
+        trained = state.params
+    there = run and pathlib.Path(config.data.action_dataset).is_dir()
+    batch = real_batch(config, run) if there else random_batch(config)
+    table = []
+    for number in map(int, _DRAWS.value):
+        each = dataclasses.replace(config, train=dataclasses.replace(config.train, action_draws=number))
+        timed = step_times(each, product_rate=1.0)
+        table.append({"draws": number, "variance": gradient_variance(each, trained, frozen, batch, _KEYS.value),
+                      "p50_ms": timed["p50_ms"]})  # fmt: skip
+    for row in table:
+        row |= {"variance_ratio": round(row["variance"] / table[0]["variance"], 3),
+                "time_ratio": round(row["p50_ms"] / table[0]["p50_ms"], 3)}  # fmt: skip
+    return {"parameters": str(run) if run else "random", "data": config.data.action_dataset if there else "random",
+            "keys": _KEYS.value, "draws": table}  # fmt: skip
+
+
+def gradient_variance(
+    config: ExperimentConfig, trained: Params, frozen: Params, batch: dict[str, np.ndarray], keys: int
+) -> float:
+    """Summed over parameters, of the gradient over the noise of `keys` steps."""
+    vam, size = VideoActionModel(config), config.train.batch_size
+
+    @jax.jit
+    def add(sums, key, trained, frozen, batch):
+        loss = lambda trained: vam.loss(join_params(trained, frozen, config), batch, vam.draw(key, size))[0]  # noqa: E731
+        grads = jax.grad(loss)(trained)
+        return jax.tree.map(lambda total, grad: (total[0] + grad, total[1] + grad**2), sums, grads, is_leaf=_is_pair)
+
+    sums = jax.tree.map(lambda leaf: (jnp.zeros_like(leaf), jnp.zeros_like(leaf)), trained)
+    for key in jax.random.split(jax.random.key(1), keys):
+        sums = add(sums, key, trained, frozen, batch)
+    pairs = jax.tree.leaves(jax.device_get(sums), is_leaf=_is_pair)
+    total = sum(float(np.sum(squares, dtype=np.float64) - np.sum(first.astype(np.float64) ** 2) / keys)
+                for first, squares in pairs)  # fmt: skip
+    return total / (keys - 1)
+
+
+def _is_pair(node: Any) -> bool:
+    return isinstance(node, tuple)
+
+
+def real_batch(config: ExperimentConfig, run: pathlib.Path) -> dict[str, np.ndarray]:
+    """The first batch of the run's data."""
+    datasets, phases = open_datasets(config, config.data.train_split)
+    robots = load_embodiments(run)
+    parts = [Part(name, windows, robots[name].normalizers(config)) for name, windows in datasets.items()]
+    mixture = Mixture([len(windows) for windows in datasets.values()], phases, config.train.batch_size, config.seed)
+    return next(make_batches(parts, mixture, batch_size=config.train.batch_size, start_step=0,
+                             text=make_text_encoder(config.text), decoder=config.decoder))  # fmt: skip
+
+
+COMMANDS: dict[str | None, Callable[[ExperimentConfig], dict[str, Any]]] = {
+    "training": training, "draws": draws, None: both_stages,
+}  # fmt: skip
+
+
+def main(command: str | None, config: ExperimentConfig) -> None:
+    if _SIZE.value == "2b":
+        config = one_sample_a_device(config)
     device = jax.devices()[0]
-    print(json.dumps({
-        "devices": f"{jax.device_count()} x {device.device_kind}",
-        **{f"{stage}_training": training(dataclasses.replace(config, stage=stage)) for stage in ("video", "action")},
-        **{f"chunk_for_{size}": chunks(config, int(size)) for size in _BATCH_SIZES.value},
-    }, indent=2))  # fmt: skip
+    result: dict[str, Any] = {"devices": f"{jax.device_count()} x {device.device_kind}", **COMMANDS[command](config)}
+    if device.platform == "cpu":
+        result["note"] = "on CPU: this shows that the benchmark runs, not how fast the system is"
+    print(json.dumps(result))
+
+
+def run() -> None:
+    """Parses the command and the size, which stands for a configuration file."""
+    command = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else None
+    if command not in COMMANDS:
+        sys.exit(f"error: there is no benchmark '{command}'; expected training or draws")
+    names = [argument.lstrip("-").partition("=")[0] for argument in sys.argv[1:]]
+    if command == "training" and "config" not in names:
+        if "size" not in names:
+            sys.argv.append("--size=" + ("small" if jax.default_backend() == "cpu" else "2b"))
+        size = next(argument.partition("=")[2] for argument in sys.argv if argument.lstrip("-").startswith("size="))
+        if size in SIZES:  # else the flag's own check says so
+            sys.argv.append(f"--config={ROOT / SIZES[size]}")
+    experiment.run(lambda config: main(command, config), (RunError,))
 
 
 if __name__ == "__main__":
-    experiment.run(main)
+    run()

@@ -25,7 +25,7 @@ from absl import app, flags, logging
 
 from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.embodiments import Embodiment, choose
-from mimic_video.training import checkpoints
+from mimic_video.training import checkpoints, run_directory
 from mimic_video.transforms import Statistics, from_json, statistics_from_published, statistics_to_published, to_json
 from mimic_video.vam import Params, VideoActionModel
 from mimic_video.weights.diffusers import DIFFUSERS_DIT_NAMES, read_component, video_dit_config, wan_config
@@ -116,7 +116,7 @@ def diffusers_weights(config: ExperimentConfig, source: pathlib.Path) -> Params:
         backbone=video_dit_config(read_component(source, "transformer"), config.backbone.hidden_block),
         tokenizer=wan_config(read_component(source, "vae")),
     )
-    checkpoints.require_same_model(there, config, ("backbone", "tokenizer.kind", "tokenizer.width"), source)
+    run_directory.require_same_model(there, config, ("backbone", "tokenizer.kind", "tokenizer.width"), source)
     params = {}
     for name, part, names in (("tokenizer", "vae", DIFFUSERS_VAE_NAMES), ("backbone", "transformer", DIFFUSERS_DIT_NAMES)):
         params[name] = import_params(open_tensors(source / part), names, shapes[name], source=str(source / part))
@@ -162,7 +162,7 @@ def convert(config: ExperimentConfig) -> None:
     if config.tokenizer.kind != "wan":
         raise ConfigError(f"config field 'tokenizer.kind' is {config.tokenizer.kind!r}; expected 'wan', the published one")
     out = pathlib.Path(_OUT.value)
-    checkpoints.require_empty(out)
+    run_directory.require_empty(out)
     embodiments = None
     if _BACKBONE.value is None:
         params = diffusers_weights(config, fetch(_SOURCE.value, _DIFFUSERS_FILES))
@@ -180,10 +180,10 @@ def convert(config: ExperimentConfig) -> None:
 
 def export(run: pathlib.Path, out: pathlib.Path) -> None:
     """Run directory → files with published names."""
-    run, config = run.resolve(), checkpoints.read_config(run)
+    run, config = run.resolve(), run_directory.read_config(run)
     statistics = None
     if config.stage == "action":
-        statistics = exported_statistics(choose(checkpoints.load_embodiments(run), None).statistics)
+        statistics = exported_statistics(choose(run_directory.load_embodiments(run), None).statistics)
     params, step = checkpoints.load_params(run, _PRECISION.value)
     print(f"step {step} of {run}")
     suffix = f".{_FORMAT.value}"
@@ -197,7 +197,7 @@ def export(run: pathlib.Path, out: pathlib.Path) -> None:
         write_network(out / "action_decoder" / f"{run.name}{suffix}", params.pop("decoder"), ACTION_DECODER_NAMES, "net.")
         path = out / "dataset_statistics" / f"{run.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoints.write_json(path, statistics)
+        run_directory.write_json(path, statistics)
         print(f"wrote {path}")
 
 
@@ -217,7 +217,7 @@ def write_network(path: pathlib.Path, params: Params, names: Names, prefix: str)
     print(f"wrote {path}: {len(shapes)} tensors")
 
 
-_ERRORS = (checkpoints.RunError, WeightsError, ModuleNotFoundError)
+_ERRORS = (run_directory.RunError, WeightsError, ModuleNotFoundError)
 
 
 def main(_: list[str]) -> None:

@@ -27,10 +27,10 @@ from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.evaluation.metaworld import MetaworldFactory
 from mimic_video.evaluation.offline import action_errors, psnr
 from mimic_video.evaluation.rollouts import EpisodeResult, run_rollouts, success_table
-from mimic_video.media import write_video
+from mimic_video.media import film_strip, write_video
 from mimic_video.models.text import make_text_encoder
 from mimic_video.policy.policy import Policy
-from mimic_video.training import checkpoints
+from mimic_video.training import checkpoints, run_directory
 from mimic_video.vam import VideoActionModel
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory", required=True)
@@ -40,7 +40,7 @@ _RECORDED = flags.DEFINE_integer("recorded", 4, "Episodes per task, or video sam
 _DATASET = flags.DEFINE_string("dataset", None, "Of a run on several datasets, the one to evaluate on, by name")
 
 _VIDEO_SAMPLES = 16
-_POLICY_FIELDS = ("data.image_size", "data.past_frames", "data.future_frames", *checkpoints.MODEL_FIELDS, "decoder")
+_POLICY_FIELDS = ("data.image_size", "data.past_frames", "data.future_frames", *run_directory.MODEL_FIELDS, "decoder")
 
 
 def chosen_windows(config: ExperimentConfig) -> WindowDataset:
@@ -51,16 +51,6 @@ def chosen_windows(config: ExperimentConfig) -> WindowDataset:
     if _DATASET.value not in datasets:
         raise ConfigError(f"--dataset is {_DATASET.value!r}; expected one of {', '.join(map(repr, datasets))}")
     return datasets[_DATASET.value]
-
-
-def save_strip(path: pathlib.Path, real: np.ndarray, predicted: np.ndarray) -> None:
-    """Writes pairs of rows, real above predicted, one pair per sample of uint8 (n, f, h, w, 3)."""
-    n, f, h, w, _ = real.shape
-    rows = np.full((n, 2 * h + 4, f * w, 3), 255, np.uint8)
-    rows[:, :h], rows[:, h : 2 * h] = (np.concatenate(list(video.swapaxes(0, 1)), axis=2) for video in (real, predicted))
-    strip = Image.fromarray(rows.reshape(-1, f * w, 3))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    strip.resize((strip.width * 2, strip.height * 2), Image.NEAREST).save(path)
 
 
 def evaluate_video(config: ExperimentConfig, run: pathlib.Path) -> dict:
@@ -82,7 +72,9 @@ def evaluate_video(config: ExperimentConfig, run: pathlib.Path) -> dict:
     repeated = np.repeat(real[:, past - 1 : past], config.data.future_frames, axis=1)
     for i in range(min(_RECORDED.value, len(chosen))):
         write_video(run / "videos" / f"{i:02d}.gif", np.concatenate([real[i], predicted[i]], axis=2), config.data.video_hz / 2)
-    save_strip(run / "videos" / "strip.png", real[:4, past - 1 :: 3], predicted[:4, past - 1 :: 3])
+    strip = Image.fromarray(film_strip(real[:4, past - 1 :: 3], predicted[:4, past - 1 :: 3]))
+    (run / "videos").mkdir(exist_ok=True)
+    strip.resize((strip.width * 2, strip.height * 2), Image.Resampling.NEAREST).save(run / "videos" / "strip.png")
     return {
         "checkpoint_step": step,
         "psnr": psnr(predicted[:, past:], real[:, past:], mask).tolist(),
@@ -92,7 +84,7 @@ def evaluate_video(config: ExperimentConfig, run: pathlib.Path) -> dict:
 
 
 def evaluate_policy(config: ExperimentConfig, run: pathlib.Path) -> dict:
-    checkpoints.require_same_model(checkpoints.read_config(run), config, _POLICY_FIELDS, run)
+    run_directory.require_same_model(run_directory.read_config(run), config, _POLICY_FIELDS, run)
     policy = Policy.load(run, config, _DATASET.value)
     windows = chosen_windows(config)
     samples = [windows[index] for index in range(0, len(windows), 4)]
@@ -130,11 +122,11 @@ def main(config: ExperimentConfig) -> None:
         values = evaluate_expert(config)
     else:
         values = {"video": evaluate_video, "action": evaluate_policy}[config.stage](config, run)
-    checkpoints.write_json(run / "evaluation.json", values | {"seconds": time.perf_counter() - start})
+    run_directory.write_json(run / "evaluation.json", values | {"seconds": time.perf_counter() - start})
     for task, row in values.get("success", {}).items():
         interval = f"95 % interval {row['low']:.2f} to {row['high']:.2f}"
         print(f"{task}: {row['successes']}/{row['episodes']} = {row['rate']:.2f}, {interval}")
 
 
 if __name__ == "__main__":
-    experiment.run(main, (DatasetError, checkpoints.RunError))
+    experiment.run(main, (DatasetError, run_directory.RunError))

@@ -11,17 +11,19 @@ process. With --connections=episodes there is one connection for each, with the 
 import functools
 import json
 import pathlib
+import sys
 import time
 
-import experiment
-from absl import flags
+from absl import app, flags
+from ml_collections import config_flags
 
-from mimic_video.config import ConfigError, ExperimentConfig
+from mimic_video.config import ConfigError, ExperimentConfig, experiment_from
 from mimic_video.evaluation.metaworld import MetaworldFactory
 from mimic_video.evaluation.rollouts import run_rollouts, success_table
 from mimic_video.evaluation.served import ConnectionPerEpisodePlan, LockstepPlan
-from mimic_video_client import PolicyClient, RequestRefused, ServerUnavailable
+from mimic_video_client import PolicyClient, RequestRefused
 
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, e.g. configs/quickstart.py:action")
 _SERVER = flags.DEFINE_string("server", None, "ws://HOST:PORT", required=True)
 _TOKEN = flags.DEFINE_string("token", None, "The server's secret")
 _OUT = flags.DEFINE_string("out", None, "Directory to write to", required=True)
@@ -43,7 +45,7 @@ def require_same_layout(metadata: dict, config: ExperimentConfig) -> None:
             raise ConfigError(f"config field 'data.{name}' is {value}; the served policy has {served}")
 
 
-def main(config: ExperimentConfig) -> None:
+def evaluate(config: ExperimentConfig) -> None:
     connect, start = functools.partial(PolicyClient, _SERVER.value, _TOKEN.value, timeout=600.0), time.perf_counter()
     factory = functools.partial(MetaworldFactory, image_size=config.data.image_size, layout=config.evaluation.layout,
                                 cameras=config.data.cameras)  # fmt: skip
@@ -65,5 +67,13 @@ def main(config: ExperimentConfig) -> None:
               f"95 % interval {row['low']:.2f} to {row['high']:.2f}")  # fmt: skip
 
 
+def main(_: list[str]) -> None:
+    try:
+        evaluate(experiment_from(_CONFIG.value.to_dict()))
+    except (ConfigError, RequestRefused, ConnectionError, TimeoutError) as error:
+        sys.exit(f"error: {error}")
+
+
 if __name__ == "__main__":
-    experiment.run(main, (ServerUnavailable, RequestRefused, ConnectionError, TimeoutError))
+    flags.mark_flag_as_required("config")
+    app.run(main)

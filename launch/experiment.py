@@ -1,19 +1,28 @@
 """The `--config=FILE.py[:ARG] [--config.FIELD=VALUE ...]` of every launch script."""
 
+import contextlib
+import os
 import pathlib
 import sys
 from collections.abc import Callable
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from mimic_video.cache import user_cache
 from mimic_video.config import ConfigError, ExperimentConfig, experiment_from, field_paths, unknown_field_message
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, e.g. configs/quickstart.py:action")
+_CACHE = flags.DEFINE_bool("compilation_cache", True, "Keep compiled programs in JAX_COMPILATION_CACHE_DIR, or the user's cache")
 
 
-def run(main: Callable[[ExperimentConfig], None], expected_errors: tuple[type[Exception], ...] = ()) -> None:
-    """Parses the command line and calls `main` with the experiment.
+def run(
+    main: Callable[[ExperimentConfig], None],
+    expected_errors: tuple[type[Exception], ...] = (),
+    inside: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+) -> None:
+    """Parses the command line and calls `main` with the experiment, inside of a context.
 
     A mistake of the user's, that is a ConfigError or one of `expected_errors`, ends the script with its message and exit
     code 1; anything else keeps its traceback.
@@ -29,9 +38,15 @@ def run(main: Callable[[ExperimentConfig], None], expected_errors: tuple[type[Ex
     logging.set_verbosity(logging.WARNING)  # orbax and JAX narrate
 
     def start(_: list[str]) -> None:
-        try:
-            main(experiment_from(_CONFIG.value.to_dict()))
-        except (ConfigError, *expected_errors) as error:
-            sys.exit(f"error: {error}")
+        if not _CACHE.value:
+            jax.config.update("jax_enable_compilation_cache", False)
+        elif "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+            jax.config.update("jax_compilation_cache_dir", str(user_cache("xla")))
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(inside())
+                main(experiment_from(_CONFIG.value.to_dict()))
+            except (ConfigError, *expected_errors) as error:
+                sys.exit(f"error: {error}")
 
     app.run(start)

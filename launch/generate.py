@@ -20,7 +20,7 @@ from absl import flags
 from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.media import MediaError, check_writable, crop_to_shape, read_frames, write_video
 from mimic_video.models.text import make_text_encoder
-from mimic_video.training import checkpoints
+from mimic_video.training import checkpoints, run_directory
 from mimic_video.transforms import resize_images, stack_views
 from mimic_video.vam import VideoActionModel
 
@@ -45,7 +45,7 @@ def observed_frames(config: ExperimentConfig) -> np.ndarray:
 
 def main(config: ExperimentConfig) -> None:
     run = pathlib.Path(_WORKDIR.value)
-    checkpoints.require_same_model(checkpoints.read_config(run), config, checkpoints.MODEL_FIELDS, run)
+    run_directory.require_same_model(run_directory.read_config(run), config, run_directory.MODEL_FIELDS, run)
     check_writable(_OUT.value, config.data.frame_size)
     past = observed_frames(config)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, past_frames=past.shape[1]))
@@ -63,4 +63,4 @@ def main(config: ExperimentConfig) -> None:
 
 
 if __name__ == "__main__":
-    experiment.run(main, (MediaError, checkpoints.RunError))
+    experiment.run(main, (MediaError, run_directory.RunError))

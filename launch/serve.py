@@ -13,13 +13,15 @@ import os
 import signal
 import sys
 
+import jax
 from absl import app, flags, logging
 
+from mimic_video.cache import user_cache
 from mimic_video.config import ConfigError
 from mimic_video.policy.observations import PolicyLayout
 from mimic_video.policy.policy import Policy
 from mimic_video.policy.server import PolicyServer, ServerOptions
-from mimic_video.training.checkpoints import RunError
+from mimic_video.training.run_directory import RunError
 
 _DEFAULTS = ServerOptions()
 _POLICY = flags.DEFINE_string("policy", None, "Run directory of stage `action`", required=True)
@@ -61,6 +63,8 @@ async def serve(policy: Policy, options: ServerOptions) -> None:
 
 def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # orbax, JAX and websockets narrate
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(user_cache("xla")))
     token = os.environ.get("MIMIC_VIDEO_TOKEN", "") if _TOKEN.value is None else _TOKEN.value
     try:
         options = ServerOptions(

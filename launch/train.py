@@ -3,13 +3,21 @@
     python launch/train.py --config=configs/quickstart.py:video --workdir=runs/video
     python launch/train.py --config=configs/quickstart.py:action --config.backbone_run=runs/video --workdir=runs/action
 
+With --profile=100:110 the steps 100 to 110 are traced, for TensorBoard's profiler or Perfetto.
+
 The same command after an interruption continues from the last checkpoint and ends with the same parameters. It is an error if the
-datasets have changed in between.
+datasets have changed in between, or if another run is using the directory.
+
+SIGTERM, Ctrl-C and the notice of Google Compute Engine make it finish its step, save and end with exit code 75: start it again.
+
+On several hosts it runs once on each, or once per GPU under SLURM, with one --workdir for all; `mimic_video.training.distributed`
+says how the processes find each other, and that all of them end when one fails.
 """
 
 import dataclasses
 import itertools
 import pathlib
+import sys
 from collections.abc import Mapping
 
 import experiment
@@ -18,6 +26,7 @@ import numpy as np
 from absl import flags
 from flax import nnx
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from data_pipelines.datasets import Datasets, open_datasets, with_latents
 from data_pipelines.loader import Part, WindowDataset, data_state, make_batches
@@ -28,16 +37,21 @@ from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.embodiments import Embodiment
 from mimic_video.models.patch_tokenizer import PatchTokenizer
 from mimic_video.models.text import make_text_encoder
-from mimic_video.training import checkpoints
-from mimic_video.training.loop import train
+from mimic_video.training import checkpoints, run_directory
+from mimic_video.training.distributed import processes
+from mimic_video.training.loop import NonFiniteLossError, train
+from mimic_video.training.metrics import wandb_package
+from mimic_video.training.preemption import EXIT_CODE, PreemptedError
+from mimic_video.training.sharding import batch_rows, make_mesh, named_leaves, shardings
+from mimic_video.training.steps import TRAINED
 from mimic_video.transforms import Normalizer
 from mimic_video.vam import Params, VideoActionModel
 
 Windows = Mapping[str, WindowDataset]
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory", required=True)
-_VALIDATION_BATCHES = 4
-_BACKBONE_FIELDS = ("data.image_size", "data.past_frames", "data.future_frames", "data.video_hz", *checkpoints.MODEL_FIELDS)
+_PROFILE = flags.DEFINE_string("profile", "", "FIRST:LAST, the steps of which a profiler's trace goes to WORKDIR/profile")
+_BACKBONE_FIELDS = ("data.image_size", "data.past_frames", "data.future_frames", "data.video_hz", *run_directory.MODEL_FIELDS)
 
 
 def fit_tokenizer(config: ExperimentConfig, datasets: Windows) -> Params:
@@ -54,16 +68,35 @@ def fit_tokenizer(config: ExperimentConfig, datasets: Windows) -> Params:
     return jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(tokenizer, nnx.Param)))
 
 
-def initial_params(config: ExperimentConfig, datasets: Windows) -> Params:
-    """Random networks, and the tokenizer and backbone of a `backbone_run`."""
-    params = VideoActionModel(config).init(jax.random.key(config.seed))
+def initial_params(config: ExperimentConfig, datasets: Windows, mesh: Mesh) -> Params:
+    """Random networks on a mesh, but the tokenizer and backbone of a `backbone_run`, and what a `start_run` has."""
+    vam, key, first = VideoActionModel(config), jax.random.key(config.seed), jax.process_index() == 0
+    tree = jax.eval_shape(vam.init, key)
+    shapes, where = named_leaves(tree), named_leaves(shardings(tree, mesh))
     if config.backbone_run:
         run = pathlib.Path(config.backbone_run)
-        pretrained, step = checkpoints.load_params(run, checkpoints.START_PRECISION[config.stage])
-        print(f"backbone: step {step} of {run}")
-        new = {name: params["backbone"][name] for name in params["backbone"].keys() - pretrained["backbone"].keys()}
-        return params | {"tokenizer": pretrained["tokenizer"], "backbone": pretrained["backbone"] | new}  # new: view embedding
-    return params | {"tokenizer": fit_tokenizer(config, datasets)}
+        pretrained, step = checkpoints.load_params(run, checkpoints.START_PRECISION[config.stage], mesh)
+        if first:
+            print(f"backbone: step {step} of {run}")
+        found = named_leaves({name: pretrained[name] for name in ("tokenizer", "backbone")})
+    else:
+        blank = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tree["tokenizer"])
+        tokenizer = fit_tokenizer(config, datasets) if first else blank
+        found = named_leaves({"tokenizer": multihost_utils.broadcast_one_to_all(tokenizer)})
+    if config.start_run:
+        trained = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where[name])
+                   for name, leaf in shapes.items() if name.startswith(f"{TRAINED[config.stage]}/")}  # fmt: skip
+        started = checkpoints.load_start(pathlib.Path(config.start_run), config.start_map, trained, mesh)
+        if first:
+            print(f"start: {len(started)} of {len(trained)} arrays of {config.start_run}")
+        found |= started
+    new = shapes.keys() - found.keys()  # of a network with weights, only what those lack: the view embedding
+
+    def init(key: jax.Array) -> dict[str, jax.Array]:
+        return {name: leaf for name, leaf in named_leaves(vam.init(key)).items() if name in new}
+
+    found |= jax.jit(init, out_shardings={name: where[name] for name in new})(key)
+    return jax.tree.structure(tree).unflatten([found[name] for name in shapes])
 
 
 def open_windows(config: ExperimentConfig, split: str, run: pathlib.Path) -> Datasets:
@@ -93,24 +126,48 @@ def find_embodiments(run: pathlib.Path, config: ExperimentConfig, datasets: Wind
     """
     hosts = Hosts(jax.process_index(), jax.process_count(), multihost_utils.process_allgather)
     if not hosts.gather(np.array((run / "embodiments.json").exists())).all():  # asked together: none goes ahead and writes it
-        checkpoints.save_embodiments(run, {
+        run_directory.save_embodiments(run, {
             name: Embodiment(name, index, cached_statistics(windows.episodes, config.data, hosts), windows.raw_dims,
                              windows.cameras)
             for index, (name, windows) in enumerate(datasets.items())
         })  # fmt: skip
         multihost_utils.sync_global_devices("embodiments")
-    return checkpoints.load_embodiments(run)
+    return run_directory.load_embodiments(run)
+
+
+def profiled_steps() -> tuple[int, int] | None:
+    """The first and the last step to trace. Raises ConfigError if --profile is not two numbers."""
+    if not _PROFILE.value:
+        return None
+    first, _, last = _PROFILE.value.partition(":")
+    if not (first.isdecimal() and last.isdecimal()):
+        raise ConfigError(f"--profile is {_PROFILE.value!r}; expected FIRST:LAST, two steps such as 100:110")
+    return int(first), int(last)
 
 
 def main(config: ExperimentConfig) -> None:
-    run = pathlib.Path(_WORKDIR.value)
+    run, profile = pathlib.Path(_WORKDIR.value), profiled_steps()
+    if config.train.wandb_project:
+        wandb_package()
     if config.tokenizer.kind == "wan" and not config.backbone_run:
         raise ConfigError("config field 'backbone_run' is empty; expected a run with the weights of the Wan tokenizer")
     if config.backbone_run:
         backbone = pathlib.Path(config.backbone_run)
-        trained = with_views_of(config, checkpoints.read_config(backbone))
-        checkpoints.require_same_model(trained, config, _BACKBONE_FIELDS, backbone)
+        trained = with_views_of(config, run_directory.read_config(backbone))
+        run_directory.require_same_model(trained, config, _BACKBONE_FIELDS, backbone)
         checkpoints.require_checkpoint(backbone)
+    with run_directory.locked(run):
+        try:
+            train_in(run, config, profile)
+        except PreemptedError as stop:
+            if jax.process_index() == 0:
+                print(stop)
+            sys.exit(EXIT_CODE)
+
+
+def train_in(run: pathlib.Path, config: ExperimentConfig, profile: tuple[int, int] | None) -> None:
+    """Opens the data, and trains in a directory that is this run's alone."""
+    rows = batch_rows(config.train.batch_size, make_mesh(config.mesh))
     datasets, phases = open_windows(config, config.data.train_split, run)
     if config.decoder.embodiments and config.stage == "action" and len(datasets) != config.decoder.embodiments:
         raise ConfigError(f"config field 'decoder.embodiments' is {config.decoder.embodiments}; expected {len(datasets)}, the "
@@ -118,7 +175,7 @@ def main(config: ExperimentConfig) -> None:
     encode_text = make_text_encoder(config.text)
     for instruction in {episode.instruction for windows in datasets.values() for episode in windows.episodes}:
         encode_text(instruction)  # so that one that does not fit is an error now
-    checkpoints.write_config(run, config)
+    run_directory.write_config(run, config)
     normalizers: dict[str, dict[str, Normalizer]] = {}
     if config.stage == "action":
         normalizers = {name: e.normalizers(config) for name, e in find_embodiments(run, config, datasets).items()}
@@ -127,21 +184,21 @@ def main(config: ExperimentConfig) -> None:
         parts = [Part(name, windows, normalizers.get(name)) for name, windows in datasets.items()]
         return parts, Mixture([len(windows) for windows in datasets.values()], phases, config.train.batch_size, seed)
 
-    def batches(parts: list[Part], mixture: Mixture, start_step: int):
+    def batches(parts: list[Part], mixture: Mixture, start_step: int, scales: bool = False):
         return make_batches(
             parts, mixture, batch_size=config.train.batch_size, start_step=start_step, text=encode_text, decoder=config.decoder,
-            process_index=jax.process_index(), process_count=jax.process_count(), workers=config.data.workers,
-            skip_broken=config.data.skip_broken,
+            rows=rows, workers=config.data.workers, skip_broken=config.data.skip_broken, scales=scales,
         )  # fmt: skip
 
     validation = []
     if config.train.validate_every:
-        stream = batches(*mixed(open_windows(config, config.data.validation_split, run).windows, 0), 0)
-        validation = [next(stream) for _ in range(_VALIDATION_BATCHES)]
+        parts = mixed(open_windows(config, config.data.validation_split, run).windows, 0)
+        stream = batches(*parts, 0, scales=config.train.validation_curves)
+        validation = [next(stream) for _ in range(config.train.validation_batches)]
     data = mixed(datasets, config.seed)
-    train(config, run, lambda: initial_params(config, datasets), lambda step: batches(*data, step),
-          lambda step: data_state(*data, step), validation)  # fmt: skip
+    train(config, run, lambda mesh: initial_params(config, datasets, mesh), lambda step: batches(*data, step),
+          lambda step: data_state(*data, step), validation, profile)  # fmt: skip
 
 
 if __name__ == "__main__":
-    experiment.run(main, (DatasetError, checkpoints.RunError))
+    experiment.run(main, (DatasetError, NonFiniteLossError, run_directory.RunError), inside=processes)

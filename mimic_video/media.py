@@ -57,6 +57,14 @@ def write_video(path: str | pathlib.Path, frames: Frames, hz: float) -> None:
             container.mux(stream.encode())
 
 
+def film_strip(real: UInt8[np.ndarray, "n f h w 3"], predicted: UInt8[np.ndarray, "n f h w 3"]) -> UInt8[np.ndarray, "y x 3"]:
+    """One picture of pairs of rows, the frames of a real video above those of the predicted one, a pair for each sample."""
+    n, f, h, w, _ = real.shape
+    rows = np.full((n, 2 * h + 4, f * w, 3), 255, np.uint8)
+    rows[:, :h], rows[:, h : 2 * h] = (np.concatenate(list(video.swapaxes(0, 1)), axis=2) for video in (real, predicted))
+    return rows.reshape(-1, f * w, 3)
+
+
 def check_writable(path: str | pathlib.Path, size: tuple[int, int]) -> None:
     """Raises MediaError unless `write_video` can write frames of `size` there: MP4 needs PyAV and even sizes."""
     suffix = pathlib.Path(path).suffix

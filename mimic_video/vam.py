@@ -4,7 +4,7 @@
 {"tokenizer", "backbone", "decoder"} or the part of it that the method needs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -101,7 +101,7 @@ class VideoActionModel:
         video = self._stacked(self.module("tokenizer", params).decode(latents).astype(jnp.float32))
         return jnp.clip(jnp.round((video + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
-    def _window_latents(self, params: Params, batch: Batch) -> Latents:
+    def window_latents(self, params: Params, batch: Batch) -> Latents:
         """Of a batch's windows: those that were precomputed, or else of its frames."""
         if "latents" in batch:
             return batch["latents"].astype(jnp.float32)
@@ -159,7 +159,7 @@ class VideoActionModel:
             The loss to differentiate, and metrics: `loss` itself and the unscaled error `video_mse`. Views that are missing and,
             unless configured otherwise, padded frames take no part.
         """
-        latents, time, noise = self._window_latents(params, batch), draws["video_time"], draws["video"]
+        latents, time, noise = self.window_latents(params, batch), draws["video_time"], draws["video"]
         mask = matching.condition_mask(draws["conditioned"], latents.shape[1])
         inputs, times = matching.frame_replacement(latents, matching.interpolate(latents, noise, time), time, mask)
         velocity = self._video_velocity(params, inputs, times, batch["text"], mask, batch.get("view_mask"))
@@ -212,7 +212,7 @@ class VideoActionModel:
 
     def hidden_of_noised_video(self, params: Params, batch: Batch, draws: Draws) -> Float[Array, "b k d"]:
         """Hidden states of a batch's whole windows, their future latents noised to the τ_v that were drawn."""
-        latents, time = self._window_latents(params, batch), draws["video_time"]
+        latents, time = self.window_latents(params, batch), draws["video_time"]
         noised = matching.interpolate(latents, draws["video"], time)
         mask = matching.condition_mask(jnp.full(len(latents), self.config.data.past_latents), latents.shape[1])
         return self._hidden(params, latents, mask, noised, time, batch["text"], batch.get("view_mask"))
@@ -253,11 +253,36 @@ class VideoActionModel:
             guidance: g in x̂₀ + g·(x̂₀ − x̂₀(negative prompt)), one less than the scale of other codes (SPEC 2).
             view_mask: False for views that are not given; what is made of those means nothing.
         """
+        past = self.encode_video(params, past_video)
+        return self.decode_video(params, self.sample_latents(params, past, text, noise, negative_text, guidance, view_mask))
+
+    def sample_latents(
+        self, params: Params, past: Latents, text: Array, noise: Latents, negative_text: Array | None = None,
+        guidance: float = 0.0, view_mask: ViewMask | None = None,
+    ) -> Latents:
+        """`sample_video` from and to latents."""
         sigmas = solvers.karras_sigmas(self.config.policy.video_steps)
-        clean, mask = self._observed(params, past_video, noise.shape[1])
+        clean, mask = self._given(past, noise.shape[1])
         predict_x0 = self._denoiser(params, clean, mask, text, negative_text, guidance, view_mask)
         x = solvers.solve_video(predict_x0, sigmas[0] * noise, sigmas)
-        return self.decode_video(params, predict_x0(x, jnp.float32(sigmas[-1])))
+        return predict_x0(x, jnp.float32(sigmas[-1]))
+
+    def sample_path(
+        self, params: Params, past: Latents, text: Array, noise: Latents, steps: Sequence[int], view_mask: ViewMask | None = None
+    ) -> list[Latents]:
+        """The x_τ that `sample_hidden` would read the backbone at after each of `steps`, in one run through the video sampler."""
+        sigmas = solvers.karras_sigmas(self.config.policy.video_steps)[: steps[-1] + 1]
+        clean, mask = self._given(past, noise.shape[1])
+        denoiser = self._denoiser(params, clean, mask, text, view_mask=view_mask)
+        path = solvers.video_path(denoiser, sigmas[0] * noise, sigmas, steps)
+        return [(1 - matching.flow_time(sigma)) * x for sigma, x in zip(sigmas[list(steps)], path, strict=True)]
+
+    def hidden_at(
+        self, params: Params, past: Latents, x_tau: Latents, video_time: Float[Array, " b"], text: Array, view_mask=None
+    ) -> Float[Array, "b k d"]:
+        """Hidden states of any window latents x_τ at the flow times τ_v, the observed frames given."""
+        clean, mask = self._given(past, x_tau.shape[1])
+        return self._hidden(params, clean, mask, x_tau, video_time, text, view_mask)
 
     def sample_hidden(
         self, params: Params, past_video: UInt8[Array, "b f h w 3"], text: Array, noise: Latents, view_mask=None
@@ -358,7 +383,10 @@ class VideoActionModel:
 
     def _observed(self, params: Params, past_video: Array, frames: int) -> tuple[Latents, Float[Array, "b t"]]:
         """Latents of the observed frames with zeros up to `frames` latent frames, and the mask of the observed ones."""
-        past = self.encode_video(params, past_video)
+        return self._given(self.encode_video(params, past_video), frames)
+
+    def _given(self, past: Latents, frames: int) -> tuple[Latents, Float[Array, "b t"]]:
+        """The observed latent frames with zeros up to `frames`, and the mask of the observed ones."""
         clean = jnp.pad(past, [(0, 0), (0, frames - past.shape[1]), (0, 0), (0, 0), (0, 0)])
         return clean, matching.condition_mask(jnp.full(len(past), past.shape[1]), frames)
 

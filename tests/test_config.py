@@ -1,14 +1,11 @@
 import dataclasses
-import importlib.util
 import json
 import math
-import pathlib
 
 import ml_collections
 import pytest
 
 from mimic_video.config import (
-    CompatConfig,
     ConfigError,
     DataConfig,
     ExperimentConfig,
@@ -19,8 +16,6 @@ from mimic_video.config import (
     to_dict,
     unknown_field_message,
 )
-
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
 
 def changed() -> ExperimentConfig:
@@ -144,34 +139,5 @@ def test_the_published_window():
     assert MeshConfig() == MeshConfig(data=-1, fsdp=1, sequence=1)
 
 
-def shipped(file, argument):
-    spec = importlib.util.spec_from_file_location("shipped_config", CONFIGS / file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return experiment_from(module.get_config(argument).to_dict())
-
-
-@pytest.mark.parametrize("stage", ["video", "action"])
-def test_the_quickstart_is_valid(stage):
-    assert shipped("quickstart.py", stage).stage == stage
-
-
-@pytest.mark.parametrize(("name", "stage", "blocks"), [
-    ("bridge", "action", 28), ("libero", "action", 28), ("cosmos", "video", 28), ("cosmos_14b", "video", 36),
-])  # fmt: skip
-def test_published_experiments(name, stage, blocks):
-    config = shipped("published.py", name)
-    assert (config.stage, config.backbone.num_blocks, config.backbone.text_width) == (stage, blocks, 1024)
-    assert config.compat == CompatConfig.published() and all(dataclasses.astuple(config.compat))
-    assert (config.tokenizer.kind, config.text.kind, config.precision) == ("wan", "t5", "bfloat16")
-    horizon, rate = {"libero": (60, 20.0)}.get(name, (15, 5.0))  # SPEC 8.4
-    assert (config.data.action_horizon, config.data.control_hz) == (horizon, rate)
-
-
 def test_no_compatibility_by_default():
     assert not any(dataclasses.astuple(ExperimentConfig().compat))
-
-
-def test_an_unknown_published_experiment():
-    with pytest.raises(ValueError, match="fractal is unknown; expected bridge, libero, cosmos or cosmos_14b"):
-        shipped("published.py", "fractal")

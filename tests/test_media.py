@@ -53,3 +53,12 @@ def test_unusable_files(tmp_path):
 def test_cropping_keeps_the_centre(size, rows, columns):
     images = np.random.default_rng(0).integers(0, 256, (2, 20, 40, 3), np.uint8)
     np.testing.assert_array_equal(media.crop_to_shape(images, size), images[:, rows, columns])
+
+
+def test_a_film_strip_has_real_frames_above_predicted_ones():
+    real, predicted = np.zeros((2, 3, 4, 5, 3), np.uint8), np.full((2, 3, 4, 5, 3), 9, np.uint8)
+    real[1, 2] = 7  # the last frame of the second sample
+    strip = media.film_strip(real, predicted)
+    assert strip.shape == (2 * (4 + 4 + 4), 15, 3)  # and four rows of white after each pair
+    assert (strip[12:16, 10:] == 7).all() and (strip[12:16, :10] == 0).all() and (strip[16:20] == 9).all()
+    assert (strip[8:12] == 255).all()

@@ -30,6 +30,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from data_pipelines.sources.records import DatasetError, Feature, TfRecordFile, is_remote, open_records, parse_example
+from mimic_video.cache import user_cache
 
 FOLDER = ".mimic_video_index"  # inside the dataset, where that can be written
 _VERSION = 2  # of what is on disk
@@ -177,11 +178,6 @@ def cache_directories(directory: str | os.PathLike, cache_dir: str | os.PathLike
         return [Path(cache_dir)]
     user = user_cache("index")
     return [user] if is_remote(directory) else [Path(directory) / FOLDER, user]
-
-
-def user_cache(what: str) -> Path:
-    """The folder under `~/.cache`, or the environment's XDG_CACHE_HOME, for `what`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mimic_video" / what
 
 
 def open_index(shards: Sequence[Shard], file_format: str, columns: Sequence[Column], *, identity: bytes, name: str,

@@ -8,6 +8,7 @@ video network's raw output is that velocity, and its input is x_τ itself.
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 from jaxtyping import Array, Float
 
 from mimic_video.config import NoiseConfig
@@ -44,6 +45,17 @@ def sample_video_sigma(key: jax.Array, batch: int, config: NoiseConfig) -> Float
     low, high = jnp.log(jnp.asarray(config.tail_range))
     tail = jnp.exp(jax.random.uniform(tail_key, (batch,), minval=low, maxval=high))
     return jnp.where(jax.random.uniform(choice_key, (batch,)) < config.tail_probability, tail, body)
+
+
+def video_sigma_quantiles(probabilities: Float[np.ndarray, " n"], config: NoiseConfig) -> Float[np.ndarray, " n"]:
+    """Noise levels below which those shares of `sample_video_sigma` lie; `probabilities` are between 0 and 1."""
+    low, high = np.log(config.tail_range)
+    body = np.log(config.scale) + config.log_mean + 10 * config.log_std * np.array([-1, 1])
+    log_sigma = np.linspace(min(body[0], low), max(body[1], high), 100_000)
+    standard = (log_sigma - np.log(config.scale) - config.log_mean) / config.log_std
+    tail = np.clip((log_sigma - low) / (high - low), 0, 1)
+    below = (1 - config.tail_probability) * scipy.special.ndtr(standard) + config.tail_probability * tail
+    return np.exp(np.interp(probabilities, below, log_sigma))
 
 
 def sample_action_time(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "..."]:

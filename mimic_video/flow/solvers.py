@@ -1,6 +1,6 @@
 """Solvers of the learned flows, from noise to data. Coefficients are computed in float64 ahead of time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -49,16 +49,43 @@ def solve_video(predict_x0: Callable[[Array, Float[Array, ""]], Array], x: Array
     """
     if len(sigmas) == 1:
         return x
-    coefficients = adams_bashforth_coefficients(sigmas).astype(np.float32)
+    step = _video_step(predict_x0)
+    return jax.lax.scan(lambda *a: (step(*a), None), (x, jnp.zeros_like(x)), _video_steps(sigmas))[0][0]
 
-    def step(carry, inputs):
-        x, previous = carry
+
+def video_path(
+    predict_x0: Callable[[Array, Float[Array, ""]], Array], x: Array, sigmas: Float[np.ndarray, " n"], kept: Sequence[int]
+) -> Float[Array, "kept ..."]:
+    """What `solve_video` makes of a sample at the levels sigmas[kept], in one run through all of them; `kept` ascends."""
+    slots = np.full(len(sigmas), len(kept))  # of each level in the result; those that are not kept have none
+    slots[list(kept)] = np.arange(len(kept))
+    step, path = _video_step(predict_x0), jnp.zeros((len(kept), *x.shape), x.dtype).at[slots[0]].set(x, mode="drop")
+
+    def keeping(carry, inputs):
+        (state, path), (slot, inputs) = carry, inputs
+        state = step(state, inputs)
+        return (state, path.at[slot].set(state[0], mode="drop")), None
+
+    carry = ((x, jnp.zeros_like(x)), path)
+    return jax.lax.scan(keeping, carry, (jnp.asarray(slots[1:]), _video_steps(sigmas)))[0][1]
+
+
+def _video_steps(sigmas: Float[np.ndarray, " n"]) -> tuple[Array, tuple[Array, ...]]:
+    """(σ, coefficients) of every step of a grid."""
+    coefficients = adams_bashforth_coefficients(sigmas).astype(np.float32)
+    return jnp.asarray(sigmas[:-1], jnp.float32), tuple(jnp.asarray(coefficients.T))
+
+
+def _video_step(predict_x0: Callable[[Array, Float[Array, ""]], Array]) -> Callable:
+    """One of `_video_steps` on (x, the data estimate of the step before)."""
+
+    def step(state, inputs):
+        x, previous = state
         sigma, (a, b, c) = inputs
         x0 = predict_x0(x, sigma)
-        return (a * x + b * x0 + c * previous, x0), None
+        return a * x + b * x0 + c * previous, x0
 
-    inputs = (jnp.asarray(sigmas[:-1], jnp.float32), tuple(jnp.asarray(coefficients.T)))
-    return jax.lax.scan(step, (x, jnp.zeros_like(x)), inputs)[0][0]
+    return step
 
 
 def solve_euler(

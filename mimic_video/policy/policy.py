@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 from mimic_video.config import ExperimentConfig
 from mimic_video.embodiments import Embodiment, choose, pad_last
 from mimic_video.models.text import make_text_encoder
-from mimic_video.training import checkpoints
+from mimic_video.training import checkpoints, run_directory
 from mimic_video.transforms import stack_views
 from mimic_video.vam import Params, Robots, VideoActionModel
 
@@ -47,11 +47,11 @@ class Policy:
             ConfigError: listing the run's embodiments, if the named one is not among them.
         """
         run = pathlib.Path(run)
-        trained = checkpoints.read_config(run)
+        trained = run_directory.read_config(run)
         if trained.stage != "action":
-            raise checkpoints.RunError(f"{run} holds a run of stage '{trained.stage}'; a policy needs stage 'action'")
+            raise run_directory.RunError(f"{run} holds a run of stage '{trained.stage}'; a policy needs stage 'action'")
         params, _ = checkpoints.load_params(run)
-        return cls(config or trained, params, choose(checkpoints.load_embodiments(run), embodiment))
+        return cls(config or trained, params, choose(run_directory.load_embodiments(run), embodiment))
 
     def __call__(
         self,

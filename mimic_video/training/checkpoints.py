@@ -1,143 +1,180 @@
-"""Run directories: what a training run leaves on disk, and how it is read back.
+"""Checkpoints and frozen parameters of run directories, whose layout is in training/run_directory.py."""
 
-    run/config.json        the resolved configuration
-    run/embodiments.json   the robots and their normalisation statistics (stage `action`)
-    run/frozen/            parameters that the stage reads but does not train
-    run/checkpoints/N/     orbax items after N steps: params, train_state, data (JSON: where the batches stand and what they are
-                           drawn from), and ema when it is on; of converted weights, params
-    run/metrics.jsonl, run/tensorboard/
-"""
-
-import json
+import contextlib
+import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from jax.sharding import Mesh, SingleDeviceSharding
 
-from mimic_video.config import ConfigError, ExperimentConfig, experiment_from, to_dict
-from mimic_video.embodiments import Embodiment, from_table, to_table
-from mimic_video.training.sharding import path_name
+from mimic_video.config import ConfigError, ExperimentConfig
+from mimic_video.embodiments import Embodiment
+from mimic_video.training.fingerprints import json_fingerprint
+from mimic_video.training.run_directory import (
+    RunError,
+    agree,
+    flat,
+    read_config,
+    require_empty,
+    save_embodiments,
+    write_config,
+)
+from mimic_video.training.sharding import named_leaves, shardings
 from mimic_video.training.steps import TrainState, join_params, split_params
+from mimic_video.training.trees import DamagedError, load_tree, nearest, tree_args, tree_handler
 from mimic_video.vam import Params, VideoActionModel
 
 Precision = Literal["configured", "stored", "float32", "bfloat16"]
 START_PRECISION: dict[str, Precision] = {"video": "float32", "action": "configured"}  # in which a stage takes over `backbone_run`
 
-_MAY_CHANGE = ("train.log_every", "train.validate_every", "train.checkpoint_every", "train.keep_checkpoints", "text.model",
-               "text.cache", "tokenizer.chunk_latents", "mesh.", "policy.", "evaluation.")  # fmt: skip
-# What the weights of a tokenizer and backbone depend on.
-MODEL_FIELDS = ("data.cameras", "tokenizer.kind", "tokenizer.width", "text.kind", "text.rows", "text.width", "backbone")
+
+class _Manager(ocp.CheckpointManager):
+    saving: int | None = None  # the step that was last given to `save`
+
+    def reached_preemption(self, step: int) -> bool:
+        """Never: the training loop asks JAX after every step; asked again by a save's thread, about an older step, it would
+        forget where this process is."""
+        return False
 
 
-class RunError(RuntimeError):
-    """A run directory that is missing something, or belongs to another experiment."""
+@contextlib.contextmanager
+def open_checkpoints(run: pathlib.Path, keep: int, keep_every: int = 0) -> Iterator[_Manager]:
+    """The manager of a run's checkpoints. Saves are asynchronous and appear under their step only when complete.
 
-
-def write_config(run: pathlib.Path, config: ExperimentConfig) -> None:
-    """Records the configuration, of several hosts the first one; on resume, insists that it is the one the run was started with.
-
-    Raises:
-        ConfigError: listing every field that changed and may not.
-    """
-    path = run / "config.json"
-    if path.exists():
-        before, now = _flat(to_dict(read_config(run))), _flat(to_dict(config))
-        changed = [f"{name}: {before[name]!r} → {now[name]!r}" for name in now
-                   if before[name] != now[name] and not name.startswith(_MAY_CHANGE)]  # fmt: skip
-        if changed:
-            raise ConfigError(f"{run} holds a run with another configuration ({'; '.join(changed)}); use another --workdir")
-    if jax.process_index() == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        write_json(path, to_dict(config))
-
-
-def read_config(run: pathlib.Path) -> ExperimentConfig:
-    """The configuration of a run. Raises RunError if there is no run."""
-    path = pathlib.Path(run) / "config.json"
-    if not path.exists():
-        raise RunError(f"{run} is not a run directory: it has no config.json")
-    return experiment_from(json.loads(path.read_text()))
-
-
-def require_same_model(trained: ExperimentConfig, wanted: ExperimentConfig, fields: tuple[str, ...], run: pathlib.Path) -> None:
-    """Checks that two experiments agree on what weights depend on.
+    Args:
+        keep: how many of the newest are kept.
+        keep_every: those of its multiples are kept for good; 0 for none.
 
     Raises:
-        ConfigError: listing every field under `fields` whose value is not the one that `run` was trained with.
+        RunError: if the last save could not be completed.
     """
-    before, now = _flat(to_dict(trained)), _flat(to_dict(wanted))
-    changed = [f"'{name}' is {now[name]!r}, there {before[name]!r}" for name in now
-               if f"{name}.".startswith(tuple(f"{field}." for field in fields)) and before[name] != now[name]]  # fmt: skip
-    if changed:
-        raise ConfigError(f"the weights of {run} do not fit this configuration: config field " + "; ".join(changed))
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True, lightweight_initialize=True
+    )
+    manager = _Manager((run / "checkpoints").absolute(), options=options)
+    try:
+        yield manager
+    finally:
+        with _saving(manager):
+            manager.close()
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes JSON so that the file is whole or absent."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2))
-    os.replace(partial, path)
+@contextlib.contextmanager
+def _saving(manager: _Manager) -> Iterator[None]:
+    """Turns what a failing save raises, then or later, into a RunError."""
+    try:
+        yield
+    except Exception as error:
+        good = _complete(pathlib.Path(manager.directory))
+        left = f"the last good checkpoint is that of step {good[-1].name}" if good else "there is no earlier one"
+        raise RunError(f"step {manager.saving} could not be saved in {manager.directory}: {' '.join(str(error).split())[:1000]}; "
+                       f"{left}, from where the same command continues") from error  # fmt: skip
 
 
-def require_checkpoint(run: pathlib.Path) -> None:
-    """Raises RunError unless the run has a complete checkpoint."""
-    _newest_checkpoint(run)
+def save(manager: _Manager, state: TrainState, data: Mapping[str, Any]) -> None:
+    """Starts to save the state after its step, and for `require_same_data` that of the data, as JSON has it.
+
+    Raises:
+        RunError: if this save or the one before fails: on a full disk, for example.
+    """
+    args = {name: tree_args(item) for name, item in _items(state).items()}
+    data = {"data": dict(data), "fingerprint": json_fingerprint(dict(data))}
+    with _saving(manager):
+        manager.wait_until_finished()  # so that an error is known to be the one before's
+        manager.saving = int(state.step)
+        manager.save(manager.saving, args=ocp.args.Composite(**args, data=ocp.args.JsonSave(data)))
 
 
-def _newest_checkpoint(run: pathlib.Path) -> pathlib.Path:
-    folder = pathlib.Path(run) / "checkpoints"
-    complete = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
-    if not complete:
-        raise RunError(f"{run} has no complete checkpoint")
-    return max(complete, key=lambda path: int(path.name))
+def check_saves(manager: _Manager) -> None:
+    """Raises RunError if a save that was started has failed; does not wait for it."""
+    with _saving(manager):
+        manager.check_for_errors()
 
 
-def require_empty(run: pathlib.Path) -> None:
-    """Raises RunError if there is anything in the directory."""
-    if run.exists() and any(run.iterdir()):
-        raise RunError(f"{run} is not empty; converted weights go to a directory of their own")
-
-
-def open_checkpoints(run: pathlib.Path, keep: int) -> ocp.CheckpointManager:
-    """The manager of a run's checkpoints. Saves are asynchronous and appear under their step only when complete."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-    return ocp.CheckpointManager((run / "checkpoints").absolute(), options=options)
-
-
-def save(manager: ocp.CheckpointManager, state: TrainState, data: Mapping[str, Any]) -> None:
-    """Saves the state after its step, and for `require_same_data` that of the data, as JSON has it."""
-    items = {"params": state.params, "train_state": {"step": state.step, "opt_state": state.opt_state}}
-    if state.ema:
-        items["ema"] = state.ema
-    args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-    manager.save(int(state.step), args=ocp.args.Composite(**args, data=ocp.args.JsonSave(dict(data))))
+def _items(state: TrainState) -> dict[str, Any]:
+    """The state as what is stored apart: what inference reads, and the rest."""
+    rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    items = {"params": rest.pop("params"), "ema": rest.pop("ema"), "train_state": rest}
+    return {name: item for name, item in items.items() if jax.tree.leaves(item)}
 
 
 def restore(manager: ocp.CheckpointManager, state: TrainState) -> TrainState | None:
     """The newest checkpoint, straight into the shardings of `state` (arrays, or `abstract_state`); None if there is none.
 
+    One that is damaged is moved aside with an error in the log, and the one before it is used.
+
     Raises:
-        RunError: if the checkpoint holds converted weights, which training cannot continue from.
+        RunError: if the checkpoint holds converted weights, which training cannot continue from, or another model's; or if all
+            checkpoints are damaged. Then nothing is moved.
     """
-    step = manager.latest_step()
-    if step is None:
-        return None
-    if not (manager.directory / str(step) / "train_state").exists():
-        run = manager.directory.parent
-        raise RunError(f"{run} holds converted weights without optimizer state, so training cannot continue in it; "
-                       f"start from them with --config.backbone_run={run} and another --workdir")  # fmt: skip
-    targets = {"params": state.params, "train_state": {"step": state.step, "opt_state": state.opt_state}}
-    if state.ema:
-        targets["ema"] = state.ema
-    restored = manager.restore(
-        step, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(_abstract(item)) for name, item in targets.items()})
-    )
-    return TrainState(params=restored["params"], ema=restored["ema"] if state.ema else {}, **restored["train_state"])
+    run, damaged, restored = manager.directory.parent, {}, None
+    for step in sorted(manager.all_steps(), reverse=True):
+        path = pathlib.Path(manager.directory / str(step))
+        if not any((path / item).exists() for item in ("train_state", "data")):
+            raise RunError(f"{run} holds converted weights without optimizer state, so training cannot continue in it; "
+                           f"start from them with --config.backbone_run={run} and another --workdir")  # fmt: skip
+        try:
+            items = {name: load_tree(path / name, item) for name, item in _items(state).items()}
+            read_data(path)
+        except DamagedError as error:
+            damaged[step] = str(error)  # without the traceback, which would keep what was read in memory
+            continue
+        restored = state.replace(**{"ema": {}} | items.pop("train_state") | items)
+        break
+    if damaged and restored is None:
+        raise RunError(f"no checkpoint of {run} can be used, and nothing was changed: " + "; ".join(damaged.values()))
+    for old, problem in damaged.items():
+        logging.error("%s. It is moved to %s, and training continues from step %d", problem,
+                      _set_aside(pathlib.Path(manager.directory / str(old))), step)  # fmt: skip
+    manager.reload()
+    return restored
+
+
+def _set_aside(path: pathlib.Path) -> pathlib.Path:
+    """Renames checkpoints/N to checkpoints/N.damaged, or N.damaged.2 and so on; process 0 does it for all."""
+    aside, count = path.with_name(f"{path.name}.damaged"), 1
+    while aside.exists():
+        aside, count = path.with_name(f"{path.name}.damaged.{count + 1}"), count + 1
+    problem = agree(None)  # on the name
+    if jax.process_index() == 0:
+        try:
+            os.rename(path, aside)
+        except OSError as error:
+            problem = f"{path} is damaged, and cannot be moved aside: {error}"
+    problem = agree(problem)
+    if problem is not None:
+        raise RunError(problem)
+    return aside
+
+
+def read_data(checkpoint: pathlib.Path) -> dict[str, Any] | None:
+    """The data that was given to `save`; None for a checkpoint from before there was that.
+
+    All processes have to call this.
+
+    Raises:
+        DamagedError: if it cannot be read, or is not what was written.
+    """
+    path, problem, stored = checkpoint / "data", None, None
+    if path.exists():
+        try:
+            stored = ocp.JsonCheckpointHandler().restore(path.absolute())
+            if "fingerprint" in stored and json_fingerprint(stored["data"]) != stored["fingerprint"]:
+                problem = "its fingerprint is not that of what was written"
+        except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+            problem = f"{type(error).__name__}: {error}"
+    problem = agree(problem)
+    if problem is not None:
+        raise DamagedError(f"{path} is damaged: {problem}")
+    return stored["data"] if stored and "fingerprint" in stored else stored
 
 
 def require_same_data(manager: ocp.CheckpointManager, data: Callable[[int], Mapping[str, Any]]) -> None:
@@ -154,24 +191,40 @@ def require_same_data(manager: ocp.CheckpointManager, data: Callable[[int], Mapp
     step = manager.latest_step()
     if step is None:
         return
-    run = manager.directory.parent
-    if not (manager.directory / str(step) / "data").exists():
+    run, stored = manager.directory.parent, read_data(pathlib.Path(manager.directory / str(step)))
+    if stored is None:
         logging.warning("%s does not say what data it was trained on; it continues with the data there are", run)
         return
-    before = _flat(manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"])
-    now = _flat(dict(data(step)))
+    before, now = flat(stored), flat(dict(data(step)))
     changed = [f"{name}: {before.get(name)!r} → {now.get(name)!r}" for name in before | now if before.get(name) != now.get(name)]
     if changed:
         raise RunError(f"the data are not those that {run} was trained on ({'; '.join(changed)}), so samples would come in "
                        "another order; bring the data back, or use another --workdir")  # fmt: skip
 
 
+def require_checkpoint(run: pathlib.Path) -> None:
+    """Raises RunError unless the run has a complete checkpoint."""
+    _newest_checkpoint(run)
+
+
+def _complete(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted((path for path in folder.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+
+
+def _newest_checkpoint(run: pathlib.Path) -> pathlib.Path:
+    folder = pathlib.Path(run) / "checkpoints"
+    complete = _complete(folder) if folder.is_dir() else []
+    if not complete:
+        raise RunError(f"{run} has no complete checkpoint")
+    return complete[-1]
+
+
 def save_frozen(run: pathlib.Path, frozen: Params) -> None:
     """Keeps the parameters that a stage does not train, once per run."""
     path = (run / "frozen").absolute()
     if not path.exists():
-        with ocp.Checkpointer(_tree_handler()) as checkpointer:
-            checkpointer.save(path, args=_save_args(frozen))
+        with ocp.Checkpointer(tree_handler()) as checkpointer:
+            checkpointer.save(path, args=tree_args(frozen))
 
 
 def save_converted(
@@ -196,34 +249,17 @@ def save_converted(
     trained, frozen = split_params(jax.tree.map(lambda leaf: jax.device_put(leaf, may_alias=True), params), config)
     run.mkdir(parents=True, exist_ok=True)
     save_frozen(run, frozen)
-    with ocp.CheckpointManager((run / "checkpoints").absolute(), item_handlers={"params": _tree_handler()}) as manager:
-        manager.save(0, args=ocp.args.Composite(params=_save_args(trained)))
+    with ocp.CheckpointManager((run / "checkpoints").absolute(), item_handlers={"params": tree_handler()}) as manager:
+        manager.save(0, args=ocp.args.Composite(params=tree_args(trained)))
     if embodiments is not None:
         save_embodiments(run, embodiments)
     write_config(run, config)  # the last, so that what an interruption leaves is not a run
 
 
-def save_embodiments(run: pathlib.Path, embodiments: Mapping[str, Embodiment]) -> None:
-    """Writes the robots of a run of stage `action`; of several hosts the first one does."""
-    if jax.process_index() == 0:
-        write_json(run / "embodiments.json", to_table(embodiments))
-
-
-def load_embodiments(run: pathlib.Path) -> dict[str, Embodiment]:
-    """The robots of a run of stage `action`, by name. Raises RunError if it has none, or their file is damaged."""
-    path = pathlib.Path(run) / "embodiments.json"
-    if not path.exists():
-        raise RunError(f"{run} has no {path.name}: its training has not started, or it is not of stage 'action'")
-    try:
-        return from_table(json.loads(path.read_text()))
-    except ValueError as error:
-        raise RunError(f"{path} cannot be read: {error}") from error
-
-
-def load_frozen(run: pathlib.Path, precision: Precision = "configured") -> Params:
-    """What `save_frozen` kept, on one device; `precision` as for `load_params`. Raises RunError before it has."""
+def load_frozen(run: pathlib.Path, precision: Precision = "configured", mesh: Mesh | None = None) -> Params:
+    """What `save_frozen` kept; arguments as for `load_params`. Raises RunError before it has, or if it is damaged."""
     path, config = _frozen_path(run), read_config(run)
-    return _load_tree(path, split_params(_abstract_params(config, precision), config)[1], precision)
+    return load_tree(path, _abstract_params(config, precision, mesh)[1], stored_dtype=precision == "stored")
 
 
 def load_tokenizer(run: pathlib.Path, config: ExperimentConfig) -> Params:
@@ -233,34 +269,89 @@ def load_tokenizer(run: pathlib.Path, config: ExperimentConfig) -> Params:
         run: the experiment's own run or, before that has started, its `backbone_run`. Nothing else of it is read.
 
     Raises:
-        RunError: if there are no parameters.
+        RunError: if there are no parameters, or they are damaged.
     """
     path = _frozen_path(run)
-    target = {"tokenizer": _abstract_params(read_config(run), START_PRECISION[config.stage])["tokenizer"]}
-    arguments = ocp.args.PyTreeRestore(
-        target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
-    )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        tokenizer = checkpointer.restore(path.absolute(), args=arguments)["tokenizer"]
+    target = {"tokenizer": _abstract_params(read_config(run), START_PRECISION[config.stage])[1]["tokenizer"]}
     dtype = VideoActionModel(config).dtype("tokenizer")
-    return jax.tree.map(lambda leaf: np.asarray(leaf.astype(dtype)), tokenizer)
+    return jax.tree.map(lambda leaf: np.asarray(leaf.astype(dtype)), load_tree(path, target)["tokenizer"])
 
 
-def load_params(run: pathlib.Path, precision: Precision = "configured") -> tuple[Params, int]:
-    """Parameters of a run for inference (the moving average where there is one), on one device; and the step they are from.
+def load_params(run: pathlib.Path, precision: Precision = "configured", mesh: Mesh | None = None) -> tuple[Params, int]:
+    """Parameters of a run for inference (the moving average where there is one), and the step they are from.
 
     Args:
         precision: "configured" for what `config.precision` computes in, "stored" for what is on disk, or a dtype.
+        mesh: they come straight into their shardings on it; None for one device.
 
     Raises:
-        RunError: if the run has no complete checkpoint.
+        RunError: if the run has no complete checkpoint, or the newest is damaged. Nothing is moved.
     """
-    config, frozen = read_config(run), load_frozen(run, precision)
+    config, frozen = read_config(run), load_frozen(run, precision, mesh)
     checkpoint = _newest_checkpoint(run)
-    average = checkpoint / "ema"
-    target = split_params(_abstract_params(config, precision), config)[0]
-    trained = _load_tree(average if average.exists() else checkpoint / "params", target, precision)
+    average, target = checkpoint / "ema", _abstract_params(config, precision, mesh)[0]
+    try:
+        trained = load_tree(average if average.exists() else checkpoint / "params", target, stored_dtype=precision == "stored")
+    except DamagedError as error:
+        raise RunError(_damage_advice(checkpoint, error)) from error
     return join_params(trained, frozen, config), int(checkpoint.name)
+
+
+def load_start(
+    run: pathlib.Path, start_map: tuple[tuple[str, str], ...], target: Mapping[str, Any], mesh: Mesh
+) -> dict[str, jax.Array]:
+    """Parameters of another run to start from, as `load_params` has them.
+
+    Args:
+        start_map: pairs (pattern, replacement) as `ExperimentConfig.start_map` describes.
+        target: {path here, such as 'decoder/blocks/mlp/up/kernel': array or ShapeDtypeStruct with its sharding}, of all that
+            could start so.
+
+    Returns:
+        The same dict without what an empty replacement leaves as it starts; in those shardings and dtypes.
+
+    Raises:
+        ConfigError: if a pattern is no regular expression, or matches none of the paths.
+        RunError: if the run is not complete or damaged; if a path is not there, naming the nearest, or used twice; or a shape
+            differs.
+    """
+    sources = _mapped(start_map, list(target))
+    there = named_leaves(load_params(run, "stored", mesh)[0])
+    misfits = [f"{name}: there is no {source} in {run}{nearest(source, there)}" for name, source in sources.items()
+               if source not in there]  # fmt: skip
+    misfits += [f"{name} has shape {target[name].shape}, {source} there {there[source].shape}" for name, source in sources.items()
+                if source in there and there[source].shape != target[name].shape]  # fmt: skip
+    misfits += [f"{source} is used more than once" for source, times in Counter(sources.values()).items() if times > 1]
+    if misfits:
+        raise RunError(f"config field 'start_map' does not fit {run}: " + "; ".join(misfits))
+    return {name: jax.device_put(there.pop(source).astype(target[name].dtype), target[name].sharding)
+            for name, source in sources.items()}  # fmt: skip
+
+
+def _mapped(start_map: tuple[tuple[str, str], ...], names: list[str]) -> dict[str, str]:
+    """{path here: path in the other run}; the first pair that matches counts, and an empty replacement leaves the path out."""
+    sources, unused = {}, {pattern for pattern, _ in start_map}
+    try:
+        for name in names:
+            pattern, replacement = next((pair for pair in start_map if re.search(pair[0], name)), ("", None))
+            unused.discard(pattern)
+            if replacement is None:
+                sources[name] = name
+            elif replacement:
+                sources[name] = re.sub(pattern, replacement, name, count=1)
+    except re.error as error:
+        raise ConfigError(f"config field 'start_map' is {start_map!r}; expected regular expressions: {error}") from error
+    if unused:
+        raise ConfigError(f"config field 'start_map' has patterns {sorted(unused)} that no parameter is the first to match; "
+                          f"parameters are such as {names[0]!r}")  # fmt: skip
+    return sources
+
+
+def _damage_advice(checkpoint: pathlib.Path, error: DamagedError) -> str:
+    earlier = [path.name for path in _complete(checkpoint.parent) if path != checkpoint]
+    if not earlier:
+        return f"{error}; there is no earlier checkpoint"
+    return f"{error}; to use that of step {earlier[-1]} instead: mv {checkpoint} {checkpoint}.damaged"
 
 
 def _frozen_path(run: pathlib.Path) -> pathlib.Path:
@@ -270,43 +361,20 @@ def _frozen_path(run: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def _load_tree(path: pathlib.Path, target: Params, precision: Precision) -> Params:
-    with ocp.Checkpointer(_tree_handler()) as checkpointer:
-        if precision == "stored":
-            stored = _flat(_tree_handler().metadata(path.absolute()).tree)
-            target = jax.tree_util.tree_map_with_path(
-                lambda key, leaf: leaf.update(dtype=stored[path_name(key).replace("/", ".")].dtype), target
-            )
-        return checkpointer.restore(path.absolute(), args=ocp.args.StandardRestore(target))
-
-
-def _tree_handler() -> ocp.StandardCheckpointHandler:
-    """For trees of billions of parameters: by default, copies of all of them are in memory before the first is written."""
-    return ocp.StandardCheckpointHandler(save_concurrent_gb=1, restore_concurrent_gb=1)
-
-
-def _save_args(tree: Params) -> ocp.args.StandardSave:
-    """Pieces of 64 MiB, each compressed, written and let go by itself."""
-    return ocp.args.StandardSave(tree, save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=64 * 2**20), tree))
-
-
-def _abstract_params(config: ExperimentConfig, precision: Precision) -> Params:
-    """Shapes of all parameters, on the first device whatever mesh they were trained on."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+def _abstract_params(config: ExperimentConfig, precision: Precision, mesh: Mesh | None = None) -> tuple[Params, Params]:
+    """Shapes of the (trained, frozen) parameters, in their shardings on a mesh or on the first device, wherever they were
+    trained."""
     vam = VideoActionModel(config)
-    shapes = jax.eval_shape(vam.init, jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: split_params(vam.init(key), config), jax.random.key(0))
+    one_device = SingleDeviceSharding(jax.local_devices()[0])
 
-    def one(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        dtype = {"configured": vam.dtype(path[0].key), "stored": leaf.dtype}.get(precision, precision)
-        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
+    def one(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, where: Any) -> jax.ShapeDtypeStruct:
+        network = path[0].key
+        if network == "lora" or precision == "stored":  # adapters are merged in float32
+            return leaf.update(sharding=where)
+        return leaf.update(dtype=vam.dtype(network) if precision == "configured" else precision, sharding=where)
 
-    return jax.tree_util.tree_map_with_path(one, shapes)
-
-
-def _abstract(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
-
-
-def _flat(values: dict) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(values, is_leaf=lambda value: not isinstance(value, dict))
-    return {path_name(path).replace("/", "."): leaf for path, leaf in leaves}
+    return tuple(
+        jax.tree_util.tree_map_with_path(one, tree, shardings(tree, mesh) if mesh else jax.tree.map(lambda _: one_device, tree))
+        for tree in shapes
+    )

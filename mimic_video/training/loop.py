@@ -1,116 +1,148 @@
 """One training run from start, or from where it was interrupted, to its last step."""
 
+import contextlib
+import errno
 import pathlib
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from mimic_video.config import ExperimentConfig
 from mimic_video.training import checkpoints
-from mimic_video.training.metrics import MetricWriter
+from mimic_video.training.clock import ProfilerWindow, StepClock, first_start
+from mimic_video.training.metrics import MetricWriter, device_memory
+from mimic_video.training.preemption import PreemptedError, preemption_notices
+from mimic_video.training.run_directory import RunError, write_config
 from mimic_video.training.sharding import global_batch, make_mesh, require_divisible
-from mimic_video.training.steps import (
-    TrainState,
-    abstract_state,
-    make_state,
-    make_train_step,
-    make_validation_step,
-    place,
-    split_params,
-)
+from mimic_video.training.steps import TrainState, abstract_state, initial_state, make_train_step, place, split_params
+from mimic_video.training.validation import make_validation
 from mimic_video.vam import Params, VideoActionModel
 
 NumpyBatch = dict[str, np.ndarray]
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss stopped being a number; the last checkpoint before it is kept."""
+    """The loss or its gradient stopped being a number; the last checkpoint before that is kept."""
 
 
 def train(
     config: ExperimentConfig,
     run: pathlib.Path,
-    init: Callable[[], Params],
+    init: Callable[[Mesh], Params],
     batches: Callable[[int], Iterator[NumpyBatch]],
     data: Callable[[int], Mapping[str, Any]],
     validation: Sequence[NumpyBatch] = (),
+    profile: tuple[int, int] | None = None,
 ) -> TrainState:
     """Trains `config.stage` in the directory `run`, resuming from its newest checkpoint if it has one.
 
+    To be called in the main thread, which signals go to, with the directory `locked`.
+
     Args:
-        init: all parameters at the start: called unless there is a checkpoint.
-        batches: step → the batches from that step on, this process's part; a function of (seed, step) alone.
+        init: all parameters at the start, on the mesh or as NumPy arrays: called unless there is a checkpoint.
+        batches: step → the batches from that step on, this process's `batch_rows`; a function of (seed, step) alone.
         data: step → where `batches` stand after it and what they are drawn from, for JSON; kept with each checkpoint.
-        validation: fixed batches that validation errors are averaged over.
+        validation: fixed batches that validation errors are averaged over, this process's rows, too; for action errors in raw
+            units, with `action_scale` as in `make_action_curves`.
+        profile: the first and the last step to trace.
 
     Returns:
         The final state; the run directory holds it too.
 
     Raises:
-        ConfigError: if the directory holds a run with another configuration.
-        RunError: if it holds one that was trained on other data.
-        NonFiniteLossError: if the loss becomes NaN or infinite.
+        ConfigError: if the directory holds a run with another configuration, or there are no such steps to trace.
+        RunError: if it holds one that was trained on other data, or no checkpoint that can be read, or if it cannot be written.
+        NonFiniteLossError: if the loss or its gradient becomes NaN or infinite.
+        PreemptedError: if it was asked to stop before the last step, after it has saved.
     """
-    checkpoints.write_config(run, config)
-    mesh, vam = make_mesh(config.mesh), VideoActionModel(config)
-    require_divisible(config.train.batch_size, mesh)
-    with checkpoints.open_checkpoints(run, config.train.keep_checkpoints) as manager:
-        if manager.latest_step() is None:
-            trained, frozen = split_params(init(), config)
-            checkpoints.save_frozen(run, frozen)
-            frozen = checkpoints.load_frozen(run)  # what an earlier start of this run kept, if there was one
-            state = place(make_state(config, trained), mesh)
-        else:
-            frozen = checkpoints.load_frozen(run)
-            state = checkpoints.restore(manager, abstract_state(vam, mesh))
-            checkpoints.require_same_data(manager, data)
+    write_config(run, config)
+    started, profiler = first_start(run), ProfilerWindow(run, profile, config.train.steps)
+    mesh, vam, settings = make_mesh(config.mesh), VideoActionModel(config), config.train
+    require_divisible(settings.batch_size, mesh)
+    opened = checkpoints.open_checkpoints(run, settings.keep_checkpoints, settings.keep_every)
+    with _full_disk_explained(run), preemption_notices() as stop_after, opened as manager:
+        state, frozen = _start(config, run, vam, mesh, manager, init, data)
         start = int(state.step)
-        if start < config.train.steps:
-            state = _run_steps(config, vam, mesh, state, place(frozen, mesh), batches(start), data, validation, run, manager)
+        if start == settings.steps:
+            return state
+
+        take_step, validate = make_train_step(vam, mesh, state), make_validation(vam, mesh, validation, run)
+        progress = tqdm(total=settings.steps, initial=start, desc=f"{config.stage} stage", unit="step", mininterval=1.0,
+                        disable=jax.process_index() > 0)  # fmt: skip
+        with progress, MetricWriter(run, start, config) as writer:
+            stream, clock, pending = batches(start), StepClock(config, run, started), []
+            for step in range(start + 1, settings.steps + 1):
+                with clock.stopped():
+                    profiler.before(step)
+                with clock.waiting():
+                    batch = global_batch(next(stream), mesh)
+                state, metrics = take_step(state, frozen, batch)
+                pending.append(metrics)
+                clock.step()
+                with clock.stopped():
+                    profiler.after(step, metrics)
+                progress.update()
+                if step == start + 1:  # it compiled
+                    jax.block_until_ready(metrics)
+                    clock.restart()
+
+                last, stopping = step == settings.steps, stop_after(step)
+                saving = step % settings.checkpoint_every == 0 or last or stopping
+                validating = bool(validation) and (step % settings.validate_every == 0 or last)
+                recording = step % settings.log_every == 0 or saving or validating
+                if recording:
+                    values = {name: float(np.mean([m[name] for m in jax.device_get(pending)])) for name in metrics}
+                    if not np.isfinite([values["loss"], values["grad_norm"]]).all():  # before anything is saved
+                        _stop_at_non_finite(values, step - len(pending) + 1, step, run, manager)
+                    values |= clock.lap() | device_memory()
+                    speed = f", {values['samples_per_second']:.0f} samples/s" if "samples_per_second" in values else ""
+                    progress.set_postfix_str(f"loss {values['loss']:.4g}{speed}")
+                    pending = []
+                    if validating:
+                        values |= validate(step, state.inference_params, frozen, writer)
+                    writer.write(step, values)
+                if saving:
+                    checkpoints.save(manager, state, data(step))
+                    if stopping and not last:
+                        raise PreemptedError(f"stopped after step {step} of {run}, as asked; the same command continues there")
+                checkpoints.check_saves(manager)
+                if recording:
+                    clock.restart()
     return state
 
 
-def _run_steps(config, vam, mesh, state, frozen, batches, data, validation, run, manager) -> TrainState:
-    settings, start = config.train, int(state.step)
-    step_function = make_train_step(vam, mesh, state)
-    validate = make_validation_step(vam, mesh)
-    validation = [global_batch(batch, mesh) for batch in validation]
-    writer = MetricWriter(run, start)
-    progress = tqdm(total=settings.steps, initial=start, desc=f"{config.stage} stage", unit="step", mininterval=1.0)
-    pending, waited, clock = [], 0.0, time.perf_counter()
-    for step in range(start + 1, settings.steps + 1):
-        asked = time.perf_counter()
-        batch = global_batch(next(batches), mesh)
-        waited += time.perf_counter() - asked
-        state, metrics = step_function(state, frozen, batch)
-        pending.append(metrics)
-        progress.update()
-        last = step == settings.steps
-        saving = step % settings.checkpoint_every == 0 or last
-        validating = bool(validation) and (step % settings.validate_every == 0 or last)
-        if step % settings.log_every == 0 or saving or validating:
-            values = {name: float(np.mean([m[name] for m in jax.device_get(pending)])) for name in metrics}
-            elapsed = time.perf_counter() - clock
-            if not np.isfinite(values["loss"]):  # before anything is saved
-                raise NonFiniteLossError(f"loss is {values['loss']} between steps {step - len(pending) + 1} and {step} of {run}")
-            values |= {"samples_per_second": len(pending) * settings.batch_size / elapsed, "data_wait_fraction": waited / elapsed}
-            progress.set_postfix_str(f"loss {values['loss']:.4g}, {values['samples_per_second']:.0f} samples/s")
-            pending, waited = [], 0.0
-            if validating:
-                values |= _validation_metrics(validate, state, frozen, validation)
-            writer.write(step, values)
-            clock = time.perf_counter()
-        if saving:
-            checkpoints.save(manager, state, data(step))
-    progress.close()
-    writer.close()
-    return state
+def _start(config, run, vam, mesh, manager, init, data) -> tuple[TrainState, Params]:
+    """The state and the frozen parameters of the newest checkpoint, or new ones."""
+    state = checkpoints.restore(manager, abstract_state(vam, mesh))
+    if state is None:
+        trained, frozen = split_params(init(mesh), config)
+        checkpoints.save_frozen(run, frozen)
+        del frozen  # what counts is what is kept, maybe by an earlier start of this run
+        state = initial_state(config, place(trained, mesh), mesh)
+    else:
+        checkpoints.require_same_data(manager, data)
+    return state, checkpoints.load_frozen(run, mesh=mesh)
 
 
-def _validation_metrics(validate, state: TrainState, frozen: Params, batches) -> dict[str, float]:
-    collected = [jax.device_get(validate(state.inference_params, frozen, batch)) for batch in batches]
-    return {f"validation_{name}": float(np.mean([metrics[name] for metrics in collected])) for name in collected[0]}
+@contextlib.contextmanager
+def _full_disk_explained(run: pathlib.Path) -> Iterator[None]:
+    """Metrics are written here too, not only checkpoints."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        raise RunError(f"{run} cannot be written: {error}; the same command continues from the last checkpoint") from error
+
+
+def _stop_at_non_finite(values: dict[str, float], first: int, last: int, run: pathlib.Path, manager) -> NoReturn:
+    manager.wait_until_finished()  # what is being written is from before
+    good = manager.latest_step()
+    raise NonFiniteLossError(
+        f"loss is {values['loss']} and its gradient's norm {values['grad_norm']} between steps {first} and {last} of {run}; "
+        + ("there is no checkpoint before that" if good is None else f"the last good checkpoint is that of step {good}")
+    )

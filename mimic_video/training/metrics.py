@@ -1,35 +1,126 @@
-"""Training metrics on disk (JSONL and TensorBoard) and on the terminal."""
+"""Training metrics: norms by group of parameters, memory, and where numbers and pictures go."""
 
+import importlib
 import json
 import os
 import pathlib
+import re
+import secrets
+import types
 from collections.abc import Mapping
+from typing import Any, Self
 
+import jax
+import numpy as np
+import optax
+from jaxtyping import Array, Float, UInt8
 from tensorboardX import SummaryWriter
+
+from mimic_video.config import ConfigError, ExperimentConfig, to_dict
+from mimic_video.training.sharding import path_name
+
+# (regex over the '/'-joined path, group); the first match wins.
+_GROUPS = (
+    (r"blocks/\w+_modulation", "blocks/modulation"),
+    (r"blocks/(self_attn|cross_attn|mlp)", r"blocks/\1"),
+    (r"final_", "final"),
+    (r"", "embeddings"),  # of patches, actions, proprioception, positions, and times
+)
+
+
+def group_norms(tree: Any, prefix: str) -> dict[str, Float[Array, ""]]:
+    """Euclidean norms of a tree of parameters, or of their gradients, by group.
+
+    Returns:
+        Norms under names such as 'grad_norm/backbone/blocks/self_attn', with the prefix 'grad_norm': for every network at the top
+        of the tree those of its blocks' self_attn, cross_attn, mlp and modulation, of its embeddings and of its final layers.
+    """
+    groups: dict[str, list[Array]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        network, name = path_name(path).split("/", 1)
+        group = next(match.expand(group) for pattern, group in _GROUPS if (match := re.search(pattern, name)))
+        groups.setdefault(f"{prefix}/{network}/{group}", []).append(leaf)
+    return {name: optax.tree.norm(leaves) for name, leaves in groups.items()}
+
+
+def device_memory() -> dict[str, float]:
+    """GB in use and at most in use so far, of the fullest device of this process; nothing where devices do not say (CPU)."""
+    stats = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
+    names = {"hbm_gb": "bytes_in_use", "hbm_gb_peak": "peak_bytes_in_use"}
+    return {name: max(each[key] for each in stats) / 1e9 for name, key in names.items() if stats}
 
 
 class MetricWriter:
-    """Appends one record per logged step. After a resume, records of steps that will be repeated are dropped first."""
+    """Appends one record per logged step to metrics.jsonl, TensorBoard and, if configured, Weights & Biases.
 
-    def __init__(self, run: pathlib.Path, start_step: int):
+    A context manager; of several processes the first one writes. After a resume, records of steps that will be repeated are
+    dropped first. Weights & Biases cannot drop any: there the same run goes on (its id is in the run directory) and keeps what it
+    has of those steps.
+    """
+
+    def __init__(self, run: pathlib.Path, start_step: int, config: ExperimentConfig):
+        self._first = jax.process_index() == 0
+        if not self._first:
+            return
         run.mkdir(parents=True, exist_ok=True)
         path = run / "metrics.jsonl"
         kept = [record for record in read_metrics(run) if record["step"] <= start_step]
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         os.replace(partial, path)
+        self._wandb = _wandb_run(run, config) if config.train.wandb_project else None
         self._file = path.open("a")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1 if start_step else None)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._first:
+            return
+        self._file.close()
+        self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        if not self._first:
+            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+        self._to_wandb(step, values)
 
-    def close(self) -> None:
-        self._file.close()
-        self._board.close()
+    def write_image(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
+        """Shows a picture in TensorBoard and Weights & Biases."""
+        if not self._first:
+            return
+        self._board.add_image(name, image, step, dataformats="HWC")
+        if self._wandb is not None:
+            self._to_wandb(step, {name: wandb_package().Image(image)})
+
+    def _to_wandb(self, step: int, values: Mapping[str, Any]) -> None:
+        if self._wandb is not None and step >= self._wandb.step:
+            self._wandb.log(dict(values), step=step)
+
+
+def wandb_package() -> types.ModuleType:
+    """Weights & Biases. Raises ConfigError, saying how to install it, if it is missing."""
+    try:
+        return importlib.import_module("wandb")
+    except ModuleNotFoundError as error:
+        raise ConfigError("config field 'train.wandb_project' is set, but the package wandb is missing; expected after "
+                          "pip install 'mimic-video-jax[wandb]'") from error  # fmt: skip
+
+
+def _wandb_run(run: pathlib.Path, config: ExperimentConfig) -> Any:
+    """The run's run at Weights & Biases, which goes on if there is one."""
+    path = run / "wandb_id"
+    if not path.exists():
+        path.write_text(secrets.token_hex(8))
+    return wandb_package().init(project=config.train.wandb_project, id=path.read_text(), name=run.name, dir=str(run),
+                                resume="allow", config=to_dict(config))  # fmt: skip
 
 
 def read_metrics(run: pathlib.Path) -> list[dict[str, float]]:

@@ -2,10 +2,12 @@
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mimic_video.config import ConfigError, MeshConfig
@@ -24,11 +26,14 @@ RULES = (
 )
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """Mesh(data, fsdp, sequence) over all devices.
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh(data, fsdp, sequence) over all devices, on TPU along the links between chips: `sequence` has the nearest ones.
+
+    Several TPU slices, between which there is only the data centre's network, are joined along `data`, so that every group of
+    fsdp x sequence devices lies within one slice.
 
     Raises:
-        ConfigError: if the axes do not multiply to the number of devices.
+        ConfigError: if the axes do not multiply to the number of devices, or do not fit the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.sequence]
@@ -36,7 +41,15 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         sizes[sizes.index(-1)] = len(devices) // -math.prod(sizes)
     if math.prod(sizes) != len(devices):
         raise ConfigError(f"config field 'mesh' is {config}; its axes must multiply to the {len(devices)} devices there are")
-    return jax.make_mesh(sizes, ("data", "fsdp", "sequence"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    data, *within = sizes
+    if data % slices:
+        raise ConfigError(f"config field 'mesh.data' is {data}; expected a multiple of the {slices} TPU slices")
+    if slices > 1:
+        array = create_hybrid_device_mesh((data // slices, *within), (slices, 1, 1), devices, allow_split_physical_axes=True)
+    else:
+        array = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(array, ("data", "fsdp", "sequence"), axis_types=(AxisType.Auto,) * 3)
 
 
 def require_divisible(batch_size: int, mesh: Mesh) -> None:
@@ -46,9 +59,35 @@ def require_divisible(batch_size: int, mesh: Mesh) -> None:
         raise ConfigError(f"config field 'train.batch_size' is {batch_size}; expected a multiple of mesh data x fsdp = {parts}")
 
 
+def batch_rows(batch_size: int, mesh: Mesh) -> list[int]:
+    """Rows of a global batch that this process loads: those of its devices, ascending.
+
+    Meshes follow the links between chips, so the rows need not be neighbours. Processes among which `sequence` divides samples
+    have the same rows.
+
+    Raises:
+        ConfigError: if the batch cannot be split over the mesh.
+    """
+    require_divisible(batch_size, mesh)
+    size = batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
+    return [row for part in _own_parts(mesh) for row in range(part * size, (part + 1) * size)]
+
+
+def _own_parts(mesh: Mesh) -> list[int]:
+    """Positions along data x fsdp that this process has devices at, ascending."""
+    groups = mesh.devices.reshape(-1, mesh.shape["sequence"])
+    here = jax.process_index()
+    return [part for part, group in enumerate(groups) if any(device.process_index == here for device in group)]
+
+
 def path_name(path: tuple[Any, ...]) -> str:
     """'backbone/blocks/mlp/up/kernel' from a JAX key path."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """{path name: leaf}, in the order of the tree's leaves."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
@@ -71,6 +110,13 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's part of a batch → global arrays split over the data and fsdp axes."""
-    sharding = NamedSharding(mesh, BATCH)
-    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+    """This process's `batch_rows` of a batch → global arrays split over the data and fsdp axes."""
+    sharding, parts = NamedSharding(mesh, BATCH), _own_parts(mesh)
+
+    def whole(rows: np.ndarray) -> jax.Array:
+        pieces = dict(zip(parts, np.split(rows, len(parts)), strict=True))
+        size = len(rows) // len(parts)
+        shape = (size * mesh.shape["data"] * mesh.shape["fsdp"], *rows.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, lambda index: pieces[(index[0].start or 0) // size])
+
+    return {key: whole(rows) for key, rows in batch.items()}

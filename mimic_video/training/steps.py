@@ -1,11 +1,13 @@
 """The training state and the compiled step of either stage."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -13,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mimic_video.config import ExperimentConfig
 from mimic_video.models.parallel import BATCH
 from mimic_video.training.lora import init_adapters, join_network, require_names, split_network
+from mimic_video.training.metrics import group_norms
 from mimic_video.training.optimizer import average_decay, make_optimizer, make_schedule
 from mimic_video.training.sharding import shardings
 from mimic_video.vam import Batch, Draws, Mean, Metrics, Params, VideoActionModel
@@ -82,6 +85,12 @@ def make_state(config: ExperimentConfig, params: Params) -> TrainState:
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=make_optimizer(config.train).init(params), ema=ema)
 
 
+def initial_state(config: ExperimentConfig, params: Params, mesh: Mesh) -> TrainState:
+    """`make_state` of placed parameters, which it consumes; every leaf is made where the sharding rules want it."""
+    make = functools.partial(make_state, config)
+    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, params), mesh), donate_argnums=0)(params)
+
+
 def abstract_state(vam: VideoActionModel, mesh: Mesh) -> TrainState:
     """Shapes and shardings of the state, to restore a checkpoint into."""
 
@@ -121,8 +130,9 @@ def make_train_step(
         ema = optax.incremental_update(params, state.ema, 1 - average_decay(config.train, state.step)) if state.ema else {}
         metrics = {name: mean.value for name, mean in means.items()}
         metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
+        metrics |= group_norms(grads, "grad_norm") | group_norms(params, "param_norm")
         if config.train.spike_factor:
-            metrics["skipped_steps"] = opt_state.skipped
+            metrics["skipped_fraction"] = opt_state.skipped - state.opt_state.skipped  # of the steps that are logged together
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
     batch, replicated = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec())
@@ -165,5 +175,12 @@ def make_validation_step(vam: VideoActionModel, mesh: Mesh) -> Callable[[Params,
 
 
 def place(tree: Any, mesh: Mesh) -> Any:
-    """Puts parameters or state where the sharding rules want them."""
-    return jax.device_put(tree, shardings(tree, mesh))
+    """Puts parameters or state where the sharding rules want them; what processes hold by themselves is the same in all."""
+
+    def one(leaf: Any, where: NamedSharding) -> jax.Array:
+        if where.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
+            return jax.device_put(leaf, where)
+        values = np.asarray(leaf)
+        return jax.make_array_from_callback(values.shape, where, lambda index: values[index])
+
+    return jax.tree.map(one, tree, shardings(tree, mesh))

@@ -82,19 +82,19 @@ def test_resuming_equals_skipping(dataset, start_step):
             np.testing.assert_array_equal(resumed[name], expected[name])
 
 
-@pytest.mark.parametrize("process_count", [2, 4])
-def test_processes_share_the_same_global_batches(dataset, process_count):
+@pytest.mark.parametrize("shares", [[[0, 1], [2, 3]], [[0], [1], [2], [3]], [[0, 3], [1, 2]], [[1, 2], [1, 2], [0, 3]]], ids=str)
+def test_processes_read_their_rows_of_the_same_global_batches(dataset, shares):
     alone = batches(dataset, 12)
-    parts = [batches(dataset, 12, process_index=p, process_count=process_count) for p in range(process_count)]
-    for step, batch in enumerate(alone):
-        shares = [windows_of(part[step]) for part in parts]
-        assert {len(share) for share in shares} == {4 // process_count}
-        assert sorted(itertools.chain(*shares)) == sorted(windows_of(batch))
+    for rows in shares:
+        for whole, part in zip(alone, batches(dataset, 12, rows=rows), strict=True):
+            for name in whole:
+                np.testing.assert_array_equal(part[name], whole[name][rows])
 
 
-def test_batch_size_must_divide(dataset):
-    with pytest.raises(ValueError, match=r"train\.batch_size is 4; expected a multiple of the 3 processes"):
-        batches(dataset, 1, process_count=3)
+@pytest.mark.parametrize("rows", [[], [3, 4], [-1]])
+def test_rows_that_a_batch_does_not_have(dataset, rows):
+    with pytest.raises(ValueError, match=r"rows are .*; expected one or more from 0 to batch_size-1=3"):
+        batches(dataset, 1, rows=rows)
 
 
 def test_text_is_computed_once_per_instruction(dataset):
@@ -195,6 +195,20 @@ def test_each_robot_has_its_own_normaliser(parts, config):
             width = parts[which].windows[0]["proprio"].shape[-1]
             expected = normalised[which].normalizers["proprio"].normalize(value[:, :width])
             np.testing.assert_array_equal(row[:, :width], expected)
+
+
+def test_scales_give_differences_of_normalised_actions_their_raw_units(parts, config):
+    statistics = [action_statistics(part.windows.episodes, config) for part in parts]
+    normalizers = [{key: Normalizer.from_statistics(entry[key], "variance") for key in entry} for entry in statistics]
+    normalised = [dataclasses.replace(part, normalizers=own) for part, own in zip(parts, normalizers, strict=True)]
+    (batch,) = mixed_batches(normalised, 1, batch_size=16, scales=True)
+    narrow = ~batch["action_dims"][:, 1]
+    assert 0 < narrow.sum() < 16 and batch["action_scale"].shape == (16, 4, 2)
+    for scale, alone in zip(batch["action_scale"], narrow, strict=True):
+        own, width = normalizers[int(alone)]["action"], 1 if alone else 2
+        zero, one = (own.unnormalize(np.full((4, width), value, np.float32)) for value in (0, 1))
+        np.testing.assert_allclose(scale[:, :width], one - zero, rtol=1e-5)
+        assert not scale[:, width:].any()
 
 
 def test_samples_without_a_camera_share_batches_with_those_that_have_it(make_source, config):

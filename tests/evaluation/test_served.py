@@ -1,3 +1,7 @@
+import pathlib
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from counting import CountingFactory
@@ -63,3 +67,9 @@ def test_frames_that_would_be_missing_are_told():
         with pytest.raises(ValueError, match=r"a plan every 0\.15 s is every 1\.5 video frames; expected a whole number"):
             plan(np.zeros((1, 5, 2, 2, 3), np.uint8), np.zeros((1, 4), np.float32), ["count"], 0)
         plan.close()
+
+
+def test_evaluation_of_a_served_policy_needs_no_jax():
+    code = ("import sys; sys.modules['jax'] = sys.modules['flax'] = None; sys.path.insert(0, 'launch')\n"
+            "import evaluate_served; from mimic_video.evaluation import metaworld; import configs.quickstart")  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], cwd=pathlib.Path(__file__).resolve().parents[2], check=True)

@@ -31,6 +31,14 @@ def test_published_trajectory(steps):
     np.testing.assert_allclose(x, GOLDEN[steps], rtol=2e-6)
 
 
+@pytest.mark.parametrize("kept", [(0, 1, 3, 35), (2,)])
+def test_one_run_gives_the_samples_at_several_levels(kept):
+    x = jnp.float32([GOLDEN[0], 1.0])
+    path = solvers.video_path(lambda x, sigma: 0.1 * x / (1 + sigma), x, solvers.karras_sigmas(35), kept)
+    assert path.shape == (len(kept), 2)
+    np.testing.assert_allclose(path[:, 0], [GOLDEN[step] for step in kept], rtol=2e-6)
+
+
 def test_published_trajectory_in_float64():
     sigmas, x, previous = solvers.karras_sigmas(35), GOLDEN[0], 0.0
     for step, (a, b, c) in enumerate(solvers.adams_bashforth_coefficients(sigmas)):

@@ -5,7 +5,7 @@ import pytest
 import tiny
 
 from data_pipelines.sources.rlds import RldsSource
-from mimic_video.training import checkpoints
+from mimic_video.training import checkpoints, run_directory
 
 RATES = {"image_size": (32, 32), "video_hz": 20.0, "control_hz": 20.0, "action_delay": 0.0}
 BOTH = {"cameras": ("primary", "wrist")}
@@ -35,7 +35,7 @@ def test_a_second_camera(launch, config_file, tmp_path):
     assert embedding.shape == (2, 16) and np.abs(embedding).min(axis=1).max() > 0
     file = config_file(experiment("action", data | BOTH, backbone_run=str(runs["two"]), **views))
     launch("train", f"--config={file}", f"--workdir={runs['action']}")
-    assert checkpoints.load_embodiments(runs["action"])["demonstrations"].cameras == ("primary", "wrist")
+    assert run_directory.load_embodiments(runs["action"])["demonstrations"].cameras == ("primary", "wrist")
     assert "drawer-close-v3: " in launch("evaluate", f"--config={file}", f"--workdir={runs['action']}")
     one = config_file(experiment("action", data, backbone_run=str(runs["two"])))  # but not the other way
     assert "'backbone.views' is 1, there 2" in launch("train", f"--config={one}", f"--workdir={tmp_path / 'other'}")

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKLWan, CosmosTransformer3DModel
 
 from mimic_video.embodiments import Embodiment
 from mimic_video.policy.policy import Policy
-from mimic_video.training import checkpoints
+from mimic_video.training import checkpoints, run_directory
 from mimic_video.training.loop import train
 from mimic_video.transforms import compute_statistics, statistics_to_published, to_json
 from mimic_video.vam import VideoActionModel
@@ -114,8 +114,8 @@ def test_a_policy_from_published_files(convert, source, tmp_path, tensors, stati
     configured, step = checkpoints.load_params(run)
     assert step == 0 and {leaf.dtype.name for leaf in jax.tree.leaves(configured)} == {"bfloat16"}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(checkpoints.load_params(run, "float32")[0])} == {"float32"}
-    assert checkpoints.read_config(run) == ACTION
-    robot = checkpoints.load_embodiments(run)["bridge"]
+    assert run_directory.read_config(run) == ACTION
+    robot = run_directory.load_embodiments(run)["bridge"]
     np.testing.assert_array_equal(robot.statistics["action"].mean_clamped, statistics["action"].mean_clamped)
     assert robot.raw_dims == {"action": ACTION.data.raw_action_dims, "proprio": ()}
     policy = Policy.load(run)
@@ -149,7 +149,7 @@ def test_an_export_in_float32_with_our_own_statistics_comes_back(convert, launch
     convert(tmp_path / "export", "--backbone=video_backbone/*.safetensors", "--decoder=action_decoder/*",
             "--statistics=dataset_statistics/*", "--tokenizer=video_backbone/tokenizer/*")  # fmt: skip
     assert_params(tmp_path / "run", wide)
-    robots = [next(iter(checkpoints.load_embodiments(tmp_path / name).values())) for name in ("first", "run")]
+    robots = [next(iter(run_directory.load_embodiments(tmp_path / name).values())) for name in ("first", "run")]
     assert to_json(robots[0].statistics) == to_json(robots[1].statistics)
 
 
@@ -298,7 +298,7 @@ def test_training_does_not_continue_in_a_converted_run(tmp_path):
         pytest.fail("training has started")
 
     with pytest.raises(
-        checkpoints.RunError, match=r"converted weights without optimizer state.*--config.backbone_run=.*run and another"
+        run_directory.RunError, match=r"converted weights without optimizer state.*--config.backbone_run=.*run and another"
     ):
         train(config, tmp_path / "run", never, never, never)
 

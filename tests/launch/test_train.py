@@ -84,11 +84,11 @@ jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 import train
 from data_pipelines.loader import WindowDataset
 from data_pipelines.sources.rlds import RldsSource
-from mimic_video.training import checkpoints
+from mimic_video.training import checkpoints, run_directory
 from pathlib import Path
 import tiny
 config, run = tiny.experiment(), Path(sys.argv[4])
-checkpoints.write_config(run, config)
+run_directory.write_config(run, config)
 windows = WindowDataset(RldsSource(sys.argv[3], "train"), config.data, actions=True)
 for _ in range(2):  # computed, then read
     found = train.find_embodiments(run, config, {"tiny": windows})

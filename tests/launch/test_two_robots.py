@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
-from mimic_video.training import checkpoints
+from mimic_video.training import checkpoints, run_directory
 
 SIZE = (32, 32)
 RATES = {"image_size": SIZE, "video_hz": 20.0, "control_hz": 20.0, "action_delay": 0.0}
@@ -52,7 +52,7 @@ def test_a_mixture_of_two_action_layouts(launch, config_file, tmp_path):
     (params, step), (others, _) = (checkpoints.load_params(run, "float32") for run in (action, other))
     assert step == 3
     jax.tree.map(np.testing.assert_array_equal, params, others)  # so what follows holds for both
-    robots = checkpoints.load_embodiments(action)
+    robots = run_directory.load_embodiments(action)
     assert [(e.name, e.action_dim, e.proprio_dim) for e in robots.values()] == [("native", 4, 4), ("delta", 10, 10)]
     for layout, file in files.items():
         output = launch("evaluate", f"--config={file}", f"--workdir={action}", f"--dataset={layout}", "--recorded=0")

@@ -1,13 +1,22 @@
 import json
+import sys
 
-from mimic_video.training.metrics import MetricWriter, read_metrics
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from mimic_video.config import ConfigError
+from mimic_video.training.metrics import MetricWriter, device_memory, group_norms, read_metrics, wandb_package
+from mimic_video.vam import VideoActionModel
+
+CONFIG = tiny.experiment()
 
 
-def write(run, start, steps, loss):
-    writer = MetricWriter(run, start)
-    for step in steps:
-        writer.write(step, {"loss": loss, "rate": 0.5})
-    writer.close()
+def write(run, start, steps, loss, config=CONFIG):
+    with MetricWriter(run, start, config) as writer:
+        for step in steps:
+            writer.write(step, {"loss": loss, "rate": 0.5})
 
 
 def losses(run):
@@ -23,10 +32,9 @@ def test_records(tmp_path):
 
 
 def test_records_are_on_disk_as_soon_as_they_are_written(tmp_path):
-    writer = MetricWriter(tmp_path, 0)
-    writer.write(10, {"loss": 1.0})
-    assert losses(tmp_path) == {10: 1.0}
-    writer.close()
+    with MetricWriter(tmp_path, 0, CONFIG) as writer:
+        writer.write(10, {"loss": 1.0})
+        assert losses(tmp_path) == {10: 1.0}
 
 
 def test_steps_that_a_resumed_run_repeats_are_dropped(tmp_path):
@@ -49,3 +57,71 @@ def test_a_line_that_a_kill_cut_short_is_ignored(tmp_path):
     write(tmp_path, 20, [30], 2.0)
     assert losses(tmp_path) == {10: 1.0, 20: 1.0, 30: 2.0}
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 20, 30]
+
+
+def test_pictures_go_to_tensorboard(tmp_path):
+    with MetricWriter(tmp_path, 0, CONFIG) as writer:
+        writer.write_image(10, "curves", np.zeros((4, 6, 3), np.uint8))
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"curves" in events.read_bytes() and b"PNG" in events.read_bytes()
+
+
+def test_every_parameter_counts_in_the_norm_of_one_group():
+    shapes = jax.eval_shape(VideoActionModel(tiny.experiment(decoder={"embodiments": 2})).init, jax.random.key(0))
+    random = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: random.standard_normal(leaf.shape, np.float32), shapes)
+    tree = {name: params[name] for name in ("backbone", "decoder")}
+    norms = jax.jit(group_norms, static_argnums=1)(tree, "grad_norm")
+    groups = ("blocks/self_attn", "blocks/cross_attn", "blocks/mlp", "blocks/modulation", "embeddings", "final")
+    assert set(norms) == {f"grad_norm/{network}/{group}" for network in tree for group in groups}
+    total = sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(tree))
+    np.testing.assert_allclose(sum(float(norm) ** 2 for norm in norms.values()), total, rtol=1e-5)
+    blocks = params["backbone"]["blocks"]
+    modulations = {name: part for name, part in blocks.items() if name.endswith("modulation")}
+    assert len(modulations) == 3
+    for group, part in (("mlp", blocks["mlp"]), ("self_attn", blocks["self_attn"]), ("modulation", modulations)):
+        expected = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(part)))
+        np.testing.assert_allclose(norms[f"grad_norm/backbone/blocks/{group}"], expected, rtol=1e-5)
+
+
+def test_adapters_are_a_group_of_their_own():
+    adapters = {"a": np.full((2, 3), 2.0), "b": np.zeros((3, 4))}
+    norms = group_norms({"lora": {"blocks": {"self_attn": {"q_proj": {"kernel": adapters}}}}}, "param_norm")
+    assert {name: float(norm) for name, norm in norms.items()} == {"param_norm/lora/blocks/self_attn": pytest.approx(24**0.5)}
+
+
+def test_memory_is_that_of_the_fullest_device(monkeypatch):
+    class Device:
+        def __init__(self, stats):
+            self.memory_stats = lambda: stats
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device(None)])
+    assert device_memory() == {}  # CPU
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device({"bytes_in_use": n * 10**9, "peak_bytes_in_use": 7 * 10**9})
+                                                       for n in (2, 3)])  # fmt: skip
+    assert device_memory() == {"hbm_gb": 3.0, "hbm_gb_peak": 7.0}
+
+
+def test_weights_and_biases_has_to_be_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"'train\.wandb_project' is set, .* pip install 'mimic-video-jax\[wandb\]'"):
+        wandb_package()
+
+
+@pytest.mark.slow
+def test_a_resumed_run_goes_on_in_weights_and_biases(monkeypatch, tmp_path):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = tiny.experiment(train={"wandb_project": "tests"})
+    write(tmp_path, 0, [10, 20], 1.0, config)
+    with MetricWriter(tmp_path, 20, config) as writer:
+        writer.write(30, {"validation_loss": 2.0})
+        writer.write_image(30, "curves", np.zeros((4, 6, 3), np.uint8))
+    identity = (tmp_path / "wandb_id").read_text()
+    records = [path.read_bytes() for path in sorted(tmp_path.glob(f"wandb/offline-run-*/run-{identity}.wandb"))]
+    assert b"learning_rate" in records[0]  # the configuration
+    logged = b"".join(records)
+    for name in (b"rate", b"validation_loss", b"curves"):
+        assert name in logged
+    assert read_metrics(tmp_path)[-1] == {"step": 30, "validation_loss": 2.0}

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -5,7 +7,7 @@ import tiny
 from jax.sharding import PartitionSpec
 
 from mimic_video.config import ConfigError, MeshConfig
-from mimic_video.training.sharding import global_batch, make_mesh, path_name, shardings
+from mimic_video.training.sharding import batch_rows, global_batch, make_mesh, path_name, shardings
 from mimic_video.training.steps import TRAINED, place
 from mimic_video.vam import VideoActionModel
 
@@ -40,6 +42,55 @@ def test_a_batch_is_split_over_data_and_fsdp():
 def test_mesh_axes(sizes, expected):
     mesh = make_mesh(MeshConfig(*sizes))
     assert dict(mesh.shape) == dict(zip(("data", "fsdp", "sequence"), expected, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh has to know of a TPU chip; four are a host."""
+
+    id: int
+    coords: tuple[int, int, int]
+    slice_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5p"
+    core_on_chip: int = 0
+
+    @property
+    def process_index(self) -> int:
+        return self.id // 4
+
+
+def chips(slices):
+    """Slices of 4x4 chips."""
+    return [Chip(i, (i % 4, i // 4 % 4, 0), i // 16) for i in range(16 * slices)]
+
+
+@pytest.mark.parametrize(("slices", "sizes"), [
+    (1, (1, 16, 1)), (1, (2, 4, 2)), (1, (2, 1, 8)),
+    (2, (-1, 16, 1)), (2, (4, -1, 2)), (2, (-1, 2, 4)), (4, (4, 4, 4)), (4, (64, 1, 1)),
+])  # fmt: skip
+def test_copies_of_the_parameters_lie_within_a_slice_and_samples_on_neighbours(slices, sizes):
+    mesh = make_mesh(MeshConfig(*sizes), chips(slices))
+    assert len(set(mesh.devices.flat)) == 16 * slices
+    per_copy = [{chip.slice_index for chip in copy.flat} for copy in mesh.devices]
+    assert [len(each) for each in per_copy] == [1] * len(per_copy) and set.union(*per_copy) == set(range(slices))
+    for sample in mesh.devices.reshape(-1, mesh.shape["sequence"]):
+        extents = np.ptp([chip.coords for chip in sample], axis=0) + 1
+        assert np.prod(extents) == len(sample)  # a rectangle of chips
+
+
+def test_slices_that_do_not_divide_data():
+    with pytest.raises(ConfigError, match=r"config field 'mesh\.data' is 1; expected a multiple of the 2 TPU slices"):
+        make_mesh(MeshConfig(data=1, fsdp=-1), chips(2))
+
+
+def test_rows_of_a_batch_are_those_of_a_hosts_chips():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8, sequence=2), chips(1))
+    groups = [group for group in range(8) if any(chip.id < 4 for chip in mesh.devices[0, group])]
+    assert groups not in ([0], list(range(len(groups))))  # not side by side
+    assert batch_rows(24, mesh) == [row for group in groups for row in range(3 * group, 3 * group + 3)]
+    with pytest.raises(ConfigError, match=r"'train\.batch_size' is 20; expected a multiple of mesh data x fsdp = 8"):
+        batch_rows(20, mesh)
 
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (2, 2, 1), (16, 1, 1), (-1, 16, 1)])

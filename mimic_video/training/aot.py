@@ -1,0 +1,204 @@
+"""Training steps compiled ahead of time for TPUs that need not be there, and what can be said of them before they run."""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mimic_video.config import ExperimentConfig
+from mimic_video.models.parallel import BATCH
+from mimic_video.training.flops import Chip
+from mimic_video.training.hlo import Program, Work
+from mimic_video.training.sharding import make_mesh, require_divisible, shardings
+from mimic_video.training.steps import abstract_state, make_train_step, split_params
+from mimic_video.vam import VideoActionModel
+
+
+def batch_shapes(config: ExperimentConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a global batch, as the loader makes them of datasets that have all of their cameras and action dimensions."""
+    data, decoder, size = config.data, config.decoder, config.train.batch_size
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+        "video_mask": ((data.num_frames,), bool),
+        "text": ((config.text.rows, config.text.width), jnp.float32),
+    }
+    if data.latents:
+        shapes["latents"] = (*data.latent_shape, config.backbone.latent_channels), config.precision
+    else:
+        shapes["video"] = (data.num_frames, *data.frame_size, 3), jnp.uint8
+    if len(data.cameras) > 1:
+        shapes["view_mask"] = (len(data.cameras),), bool
+    if config.stage == "action":
+        shapes["proprio"] = (decoder.obs_horizon, decoder.proprio_dim), jnp.float32
+        shapes["actions"] = (decoder.action_horizon, decoder.action_dim), jnp.float32
+        shapes["action_mask"] = (decoder.action_horizon,), bool
+        if decoder.embodiments:
+            shapes["embodiment"] = (), jnp.int32
+    return {name: jax.ShapeDtypeStruct((size, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+
+
+class TopologyError(RuntimeError):
+    """A TPU topology that cannot be compiled for."""
+
+
+def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
+    """Devices of one or several slices of a TPU topology such as "v5e:16x16", which programs can be compiled for but not run on.
+
+    Raises:
+        TopologyError: if the compiler, libtpu, is not installed, or knows no such topology.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise TopologyError("compiling for TPUs needs libtpu, which is not installed: launch/setup.sh compile")
+    os.environ |= {
+        "TPU_SKIP_MDS_QUERY": "1",  # no metadata server is asked what machine this is; what is not used, but complained about
+        "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is run, so others may compile, too
+    }  # fmt: skip
+    from jax.experimental import topologies  # it loads libtpu, which reads the environment
+
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if name.endswith(":1x1"):
+        options["chips_per_host_bounds"] = (1, 1, 1)  # by default hosts have four
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise TopologyError(f"topology '{name}' is not one that libtpu knows: {error}; expected one like v5e:16x16 or v5p:4x4x8"
+                            ) from error  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one chip's memory.
+
+    Attributes:
+        limit: what programs can use.
+        arguments: state, frozen parameters and batch.
+        outputs: of which `aliased` stand where arguments stood.
+        temporaries: at their peak.
+        code: the program's.
+        unread: frozen parameters that are there though the program does not read them.
+        peak: all of them together.
+    """
+
+    limit: float
+    arguments: float
+    outputs: float
+    aliased: float
+    temporaries: float
+    code: float
+    unread: float
+    peak: float
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.limit
+
+    @property
+    def free(self) -> float:
+        """The share of the limit that is left."""
+        return 1 - self.peak / self.limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A training step as compiled for one kind of chip."""
+
+    memory: Memory
+    work: Work
+    seconds: float
+
+
+class OutOfMemoryError(RuntimeError):
+    """The compiler found no way to run the step in a chip's memory; `required` bytes against `limit`."""
+
+    def __init__(self, message: str, required: float, limit: float):
+        super().__init__(message)
+        self.required, self.limit = required, limit
+
+
+def compile_step(config: ExperimentConfig, devices: Sequence[jax.Device], chip: Chip) -> Compiled:
+    """Compiles the training step of `config.stage` for all of the devices; arrays are never made.
+
+    Raises:
+        ConfigError: if the mesh or the batch cannot be laid out on the devices.
+        OutOfMemoryError: if the compiler refuses the program for the chip's memory.
+    """
+    vam, mesh = VideoActionModel(config), make_mesh(config.mesh, list(devices))
+    require_divisible(config.train.batch_size, mesh)
+    state = abstract_state(vam, mesh)
+    frozen = jax.eval_shape(lambda: split_params(vam.init(jax.random.key(0)), config)[1])
+    frozen = {name: jax.tree.map(lambda leaf, where, name=name: jax.ShapeDtypeStruct(leaf.shape, vam.dtype(name), sharding=where),
+                                 part, shardings({name: part}, mesh)[name]) for name, part in frozen.items()}  # fmt: skip
+    where = jax.sharding.NamedSharding(mesh, BATCH)
+    batch = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where) for name, leaf in batch_shapes(config).items()}
+    start = time.perf_counter()
+    try:
+        compiled = make_train_step(vam, mesh, state).lower(state, frozen, batch).compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise out_of_memory(str(error)) or error from error
+    seconds = time.perf_counter() - start
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    resident = sum(_bytes_per_chip(leaf) for leaf in jax.tree.leaves((state, frozen, batch)))
+    work = Program(compiled.as_text()).work(slices)
+    return Compiled(memory_of(compiled.memory_analysis(), chip.hbm, resident), work, seconds)
+
+
+def _bytes_per_chip(leaf: jax.ShapeDtypeStruct) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def memory_of(analysis: Any, limit: float, resident: float) -> Memory:
+    """From a compiled program's `memory_analysis()`, and what the caller's arrays take on a chip, read or not."""
+    kinds = ("argument", "output", "alias", "temp", "generated_code")
+    arguments, outputs, aliased, temporaries, code = (getattr(analysis, f"{kind}_size_in_bytes") for kind in kinds)
+    unread = max(0.0, resident - arguments)
+    peak = arguments + outputs - aliased + temporaries + code + unread
+    return Memory(limit, arguments, outputs, aliased, temporaries, code, unread, peak)
+
+
+def out_of_memory(message: str) -> OutOfMemoryError | None:
+    """The error behind a compiler's message, if that says that the program does not fit the chip's main memory."""
+    found = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)", message) or re.search(
+        r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message
+    )
+    if not found:
+        return None
+    unit = dict(zip(("", *"KMGT"), (1024.0**power for power in range(5)), strict=True))
+    required, limit = float(found[1]) * unit[found[2]], float(found[3]) * unit[found[4]]
+    return OutOfMemoryError(message.splitlines()[0], required, limit)
+
+
+DCN_RATE = 12.5e9 / 4  # bytes per second and chip: hosts of four chips with one 100 Gbit/s interface
+
+
+@dataclasses.dataclass(frozen=True)
+class StepBound:
+    """Seconds that a step takes at least for each of what it needs, if everything else cost nothing; and which takes longest."""
+
+    compute: float
+    hbm: float
+    ici: float
+    dcn: float
+
+    @property
+    def seconds(self) -> float:
+        return max(dataclasses.astuple(self))
+
+    @property
+    def binding(self) -> str:
+        return max(dataclasses.asdict(self).items(), key=lambda item: item[1])[0]
+
+
+def step_bound(work: Work, chip: Chip) -> StepBound:
+    """At the chip's peak rates, all links in use at once."""
+    sent = {network: sum(each.bytes for each in work.collectives if each.network == network) for network in ("ici", "dcn")}
+    return StepBound(
+        compute=work.flops / chip.flops, hbm=work.hbm_bytes / chip.hbm_rate, ici=sent["ici"] / chip.link_rate,
+        dcn=sent["dcn"] / DCN_RATE,
+    )  # fmt: skip

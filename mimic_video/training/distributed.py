@@ -1,0 +1,187 @@
+"""A run of several processes: how they find each other, and how all of them end when one does.
+
+`processes` joins the processes and watches over them. A process that fails says so in the key-value store of JAX's coordination
+service, which is in process 0; a thread in each of the others waits for that, prints the reason and ends its process, even if the
+main thread hangs in a collective operation. Process 0 also says so of a process that it has not heard of for `SILENCE` seconds:
+one that was killed, ran out of memory or lost its machine.
+
+Exit codes of a process when there are several: 1 if it failed itself, `OTHER_FAILED` if another one did. If process 0 vanishes
+without a word, JAX aborts the others at once (SIGABRT), with a message that the leader task died.
+"""
+
+import contextlib
+import os
+import re
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+
+import jax
+from absl import logging
+from jax._src import cloud_tpu_init
+from jax._src.distributed import global_state  # there is no public way to the key-value store
+
+from mimic_video.config import ConfigError
+
+OTHER_FAILED = 69  # EX_UNAVAILABLE of sysexits.h
+SILENCE = 30.0  # seconds; collectives, compilation and I/O release the interpreter lock, so no living process is silent so long
+_BEAT = 2.0  # seconds between signs of life, and that a process waits for the others to do something
+_EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_FAILURE, _ALIVE = "mimic_video/failure", "mimic_video/alive"
+# What JAX and gloo raise where another process is missing begins with a status; local mistakes of a program have other types.
+_STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|DATA_LOSS): ")
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[None]:
+    """Joins the run's processes, if the environment says that there are several, for as long as the context lasts.
+
+    An exception that leaves the context, a SystemExit with a message included, ends all processes: this one with exit code 1. A
+    SystemExit with a number is an orderly end that all of them reach.
+
+    Raises:
+        ConfigError: if the environment is contradictory or half set.
+    """
+    initialize(os.environ)
+    if global_state.num_processes == 1:
+        yield
+        return
+    logging.get_absl_handler().setFormatter(_NumberedFormatter())
+    watch = _Watch()
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, SystemExit) or isinstance(error.code, str):
+            watch.fail(error)
+        watch.close()
+        raise
+    watch.close()
+
+
+def initialize(environment: Mapping[str, str]) -> None:
+    """Connects to the run's other processes, or does nothing if there are none. No JAX backend may have been touched before.
+
+    Processes are described by one of, in this order:
+      * JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID;
+      * SLURM, in a step of several tasks; each task takes the GPU of its number on the node, or JAX_LOCAL_DEVICE_IDS ("0,1,2,3");
+      * Cloud TPU, on every host of a pod slice, or of several slices.
+    JAX_NUM_PROCESSES=1 keeps a process by itself on either of the latter.
+
+    Raises:
+        ConfigError: naming the variable that is missing or has a value that is impossible.
+    """
+    explicit = {name: environment[name] for name in _EXPLICIT if environment.get(name)}
+    if explicit.get("JAX_NUM_PROCESSES") == "1":
+        return
+    # JAX's own, a process's last beat of which may be half of this before its death: so ours comes first.
+    timeout = {"heartbeat_timeout_seconds": int(4 * SILENCE)}
+    if explicit:
+        for name in _EXPLICIT:
+            if name not in explicit:
+                raise ConfigError(f"environment variable {name} is not set, but {' and '.join(explicit)} is; several processes "
+                                  f"need {', '.join(_EXPLICIT)}, one process none of them")  # fmt: skip
+        address, count = explicit["JAX_COORDINATOR_ADDRESS"], _number("JAX_NUM_PROCESSES", explicit, 1, 2**31)
+        index = _number("JAX_PROCESS_ID", explicit, 0, count)
+        if not re.fullmatch(r".+:\d+", address):
+            raise ConfigError(f"environment variable JAX_COORDINATOR_ADDRESS is {address!r}; expected host:port")
+        jax.distributed.initialize(address, count, index, cluster_detection_method="deactivate", **timeout)
+    elif "SLURM_STEP_NODELIST" in environment and _number("SLURM_NTASKS", environment, 1, 2**31) > 1:
+        jax.distributed.initialize(cluster_detection_method="slurm", **timeout)
+    elif cloud_tpu_init.running_in_cloud_tpu_vm:
+        hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES", "")  # of GKE
+        if "," in hosts or "MEGASCALE_NUM_SLICES" in environment or (not hosts and "TPU_SKIP_MDS_QUERY" not in environment):
+            jax.distributed.initialize(**timeout)
+
+
+def _number(name: str, environment: Mapping[str, str], low: int, end: int) -> int:
+    value = environment.get(name, "")
+    if not value.isdecimal() or not low <= int(value) < end:
+        raise ConfigError(f"environment variable {name} is {value!r}; expected a number from {low} to {end - 1}")
+    return int(value)
+
+
+class _NumberedFormatter(logging.PythonFormatter):
+    """Log lines begin with the number of their process."""
+
+    def format(self, record) -> str:
+        return f"[process {global_state.process_id}] {super().format(record)}"
+
+
+class _Watch:
+    """The thread that tells the others that this process lives, and ends it when another one fails."""
+
+    def __init__(self):
+        self._client, self._index, self._ending = global_state.client, global_state.process_id, threading.Event()
+        self._name = f"process {self._index} on {socket.gethostname()}"
+        self._heard: dict[str, tuple[str, float]] = {}  # last sign of life of each process, and when it came
+        self._thread = threading.Thread(target=self._run, name="watch over other processes", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Leaves the run, as all processes do when it is over."""
+        self._ending.set()
+        self._thread.join()
+        jax.distributed.shutdown()
+
+    def fail(self, error: BaseException) -> None:
+        """Tells the others, and ends this process."""
+        if isinstance(error, SystemExit):
+            text = str(error.code)
+            print(text, file=sys.stderr)
+        else:
+            text = "".join(traceback.format_exception_only(error))
+            traceback.print_exception(error)
+        if _STATUS.match(str(error)):  # probably because another process is gone, of which there will be word
+            print(f"{self._name} waits for the reason of other processes", file=sys.stderr, flush=True)
+            time.sleep(SILENCE + 3 * _BEAT)
+        self._ending.set()
+        self._publish(f"{self._name} stopped: {' '.join(text.removeprefix('error: ').split())}")
+        self._exit(1)
+
+    def _run(self) -> None:
+        beats = 0
+        while not self._ending.is_set():
+            beats += 1
+            try:
+                self._client.key_value_set(f"{_ALIVE}/{self._name}", str(beats), allow_overwrite=True)
+                if self._index == 0:
+                    self._check()
+                reason = self._client.blocking_key_value_get(_FAILURE, int(1000 * _BEAT))
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" in str(error):  # nobody failed
+                    continue
+                reason = f"process 0 cannot be reached: {str(error).splitlines()[0]}"
+            if not self._ending.wait(_BEAT):  # time in which the main thread, too, may find the mistake, if all make it
+                print(f"error: {reason}", file=sys.stderr)
+                self._exit(OTHER_FAILED)
+
+    def _check(self) -> None:
+        """Publishes the failure of a process whose sign of life has not changed for too long."""
+        now = time.monotonic()
+        for key, beats in self._client.key_value_dir_get(_ALIVE):
+            if self._heard.get(key, ("",))[0] != beats:
+                self._heard[key] = beats, now
+            elif now - self._heard[key][1] > SILENCE:
+                name = key.rpartition("/")[2]
+                self._publish(f"{name} has shown no sign of life for {SILENCE:.0f} s: it was killed, ran out of memory or lost "
+                              "its machine")  # fmt: skip
+
+    def _publish(self, reason: str) -> None:
+        """The first reason is the one that all print."""
+        try:
+            self._client.key_value_set(_FAILURE, reason)
+        except jax.errors.JaxRuntimeError as error:
+            if "ALREADY_EXISTS" not in str(error):
+                print(f"error: the other processes cannot be told: {str(error).splitlines()[0]}", file=sys.stderr)
+
+    def _exit(self, code: int) -> None:
+        """Ends the process at once: its main thread may hang, and JAX's own end waits for processes that are gone."""
+        if self._index == 0:  # the others read the reason from this process
+            time.sleep(2 * _BEAT)
+        logging.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -1,0 +1,178 @@
+"""Run directories: what a training run leaves on disk. Here what is small; training/checkpoints.py has the arrays.
+
+    run/config.json        the resolved configuration
+    run/embodiments.json   the robots and their normalisation statistics (stage `action`)
+    run/lock               who is training in it (JSON); empty when nobody is, or out of date after a kill
+    run/frozen/            parameters that the stage reads but does not train
+    run/checkpoints/N/     orbax items after N steps: params, train_state, data (JSON: where the batches stand and what they are
+                           drawn from), and ema when it is on; of converted weights, params
+    run/checkpoints/N.damaged/  one that could not be read or is not what was written, kept to be looked at
+    run/metrics.jsonl, run/tensorboard/, run/samples/, run/first_start, run/wandb_id, run/wandb/, run/profile/
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+
+from mimic_video.config import ConfigError, ExperimentConfig, experiment_from, to_dict
+from mimic_video.embodiments import Embodiment, from_table, to_table
+from mimic_video.training.sharding import path_name
+
+_MAY_CHANGE = ("train.log_every", "train.wandb_project", "train.validate_every", "train.validation_", "train.checkpoint_every",
+               "train.keep_", "train.remat", "train.micro_batches", "attention", "text.model", "text.cache",
+               "tokenizer.chunk_latents", "mesh.", "policy.", "evaluation.")  # fmt: skip
+# What the weights of a tokenizer and backbone depend on.
+MODEL_FIELDS = ("data.cameras", "tokenizer.kind", "tokenizer.width", "text.kind", "text.rows", "text.width", "backbone")
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+_MESSAGE_BYTES = 1000
+
+
+class RunError(RuntimeError):
+    """A run directory that is missing something, or belongs to another experiment."""
+
+
+def write_config(run: pathlib.Path, config: ExperimentConfig) -> None:
+    """Records the configuration, of several hosts the first one; on resume, insists that it is the one the run was started with.
+
+    Raises:
+        ConfigError: listing every field that changed and may not.
+    """
+    path = run / "config.json"
+    if path.exists():
+        before, now = flat(to_dict(read_config(run))), flat(to_dict(config))
+        changed = [f"{name}: {before[name]!r} → {now[name]!r}" for name in now
+                   if before[name] != now[name] and not name.startswith(_MAY_CHANGE)]  # fmt: skip
+        if changed:
+            raise ConfigError(f"{run} holds a run with another configuration ({'; '.join(changed)}); use another --workdir")
+    if jax.process_index() == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        write_json(path, to_dict(config))
+
+
+def read_config(run: pathlib.Path) -> ExperimentConfig:
+    """The configuration of a run. Raises RunError if there is no run."""
+    path = pathlib.Path(run) / "config.json"
+    if not path.exists():
+        raise RunError(f"{run} is not a run directory: it has no config.json")
+    return experiment_from(json.loads(path.read_text()))
+
+
+def require_same_model(trained: ExperimentConfig, wanted: ExperimentConfig, fields: tuple[str, ...], run: pathlib.Path) -> None:
+    """Checks that two experiments agree on what weights depend on.
+
+    Raises:
+        ConfigError: listing every field under `fields` whose value is not the one that `run` was trained with.
+    """
+    before, now = flat(to_dict(trained)), flat(to_dict(wanted))
+    changed = [f"'{name}' is {now[name]!r}, there {before[name]!r}" for name in now
+               if f"{name}.".startswith(tuple(f"{field}." for field in fields)) and before[name] != now[name]]  # fmt: skip
+    if changed:
+        raise ConfigError(f"the weights of {run} do not fit this configuration: config field " + "; ".join(changed))
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes JSON so that the file is whole or absent."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2))
+    os.replace(partial, path)
+
+
+def require_empty(run: pathlib.Path) -> None:
+    """Raises RunError if there is anything in the directory."""
+    if run.exists() and any(run.iterdir()):
+        raise RunError(f"{run} is not empty; converted weights go to a directory of their own")
+
+
+def save_embodiments(run: pathlib.Path, embodiments: Mapping[str, Embodiment]) -> None:
+    """Writes the robots of a run of stage `action`; of several hosts the first one does."""
+    if jax.process_index() == 0:
+        write_json(run / "embodiments.json", to_table(embodiments))
+
+
+def load_embodiments(run: pathlib.Path) -> dict[str, Embodiment]:
+    """The robots of a run of stage `action`, by name. Raises RunError if it has none, or their file is damaged."""
+    path = pathlib.Path(run) / "embodiments.json"
+    if not path.exists():
+        raise RunError(f"{run} has no {path.name}: its training has not started, or it is not of stage 'action'")
+    try:
+        return from_table(json.loads(path.read_text()))
+    except ValueError as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+
+
+@contextlib.contextmanager
+def locked(run: pathlib.Path) -> Iterator[None]:
+    """Keeps other runs out of a run directory until the block ends, and makes the directory if it is not there.
+
+    The lock is the kernel's (flock) on `run/lock`, held by process 0, so a killed run leaves none. On NFS it works across
+    machines (Linux passes it on to the server). Some network file systems keep it to one machine (Lustre mounted with
+    `localflock`, buckets through FUSE), where two machines can still run into each other; those without any get a warning.
+
+    Raises:
+        RunError: if another run holds the lock, naming its host and process, or if the directory cannot be written.
+    """
+    with contextlib.ExitStack() as held:
+        problem = None
+        if jax.process_index() == 0:
+            try:
+                run.mkdir(parents=True, exist_ok=True)
+                file = held.enter_context((run / "lock").open("a+"))
+                problem = _try_lock(run, file)
+                if problem is None:
+                    file.truncate(0)
+                    json.dump({"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%F %T%z")}, file)
+                    file.flush()
+                    held.callback(file.truncate, 0)
+            except OSError as error:
+                problem = f"{run} cannot be written: {error}"
+        problem = agree(problem)
+        if problem is not None:
+            raise RunError(problem)
+        yield
+
+
+def _try_lock(run: pathlib.Path, file: Any) -> str | None:
+    """What keeps this process from locking an open file."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        try:
+            owner = json.load(file)
+        except ValueError:  # it has only just begun
+            return f"another run is using {run}; wait for it to end, or use another --workdir"
+        return (f"process {owner['pid']} on {owner['host']} has been training in {run} since {owner['started']}; "
+                "stop it, or use another --workdir")  # fmt: skip
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        logging.warning("%s is on a file system without locks (%s): nothing keeps a second run out of it", run, error)
+    return None
+
+
+def agree(problem: str | None) -> str | None:
+    """What is wrong on any process, the same answer on all of them; None if nothing is. All have to call this."""
+    if jax.process_count() == 1:
+        return problem
+    said = (problem or "").encode()[:_MESSAGE_BYTES]
+    gathered = multihost_utils.process_allgather(np.frombuffer(said.ljust(_MESSAGE_BYTES, b"\0"), np.uint8))
+    texts = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in gathered]
+    return next(filter(None, texts), None)
+
+
+def flat(values: dict) -> dict[str, Any]:
+    """{"a.b": leaf} of nested dicts."""
+    leaves = jax.tree_util.tree_leaves_with_path(values, is_leaf=lambda value: not isinstance(value, dict))
+    return {path_name(path).replace("/", "."): leaf for path, leaf in leaves}

@@ -1,0 +1,121 @@
+"""launch/train.py in several processes, as on several hosts."""
+
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from data_pipelines.writers import write_rlds
+from mimic_video.training import checkpoints
+from mimic_video.training.distributed import OTHER_FAILED, SILENCE
+from mimic_video.training.metrics import read_metrics
+
+ROOT = pathlib.Path(__file__).parents[2]
+STEPS, CHECKPOINT_EVERY = 8, 2
+DEADLINE = 300  # seconds that anything may take
+
+
+@pytest.fixture(scope="module")
+def experiment_file(config_file, tmp_path_factory):
+    splits = {"train": [tiny.episode(length, seed) for seed, length in enumerate((14, 25, 11))]}
+    folder = tmp_path_factory.mktemp("data")
+    data = str(write_rlds(folder, "tiny", splits, control_hz=10.0, image_size=tiny.SIZE, description="Noise."))
+    train = {"steps": STEPS, "batch_size": 16, "checkpoint_every": CHECKPOINT_EVERY}
+    datasets = {"video_dataset": data, "action_dataset": data}
+    return config_file(tiny.experiment(train=train, data=datasets, backbone={"width": 32, "num_heads": 4}))
+
+
+class Processes:
+    """A run of `count` processes of two devices each, all of this machine.
+
+    Args:
+        command: arguments of launch/train.py.
+        extra: process → further arguments that it alone gets.
+        slurm: whether they find each other as tasks of SLURM.
+    """
+
+    def __init__(self, folder, count, command, extra=None, slurm=False):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        folder.mkdir()
+        flags = re.sub(r"(device_count)=\d+", r"\1=2", os.environ["XLA_FLAGS"])
+        self.errors = [folder / f"{index}.txt" for index in range(count)]
+        self.processes = []
+        for index, error in enumerate(self.errors):
+            if slurm:
+                job = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": count, "SLURM_PROCID": index,
+                       "SLURM_LOCALID": index, "JAX_COORDINATOR_PORT": port}  # fmt: skip
+            else:
+                job = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": count, "JAX_PROCESS_ID": index}
+            environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)} | {k: str(v) for k, v in job.items()}
+            arguments = [sys.executable, "launch/train.py", *command, *(extra or {}).get(index, [])]
+            with error.open("w") as file:
+                self.processes.append(subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=file, stderr=file))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def end(self, seconds=DEADLINE):
+        """Exit codes."""
+        deadline = time.monotonic() + seconds
+        return [process.wait(deadline - time.monotonic()) for process in self.processes]
+
+    def printed(self, index):
+        return self.errors[index].read_text()
+
+
+@pytest.mark.slow
+def test_four_processes_train_as_one_even_if_one_of_them_is_killed(launch, experiment_file, tmp_path):
+    runs = {name: tmp_path / name for name in ("one", "four")}
+    commands = {name: [f"--config={experiment_file}", f"--workdir={run}"] for name, run in runs.items()}
+    with Processes(tmp_path / "killed", 4, commands["four"]) as job:
+        deadline = time.monotonic() + DEADLINE
+        while not (runs["four"] / "checkpoints" / str(CHECKPOINT_EVERY)).exists():
+            assert [process.poll() for process in job.processes] == [None] * 4, job.printed(0)
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        job.processes[2].kill()
+        assert job.end(SILENCE + 20) == [OTHER_FAILED, OTHER_FAILED, -signal.SIGKILL, OTHER_FAILED]
+        for index in (0, 1, 3):
+            assert f"error: process 2 on {socket.gethostname()} has shown no sign of life for 30 s" in job.printed(index)
+    assert not (runs["four"] / "checkpoints" / str(STEPS)).exists()
+    shared = ["--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.sequence=4"]  # a sample is on two processes
+    with Processes(tmp_path / "restarted", 4, commands["four"] + shared) as job:
+        assert job.end() == [0] * 4, job.printed(0)
+        assert "loss" in job.printed(0) and not any("loss" in job.printed(index) for index in (1, 2, 3))
+    launch("train", *commands["one"])
+
+    records = {name: read_metrics(run) for name, run in runs.items()}
+    assert [record["step"] for record in records["four"]] == list(range(1, STEPS + 1))
+    for name in ("loss", "action_mse", "grad_norm"):
+        one, four = ([record[name] for record in records[each]] for each in ("one", "four"))
+        assert len(set(one)) == STEPS
+        np.testing.assert_allclose(four, one, rtol=5e-7)
+    one, four = (checkpoints.load_params(run, "stored")[0] for run in runs.values())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), four, one)
+
+
+@pytest.mark.slow
+def test_what_one_process_cannot_read_ends_all_with_its_reason(experiment_file, tmp_path):
+    command = [f"--config={experiment_file}", f"--workdir={tmp_path / 'run'}"]
+    missing = {1: ["--config.data.action_dataset=/nowhere/1.0.0"]}
+    with Processes(tmp_path / "job", 2, command, extra=missing, slurm=True) as job:
+        assert job.end() == [OTHER_FAILED, 1]
+        reason = "dataset directory /nowhere/1.0.0 does not exist"
+        assert job.printed(1).strip().endswith(f"error: {reason}") and "Traceback" not in job.printed(1)
+        assert f"error: process 1 on {socket.gethostname()} stopped: {reason}" in job.printed(0)

@@ -1,0 +1,153 @@
+"""Checkpoints that are not what was written: training goes back to the one before, inference says what to do."""
+
+import json
+import os
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from run_states import CONFIG, assert_equal_bits, random_like, saved, state_of
+
+from mimic_video.training import checkpoints, run_directory
+from mimic_video.training.trees import DamagedError, load_tree
+
+
+def largest(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip(path, where):
+    data = bytearray(path.read_bytes())
+    data[where % len(data)] ^= 4
+    path.write_bytes(data)
+
+
+def truncate(checkpoint):
+    os.truncate(largest(checkpoint / "params"), largest(checkpoint / "params").stat().st_size // 2)
+
+
+def flip_data(checkpoint):
+    text = (checkpoint / "data" / "metadata").read_text()
+    (checkpoint / "data" / "metadata").write_text(text.replace('"windows": 9', '"windows": 8'))
+
+
+DAMAGE = {
+    "truncated array file": truncate,
+    "deleted array file": lambda checkpoint: largest(checkpoint / "train_state").unlink(),
+    "flipped byte": lambda checkpoint: flip(largest(checkpoint / "ema"), 5000),
+    "missing item": lambda checkpoint: shutil.rmtree(checkpoint / "params"),
+    "missing train state": lambda checkpoint: shutil.rmtree(checkpoint / "train_state"),
+    "damaged metadata": lambda checkpoint: (checkpoint / "params" / "_METADATA").write_text('{"tree'),
+    "empty metadata": lambda checkpoint: (checkpoint / "train_state" / "_METADATA").write_text("{}"),
+    "no metadata": lambda checkpoint: (checkpoint / "params" / "_METADATA").unlink(),
+    "damaged manifest": lambda checkpoint: flip(checkpoint / "params" / "manifest.ocdbt", 20),
+    "changed data": flip_data,
+    "data cut short": lambda checkpoint: (checkpoint / "data" / "metadata").write_text('{"data": {'),
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, template):
+    """A run with checkpoints 2 and 4."""
+    run = tmp_path_factory.mktemp("damage") / "run"
+    run_directory.write_config(run, CONFIG)
+    checkpoints.save_frozen(run, random_like(template[1], 1))
+    return saved(run, [state_of(template, 2), state_of(template, 4)])
+
+
+@pytest.fixture
+def copied(run, tmp_path):
+    return shutil.copytree(run, tmp_path / "run")
+
+
+def restored(run, template, **changes):
+    with checkpoints.open_checkpoints(run, 3) as manager:
+        return checkpoints.restore(manager, state_of(template, 1, **changes))
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_training_continues_from_the_checkpoint_before_a_damaged_one(copied, template, caplog, kind):
+    DAMAGE[kind](copied / "checkpoints" / "4")
+    with caplog.at_level("ERROR", logger="absl"):
+        assert_equal_bits(restored(copied, template), state_of(template, 2))
+    errors = [record.getMessage() for record in caplog.records if "checkpoints/4" in record.getMessage()]
+    assert len(errors) == 1 and "is damaged" in errors[0]
+    assert f"moved to {copied}/checkpoints/4.damaged, and training continues from step 2" in errors[0]
+    assert sorted(path.name for path in (copied / "checkpoints").iterdir()) == ["2", "4.damaged"]
+    saved(copied, [state_of(template, 4)])  # the step may come again
+    assert sorted(path.name for path in (copied / "checkpoints").iterdir()) == ["2", "4", "4.damaged"]
+
+
+def test_no_flipped_byte_is_taken_for_what_was_written(run, tmp_path, template):
+    target, noticed = state_of(template, 4).ema, 0
+    item = shutil.copytree(run / "checkpoints" / "4" / "ema", tmp_path / "ema")
+    file = largest(item)
+    whole = file.read_bytes()
+    for where in np.random.default_rng(0).integers(0, len(whole), 24).tolist():
+        flip(file, where)
+        try:
+            assert_equal_bits(load_tree(item, target), target)  # of a byte that nothing depends on
+        except DamagedError:
+            noticed += 1
+        file.write_bytes(whole)
+    assert noticed > 12
+
+
+def test_arrays_that_can_be_read_but_are_others_are_noticed(copied, template):
+    item = copied / "checkpoints" / "4" / "params"
+    metadata = (item / "_METADATA").read_bytes()
+    shutil.rmtree(item)
+    shutil.copytree(copied / "checkpoints" / "2" / "params", item)
+    (item / "_METADATA").write_bytes(metadata)
+    with pytest.raises(DamagedError, match=r"fingerprints of decoder/.* are not those that were written"):
+        load_tree(item, state_of(template, 1).params)
+
+
+def test_arrays_without_fingerprints_are_read_with_a_warning(copied, template, caplog):
+    item = copied / "checkpoints" / "4" / "params"
+    metadata = json.loads((item / "_METADATA").read_text())
+    (item / "_METADATA").write_text(json.dumps(metadata | {"custom_metadata": None}))
+    with caplog.at_level("WARNING", logger="absl"):
+        assert_equal_bits(load_tree(item, state_of(template, 1).params), state_of(template, 4).params)
+    assert f"{item} was written without fingerprints" in caplog.text
+
+
+def test_if_every_checkpoint_is_damaged_all_are_named_and_none_is_moved(copied, template):
+    for step in ("2", "4"):
+        shutil.rmtree(copied / "checkpoints" / step / "params")
+    with pytest.raises(run_directory.RunError, match=r"no checkpoint of .* can be used") as error:
+        restored(copied, template)
+    assert all(f"checkpoints/{step}/params is damaged" in str(error.value) for step in (2, 4))
+    assert sorted(path.name for path in (copied / "checkpoints").iterdir()) == ["2", "4"]
+
+
+def test_another_models_checkpoint_is_an_error_and_stays_where_it_is(copied, template):
+    other = jax.tree.map(lambda leaf: leaf, template[0])
+    other["decoder"]["blocks"]["mlp"]["up"]["kernel"] = np.zeros((3, 16, 32), np.float32)
+    other["decoder"]["newer"] = {"scale": np.zeros(3, np.float32)}
+    with pytest.raises(run_directory.RunError, match="holds arrays of another model") as error:
+        restored(copied, (other,))
+    assert "decoder/blocks/mlp/up/kernel has shape (2, 16, 32) there, (3, 16, 32) here" in str(error.value)
+    assert "decoder/newer/scale is not there" in str(error.value)
+    assert sorted(path.name for path in (copied / "checkpoints").iterdir()) == ["2", "4"]
+
+
+def test_inference_names_the_damaged_checkpoint_and_how_to_use_the_one_before(copied, template):
+    newest = copied / "checkpoints" / "4"
+    (newest / "ema" / "_METADATA").write_text("{")
+    with pytest.raises(run_directory.RunError, match=r"4/ema is damaged: .*; to use that of step 2 instead: mv ") as error:
+        checkpoints.load_params(copied)
+    assert newest.exists()
+    old, new = str(error.value).split("mv ")[1].split()
+    os.rename(old, new)
+    params, step = checkpoints.load_params(copied)
+    assert step == 2
+    assert_equal_bits(params["decoder"], state_of(template, 2).ema["decoder"])
+
+
+def test_damaged_frozen_parameters_are_an_error_that_names_them(copied):
+    file = largest(copied / "frozen")
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(run_directory.RunError, match="run/frozen is damaged: "):
+        checkpoints.load_frozen(copied)

@@ -1,0 +1,110 @@
+"""How processes find each other, and that they hold the same arrays as one process would."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from mimic_video.config import ConfigError
+from mimic_video.training.distributed import initialize, processes
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(("environment", "message"), [
+    ({"JAX_NUM_PROCESSES": "4"}, "JAX_COORDINATOR_ADDRESS is not set, but JAX_NUM_PROCESSES is"),
+    ({"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_PROCESS_ID": "0"},
+     "JAX_NUM_PROCESSES is not set, but JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID is"),
+    ({"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "4"}, "JAX_PROCESS_ID is not set"),
+    ({"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "4"},
+     "JAX_PROCESS_ID is '4'; expected a number from 0 to 3"),
+    ({"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "four", "JAX_PROCESS_ID": "0"}, "JAX_NUM_PROCESSES is 'four'"),
+    ({"JAX_COORDINATOR_ADDRESS": "host", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS is 'host'"),
+    ({"SLURM_STEP_NODELIST": "host[1-4]", "SLURM_NTASKS": "?"}, r"SLURM_NTASKS is '\?'"),
+])  # fmt: skip
+def test_half_set_and_impossible_variables_are_named(environment, message):
+    with pytest.raises(ConfigError, match=f"environment variable {message}"):
+        initialize(environment)
+
+
+@pytest.mark.parametrize("environment", [{}, {"JAX_NUM_PROCESSES": "1"}, {"SLURM_STEP_NODELIST": "a", "SLURM_NTASKS": "1"}])
+def test_one_process_stays_by_itself(monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="error: as it is"), processes():
+        sys.exit("error: as it is")
+
+
+HOST = """
+from mimic_video.training.distributed import processes
+with processes():
+    import jax
+    import numpy as np
+    import tiny
+    from jax.experimental.multihost_utils import process_allgather
+    from jax.sharding import AxisType, Mesh
+    from mimic_video.config import MeshConfig
+    from mimic_video.training.sharding import batch_rows, global_batch, make_mesh, shardings
+    from mimic_video.training.steps import place
+    from mimic_video.vam import VideoActionModel
+
+    rows = np.arange(16 * 3, dtype=np.float32).reshape(16, 3)
+    chips = np.array(jax.devices())
+    meshes = {
+        "neighbours": make_mesh(MeshConfig()),
+        "interleaved": Mesh(chips.reshape(2, 4).T.reshape(2, 4, 1), ("data", "fsdp", "sequence")),
+        "one sample on both": make_mesh(MeshConfig(data=1, fsdp=1, sequence=8)),
+        "samples on a part of both": Mesh(chips.reshape(2, 4).T.reshape(1, 4, 2), ("data", "fsdp", "sequence")),
+    }
+    for name, mesh in meshes.items():
+        own = batch_rows(16, mesh)
+        print(name, own, flush=True)
+        whole = global_batch({"x": rows[own]}, mesh)["x"]
+        np.testing.assert_array_equal(process_allgather(whole, tiled=True), rows)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    vam = VideoActionModel(tiny.experiment())
+    shapes = jax.eval_shape(vam.init, jax.random.key(0))
+    params = jax.jit(vam.init, out_shardings=shardings(shapes, mesh))(jax.random.key(0))
+    expected = jax.device_get(jax.jit(vam.init)(jax.random.key(0)))
+    for tree in (params, place(expected, mesh)):
+        for leaf, whole in zip(jax.tree.leaves(tree), jax.tree.leaves(expected), strict=True):
+            for shard in leaf.addressable_shards:
+                np.testing.assert_allclose(shard.data, whole[shard.index], rtol=1e-6)
+        kernel = tree["decoder"]["blocks"]["mlp"]["up"]["kernel"]
+        assert kernel.addressable_shards[0].data.size * 4 == kernel.size
+    raise SystemExit(3)  # a number: all end in good order
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_hold_the_arrays_of_one():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))), "JAX_COORDINATOR_ADDRESS": address,
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4"),
+    }  # fmt: skip
+    running = []
+    for index in range(2):
+        own = environment | {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        running.append(subprocess.Popen([sys.executable, "-c", HOST], env=own, **pipes))
+    try:
+        printed = [process.communicate(timeout=120)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    expected = {
+        "neighbours": (list(range(8)), list(range(8, 16))),
+        "interleaved": ([0, 1, 4, 5, 8, 9, 12, 13], [2, 3, 6, 7, 10, 11, 14, 15]),
+        "one sample on both": (list(range(16)),) * 2,
+        "samples on a part of both": (list(range(16)),) * 2,
+    }
+    for index, process in enumerate(running):
+        assert process.returncode == 3, printed[index]
+        for name, rows in expected.items():
+            assert f"{name} {rows[index]}" in printed[index]

@@ -1,0 +1,108 @@
+"""Two processes with two devices each, that have to decide alike."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from mimic_video.training import run_directory
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+HOST = """
+import os, pathlib, signal, sys
+import jax
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+import tiny
+from mimic_video.config import MeshConfig
+from mimic_video.training import checkpoints, loop
+from mimic_video.training.preemption import PreemptedError
+from mimic_video.training.run_directory import RunError, locked
+from mimic_video.training.sharding import make_mesh
+from mimic_video.training.steps import abstract_state
+from mimic_video.vam import VideoActionModel
+
+what, run = sys.argv[3], pathlib.Path(sys.argv[4])
+config = tiny.experiment(train={"steps": 1000, "checkpoint_every": 2, "keep_checkpoints": 9}, mesh={"data": 1, "fsdp": 4})
+me = jax.process_index()
+
+def batches(start):
+    step = start
+    while True:
+        step += 1
+        if step == 3 and me == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        whole = tiny.batch(config, config.train.batch_size, step)
+        yield {name: value[4 * me : 4 * me + 4] for name, value in whole.items()}
+
+if what == "train":
+    try:
+        loop.train(config, run, lambda mesh: tiny.params(config), batches, lambda step: {})
+    except PreemptedError as stopped:
+        print("OUTCOME", stopped, flush=True)
+elif what == "restore":
+    target = abstract_state(VideoActionModel(config), make_mesh(config.mesh))
+    with checkpoints.open_checkpoints(run, 9) as manager:
+        print("OUTCOME", int(checkpoints.restore(manager, target).step), flush=True)
+else:
+    try:
+        with locked(run):
+            pass
+    except RunError as error:
+        print("OUTCOME", error, flush=True)
+"""
+
+
+@pytest.fixture
+def hosts(tmp_path):
+    """hosts(what, other) → what each of the two processes has to say; the second one sees `other` as the run directory."""
+
+    def run(what, other="run"):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        flags = re.sub(r"(--xla_force_host_platform_device_count)=\d+", r"\1=2", os.environ["XLA_FLAGS"])
+        environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "XLA_FLAGS": flags}
+        command = [sys.executable, "-c", HOST, address]
+        processes = [
+            subprocess.Popen([*command, str(index), what, tmp_path / name], env=environment, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True) for index, name in enumerate(("run", other))
+        ]  # fmt: skip
+        try:
+            outputs = [process.communicate(timeout=240) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        said = [[line for line in out.splitlines() if line.startswith("OUTCOME")] for out, _ in outputs]
+        assert all(len(lines) == 1 for lines in said), outputs
+        return [lines[0].removeprefix("OUTCOME ") for lines in said]
+
+    return run
+
+
+@pytest.mark.slow
+def test_all_stop_after_the_same_step_and_leave_a_checkpoint_that_only_one_cannot_read(hosts, tmp_path):
+    one, other = hosts("train")  # only the second process gets a signal
+    assert one == other
+    stopped = int(re.search(r"stopped after step (\d+) of", one)[1])
+    folder = tmp_path / "run" / "checkpoints"
+    steps = sorted(int(path.name) for path in folder.iterdir())
+    assert 3 <= stopped < 1000 and steps[-1] == stopped
+    damaged = shutil.copytree(tmp_path / "run", tmp_path / "other") / "checkpoints" / str(stopped)
+    shutil.rmtree(damaged / "params" / "d")
+    assert hosts("restore", "other") == [str(steps[-2])] * 2
+    assert sorted(path.name for path in folder.iterdir() if not path.name.isdigit()) == [f"{stopped}.damaged"]
+
+
+@pytest.mark.slow
+def test_no_process_runs_in_a_directory_that_is_taken(hosts, tmp_path):
+    with run_directory.locked(tmp_path / "run"):
+        assert json.loads((tmp_path / "run" / "lock").read_text())["pid"] == os.getpid()
+        one, other = hosts("lock")
+    assert one == other and f"process {os.getpid()} on" in one
