@@ -33,7 +33,7 @@ class Recorder:
 
     def __call__(self, images, proprio, instructions, query):
         self.busy = True
-        assert self.gate.wait(30)
+        assert self.gate.wait(60)
         self.busy = False
         self.batches.append(len(proprio))
         self.instructions.append(list(instructions))
@@ -69,12 +69,12 @@ class Running:
         return f"127.0.0.1:{self.server.port}"
 
     def client(self, **options):
-        return PolicyClient(f"ws://{self.address}", **{"wait": 10.0, "timeout": 30.0, **options})
+        return PolicyClient(f"ws://{self.address}", **{"wait": 60.0, "timeout": 60.0, **options})
 
     def raw(self):
         """A connection whose metadata have been read."""
         connection = connect(f"ws://{self.address}", compression=None).__enter__()
-        connection.recv(10)
+        connection.recv(60)
         return connection
 
     def drain(self):
@@ -110,13 +110,13 @@ def serving(plan, layout=LAYOUT, **options):
         yield server
     finally:
         server.loop.call_soon_threadsafe(stop.set)
-        thread.join(30)
+        thread.join(60)
         assert not thread.is_alive()
     if problem:
         raise problem[0]
 
 
-def wait_until(condition, seconds=10.0):
+def wait_until(condition, seconds=60.0):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "the condition was not met in time"

@@ -98,15 +98,18 @@ class TimedFrames:
         self._frames: list[tuple[float, np.ndarray]] = []
 
     def append(self, timestamp: float, frame: np.ndarray) -> None:
-        """Adds uint8 (n, cameras, H, W, 3). Raises BadRequest if it is no later than the last, or one too many."""
+        """Adds uint8 (n, cameras, H, W, 3), in place of one of the same time, as when a request is repeated.
+
+        Raises BadRequest if the last one is later, or there are too many.
+        """
         if self._frames:
             last, other = self._frames[-1]
-            if timestamp <= last:
-                raise BadRequest(f"field 'timestamp' is {timestamp:g}; expected more than the last one, {last:g} (or a reset)")
+            if timestamp < last:
+                raise BadRequest(f"field 'timestamp' is {timestamp:g}; expected at least the last one, {last:g} (or a reset)")
             if frame.shape != other.shape:
                 raise BadRequest(f"field 'robots' is {len(frame)}; expected {len(other)}, as before (or a reset)")
         horizon = timestamp - self._past * self._period
-        kept = [entry for entry in self._frames if entry[0] >= horizon]
+        kept = [entry for entry in self._frames if horizon <= entry[0] < timestamp]
         if len(kept) >= self._past * _FRAMES_PER_PAST_FRAME:
             raise BadRequest(f"{len(kept)} frames came within {self._past * self._period:g} s; expected at most "
                              f"{_FRAMES_PER_PAST_FRAME / self._period:g} a second")

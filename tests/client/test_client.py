@@ -33,11 +33,11 @@ def test_a_client_waits_for_its_server():
     with pytest.raises(ServerUnavailable, match=f"no policy server at ws://127.0.0.1:{port} within 0.1 s"):
         PolicyClient(f"ws://127.0.0.1:{port}", wait=0.1)
     results = []
-    waiting = threading.Thread(target=lambda: results.append(PolicyClient(f"ws://127.0.0.1:{port}", wait=20.0)))
+    waiting = threading.Thread(target=lambda: results.append(PolicyClient(f"ws://127.0.0.1:{port}", wait=60.0)))
     waiting.start()
     time.sleep(0.2)
     with serving(Recorder(), port=port):
-        waiting.join(20)
+        waiting.join(60)
         assert results[0].metadata["protocol"] == 1
         results[0].close()
 

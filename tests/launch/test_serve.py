@@ -50,7 +50,7 @@ def test_a_policy_is_served_until_it_is_told_to_end(run):
         uri = line.split()[-1]
         with pytest.raises(ServerUnavailable, match="401"):
             PolicyClient(uri)
-        with PolicyClient(uri, token="secret") as client:
+        with PolicyClient(uri, token="secret", timeout=120.0) as client:
             images = np.random.default_rng(0).integers(0, 256, (2, 5, *tiny.SIZE, 3), np.uint8)
             proprio = np.ones((2, 3), np.float32)
             message = {"observation.images.front": images, "observation.state": proprio, "task": "do it", "robots": 2, "query": 1}
@@ -58,10 +58,10 @@ def test_a_policy_is_served_until_it_is_told_to_end(run):
             np.testing.assert_allclose(actions, Policy.load(run)(images, proprio, ["do it"] * 2, 1), rtol=1e-4, atol=1e-5)
             with pytest.raises(RequestRefused, match=r"bad_request: .* has 5 words; text\.rows is 4"):
                 client.infer(message | {"task": "far too many words here"})
-            with urllib.request.urlopen(uri.replace("ws:", "http:") + "/healthz", timeout=10) as response:
+            with urllib.request.urlopen(uri.replace("ws:", "http:") + "/healthz", timeout=60) as response:
                 assert response.read() == b"ok\n"
             process.send_signal(signal.SIGTERM)
-            output, errors = process.communicate(timeout=30)
+            output, errors = process.communicate(timeout=120)
         assert process.returncode == 0 and "draining" in output and "Traceback" not in errors
     finally:
         process.kill()

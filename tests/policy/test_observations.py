@@ -143,8 +143,9 @@ def test_a_wrong_field_is_named(change, complaint):
 def test_times_increase_and_robots_stay():
     current = session()
     current.accept(observation(prompt="a", timestamp=1.0), now=0.0)
-    with pytest.raises(BadRequest, match="'timestamp' is 1; expected more than the last one, 1"):
-        current.accept(observation(timestamp=1.0), now=5.0)
+    with pytest.raises(BadRequest, match=r"'timestamp' is 0\.5; expected at least the last one, 1"):
+        current.accept(observation(timestamp=0.5), now=5.0)
+    assert seen(current.accept(observation(9, timestamp=1.0), now=5.0)) == [9] * 5  # asked again
     both = {"images": np.zeros((2, 8, 16, 3), np.uint8), "state": np.zeros((2, 3)), "robots": 2, "prompt": "a"}
     with pytest.raises(BadRequest, match="'robots' is 2; expected 1, as before"):
         current.accept(both, now=6.0)

@@ -37,7 +37,7 @@ def plan_of(value, state, instruction, frames=None):
 
 
 def get(running, path):
-    with urllib.request.urlopen(f"http://{running.address}{path}", timeout=10) as response:
+    with urllib.request.urlopen(f"http://{running.address}{path}", timeout=60) as response:
         return response.read().decode()
 
 
@@ -231,7 +231,7 @@ def test_a_drain_answers_what_was_taken_and_refuses_the_rest():
         assert not drained.done()
         recorder.gate.set()
         assert [checksum(name) for name in "ab"] == [future.result()["actions"][2, 0] for future in taken]
-        drained.result(10)
+        drained.result(60)
 
 
 def test_too_many_connections_are_refused():
@@ -298,7 +298,7 @@ def test_a_thousand_malformed_messages_each_get_an_error_or_a_right_answer():
             message = corrupted(generator, observation(prompt="a"))
             try:
                 connection.send(message)
-                reply = connection.recv(10)
+                reply = connection.recv(60)
             except ConnectionClosedError as closed:
                 assert len(message) > 200_000 and "1009" in str(closed) and "200000 bytes" in str(closed)
                 outcomes["closed"] += 1
@@ -330,7 +330,7 @@ def test_bytes_that_are_not_even_http():
 
 def test_a_slow_reader_and_abrupt_ends_hold_up_nobody(monkeypatch):
     """One sends and never reads, until it is cut off; others vanish in the middle of a message."""
-    monkeypatch.setattr("mimic_video.policy.server._SEND_SECONDS", 0.3)
+    monkeypatch.setattr("mimic_video.policy.server._SEND_SECONDS", 1.0)
 
     def plan(images, proprio, instructions, query):
         return np.zeros((len(proprio), 250_000, 1), np.float32)  # answers of a megabyte, which no socket buffers for long
