@@ -18,6 +18,8 @@ from mimic_video.training import checkpoints, run_directory
 from mimic_video.transforms import stack_views
 from mimic_video.vam import Params, Prefix, Robots, VideoActionModel
 
+_KEPT_INSTRUCTIONS = 64  # whose features stay in memory: a server's clients may ask for anything
+
 
 class Policy:
     """Plans action chunks for a batch of robots of one embodiment: one partial video forward and one action flow per chunk.
@@ -89,6 +91,8 @@ class Policy:
         for instruction in set(instructions) - self._text.keys():
             self._text[instruction] = self._encode_text(instruction)
         text = np.stack([self._text[instruction] for instruction in instructions])
+        while len(self._text) > _KEPT_INSTRUCTIONS:
+            del self._text[next(iter(self._text))]
         noise = self._vam.policy_noise(self._seed, batch, query)
         normalised = pad_last(self.normalizers["proprio"].normalize(proprio[:, None]), decoder.proprio_dim)
         prefix = None if committed is None else self._prefix(committed, batch)

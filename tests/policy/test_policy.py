@@ -61,6 +61,14 @@ def test_every_observation_matters_and_only_to_its_own_robot(policy, name):
     np.testing.assert_allclose(difference[1], 0, atol=1e-6)
 
 
+def test_features_of_many_instructions_are_not_all_kept(policy):
+    images, proprio, _ = observation()
+    for group in range(40):
+        policy(images, proprio, [f"do task {2 * group + row}" for row in range(2)])
+    assert len(policy._text) <= 64
+    np.testing.assert_array_equal(policy(*observation()), policy(*observation()))
+
+
 def test_plans_are_in_raw_units(policy, params):
     normalised = Policy(tiny.experiment(data={"normalization": "identity"}), params, ROBOT)
     images, proprio, instructions = observation()
