@@ -72,8 +72,8 @@ def run_rollouts(
         One result per episode, in order of tasks, then seeds.
 
     Raises:
-        ValueError: when there are no tasks, when a task's control rate is not `data.control_hz` or no whole multiple of the
-            video rate, or when the plan's output has the wrong shape.
+        ValueError: when there are no tasks, when a task's control rate is not `data.control_hz`, or when the plan's output has
+            the wrong shape.
         WorkerError: when a simulator fails.
     """
     evaluation = config.evaluation
@@ -93,9 +93,9 @@ def _run_task(plan: Plan, pool: EnvironmentPool, task: str, config: ExperimentCo
     data, execute_steps, n = config.data, config.policy.execute_steps, len(pool.seeds)
     if not math.isclose(pool.control_hz, data.control_hz, rel_tol=1e-6):
         raise ValueError(f"{task} is controlled at {pool.control_hz:g} Hz, but data.control_hz={data.control_hz:g}")
-    history = FrameHistory(data.past_frames, data.video_hz, pool.control_hz)
+    history = FrameHistory(data.past_frames, data.video_hz)
     observation = pool.reset()
-    history.append(observation.image)
+    history.append(observation.image, 0.0)
     recordings = [[image] for image in observation.image[:record]]
     active, steps = np.ones(n, bool), np.zeros(n, int)
     for step in range(config.evaluation.max_steps):
@@ -106,7 +106,7 @@ def _run_task(plan: Plan, pool: EnvironmentPool, task: str, config: ExperimentCo
                 raise ValueError(f"{task}: the plan has shape {actions.shape}; expected ({n}, {execute_steps} or more, "
                                  f"{pool.action_dim})")
         observation, success = pool.step(actions[:, offset], active)
-        history.append(observation.image)
+        history.append(observation.image, (step + 1) / data.control_hz)
         for row, recording in enumerate(recordings):
             if active[row]:
                 recording.append(observation.image[row])
