@@ -43,8 +43,8 @@ class FrameHistory:
         if self._frames:
             last, other = self._frames[-1]
             if timestamp <= last:
-                raise ValueError(f"the frame's timestamp is {timestamp:.3f} s, and the last one's {last:.3f} s; frames have to come "
-                                 "in order (reset the history for a new episode)")
+                raise ValueError(f"the frame's timestamp is {timestamp:.3f} s, and the last one's {last:.3f} s; frames have to "
+                                 "come in order (reset the history for a new episode)")
             if frame.shape != other.shape:
                 raise ValueError(f"frame has shape {frame.shape}; this history holds frames of shape {other.shape}")
         self._frames.append((timestamp, frame))
@@ -64,8 +64,8 @@ class FrameHistory:
             raise RuntimeError("the frame history is empty: append the episode's first frame before asking for a window")
         times = np.array([timestamp for timestamp, _ in self._frames])
         if now is not None and now - times[-1] > self._period + _SAME:
-            raise RuntimeError(f"the newest frame is {now - times[-1]:.3f} s old; expected at most {self._period:g} s, the period "
-                               "of the video that the policy was trained on: is the camera still sending?")
+            raise RuntimeError(f"the newest frame is {now - times[-1]:.3f} s old; expected at most {self._period:g} s, the "
+                               "period of the video that the policy was trained on: is the camera still sending?")
         distances = np.abs(times - (times[-1] - self._ages)[:, None])
         nearest = distances <= distances.min(axis=1, keepdims=True) + _SAME
         return np.stack([self._frames[index][1] for index in nearest.argmax(axis=1)], axis=-4)

@@ -28,4 +28,4 @@ def test_more_draws_have_less_variance(launch, config_file):
 
 
 def test_an_unknown_benchmark(launch):
-    assert "there is no benchmark 'trainin'; expected training or draws" in launch("benchmark", "trainin")
+    assert "there is no benchmark 'trainin'; expected training, draws, policy or cold_start" in launch("benchmark", "trainin")

@@ -16,7 +16,8 @@ from mimic_video.transforms import compute_statistics
 CONFIG = tiny.experiment(backbone={"num_blocks": 1}, decoder={"num_blocks": 1})
 STATISTICS = {"action": compute_statistics(np.random.default_rng(0).normal(0, 1, (50, 4, 2))),
               "proprio": compute_statistics(np.random.default_rng(1).normal(0, 1, (50, 1, 3)))}  # fmt: skip
-ROBOTS = {name: Embodiment(name, index, STATISTICS, {"action": (1,), "proprio": ()}) for index, name in enumerate(("arm", "lift"))}
+ROBOTS = {name: Embodiment(name, index, STATISTICS, {"action": (1,), "proprio": ()})
+          for index, name in enumerate(("arm", "lift"))}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
