@@ -83,7 +83,7 @@ class Policy:
         Raises:
             ValueError: naming the argument, if a shape or dtype is not one that the policy can use.
         """
-        return np.asarray(self._plan(*self.prepare(images, proprio, instructions, query)))
+        return np.asarray(self._plan(*self.prepare(images, proprio, instructions, query), samples=None))
 
     def sample(
         self, images: Any, proprio: Float[np.ndarray, "b p"], instructions: Sequence[str], samples: int, query: int = 0

@@ -66,7 +66,7 @@ class PolicyProgram:
         else:
             key = jax.random.wrap_key_data(key_data)
             noise = self.vam.draw_noise(key, batch)
-            keys = [jax.random.fold_in(key, n) for n in range(1, samples or 1)]
+            keys = [jax.random.fold_in(jax.random.split(key)[1], n) for n in range(1, samples or 1)]  # of the actions' own key
             more = [jax.random.normal(key, noise["actions"].shape) for key in keys]
         return noise if samples is None else noise | {"actions": jnp.stack([noise["actions"], *more], axis=1)}
 

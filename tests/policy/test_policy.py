@@ -51,7 +51,7 @@ def test_a_plan_is_a_function_of_observation_seed_and_query(policy, params):
         assert np.abs(changed - plan).max(axis=(1, 2)).min() > 1e-3
 
 
-@pytest.mark.parametrize("changes", [{}, {"compat": {"bfloat16_low_dim": True}}, {"policy": {"stop_step": 2}}])
+@pytest.mark.parametrize("changes", [{"policy": {"stop_step": 2}}, {"compat": {"bfloat16_low_dim": True}}])
 def test_one_program_computes_what_its_parts_do(params, changes):
     """The normalisers as NumPy has them, around the model's own sampler with its own noise."""
     config = tiny.experiment(**changes)
@@ -62,7 +62,7 @@ def test_one_program_computes_what_its_parts_do(params, changes):
     chunk = jax.jit(vam.sample_actions)(params, images, normalised, text, vam.policy_noise(3, 2, 1))
     expected = policy.normalizers["action"].unnormalize(np.asarray(chunk))
     plan = policy(images, proprio, instructions, query=1)
-    np.testing.assert_allclose(plan, expected, rtol=2**-6 if changes.get("compat") else 1e-6, atol=1e-6)
+    np.testing.assert_allclose(plan, expected, rtol=2**-7 if "compat" in changes else 1e-6, atol=1e-6)  # one step of its grid
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
