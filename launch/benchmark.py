@@ -2,6 +2,8 @@
 
     python launch/benchmark.py training [--size=2b | --config=FILE.py[:ARG]] [--repeats=30]
     python launch/benchmark.py draws --config=configs/quickstart.py:action [--run=RUN]
+    python launch/benchmark.py policy [--size=2b | --config=FILE.py[:ARG]] [--image=480x640] [--batch=1] [--reference=torch]
+    python launch/benchmark.py cold_start --policy=BUNDLE_OR_RUN [--embodiment=NAME]
     python launch/benchmark.py --config=configs/quickstart.py [--batch_sizes=1,20]
 
 `training`: steps of stage 2, of low-rank adaptation and of full finetuning, beside the rate of the fastest square matrix product
@@ -11,6 +13,12 @@ quickstart's. Without either, the first where there is an accelerator, else the 
 `draws`: what several action noise draws that share a backbone forward buy: variance of the gradient over the noise of a step,
 with parameters and batch fixed, and the time of a step, as ratios to those of the first number of --draws. With --run, its
 parameters and, if it is there, its data.
+
+`policy`: latency of action chunks with random parameters, stage by stage and of the one program, beside the floor: the time that
+the matrix products of the needed work take at the rate of the fastest one in the same run. `--reference=torch` measures the same
+from the observed latents on in PyTorch (launch/torch_reference.py), with the context's keys and values recomputed and cached.
+
+`cold_start`: from the start of a process to the first action, with an empty and with a filled compilation cache.
 
 Without a command: steps of both stages, and action chunks for --batch_sizes robots.
 
@@ -25,11 +33,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import benchmark_policy
 import experiment
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
+from absl import app, flags
 
 from data_pipelines.datasets import open_datasets
 from data_pipelines.loader import Part, make_batches
@@ -44,16 +53,24 @@ from mimic_video.training.sharding import global_batch, make_mesh, shardings
 from mimic_video.training.steps import TrainState, abstract_state, join_params, make_state, make_train_step, split_params
 from mimic_video.vam import Params, VideoActionModel
 
-_SIZE = flags.DEFINE_enum("size", None, ["2b", "small"], "What `training` measures, in place of --config")
+_SIZE = flags.DEFINE_enum("size", None, ["2b", "small"], "What `training` and `policy` measure, in place of --config")
 _REPEATS = flags.DEFINE_integer("repeats", 30, "Timed calls of each kind", lower_bound=2)
 _BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "20"], "Robots that a chunk is planned for at once")
 _RUN = flags.DEFINE_string("run", None, "Run of stage `action` whose parameters `draws` takes; random ones by default")
 _DRAWS = flags.DEFINE_list("draws", ["1", "2", "4", "8"], "Numbers of noise draws that `draws` compares, with the first")
 _KEYS = flags.DEFINE_integer("keys", 64, "Noise of how many steps `draws` compares", lower_bound=2)
+_IMAGE = flags.DEFINE_string("image", None, "Size of the images that `policy` sees, such as 480x640; that of the configuration")
+_BATCH = flags.DEFINE_integer("batch", 1, "Robots that `policy` plans for at once", lower_bound=1)
+_REFERENCE = flags.DEFINE_enum("reference", None, ["torch"], "What `policy` is compared with in the same run")
+_POLICY = flags.DEFINE_string("policy", None, "Bundle or run that `cold_start` starts")
+_EMBODIMENT = flags.DEFINE_string("embodiment", None, "Robot that `cold_start` drives, by its dataset's name")
 flags.FLAGS.set_default("compilation_cache", False)  # what compiling takes is reported
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SIZES = {"2b": "configs/published.py:cosmos", "small": "configs/quickstart.py"}
+SIZES = {
+    "training": {"2b": "configs/published.py:cosmos", "small": "configs/quickstart.py"},
+    "policy": {"2b": "configs/published.py:bridge", "small": "configs/quickstart.py:action"},
+}
 MATRICES = {"cpu": (512, 1024), "other": (4096, 8192, 16384)}  # sizes that the rate of products is measured at
 
 
@@ -248,33 +265,57 @@ def real_batch(config: ExperimentConfig, run: pathlib.Path) -> dict[str, np.ndar
                              text=make_text_encoder(config.text), decoder=config.decoder))  # fmt: skip
 
 
+def policy(config: ExperimentConfig) -> dict[str, Any]:
+    """Action chunks, by stage."""
+    if _IMAGE.value:
+        size = benchmark_policy.parse_size(_IMAGE.value)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=size))
+    rate = product_rate(config.precision)
+    return benchmark_policy.policy_latency(config, _BATCH.value, _REPEATS.value, rate, _REFERENCE.value == "torch")
+
+
 COMMANDS: dict[str | None, Callable[[ExperimentConfig], dict[str, Any]]] = {
-    "training": training, "draws": draws, None: both_stages,
+    "training": training, "draws": draws, "policy": policy, None: both_stages,
 }  # fmt: skip
 
 
 def main(command: str | None, config: ExperimentConfig) -> None:
-    if _SIZE.value == "2b":
+    if _SIZE.value == "2b" and command == "training":
         config = one_sample_a_device(config)
+    print_result(COMMANDS[command](config))
+
+
+def print_result(measured: dict[str, Any]) -> None:
     device = jax.devices()[0]
-    result: dict[str, Any] = {"devices": f"{jax.device_count()} x {device.device_kind}", **COMMANDS[command](config)}
+    result: dict[str, Any] = {"devices": f"{jax.device_count()} x {device.device_kind}", **measured}
     if device.platform == "cpu":
         result["note"] = "on CPU: this shows that the benchmark runs, not how fast the system is"
     print(json.dumps(result))
 
 
+def start(_: list[str]) -> None:
+    if not _POLICY.value:
+        sys.exit("error: --policy is missing: the bundle or run whose start is measured")
+    try:
+        print_result(benchmark_policy.cold_start(_POLICY.value, _EMBODIMENT.value))
+    except RunError as error:
+        sys.exit(f"error: {error}")
+
+
 def run() -> None:
     """Parses the command and the size, which stands for a configuration file."""
     command = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else None
+    if command == "cold_start":
+        app.run(start)
     if command not in COMMANDS:
-        sys.exit(f"error: there is no benchmark '{command}'; expected training or draws")
+        sys.exit(f"error: there is no benchmark '{command}'; expected training, draws, policy or cold_start")
     names = [argument.lstrip("-").partition("=")[0] for argument in sys.argv[1:]]
-    if command == "training" and "config" not in names:
+    if command in SIZES and "config" not in names:
         if "size" not in names:
             sys.argv.append("--size=" + ("small" if jax.default_backend() == "cpu" else "2b"))
         size = next(argument.partition("=")[2] for argument in sys.argv if argument.lstrip("-").startswith("size="))
-        if size in SIZES:  # else the flag's own check says so
-            sys.argv.append(f"--config={ROOT / SIZES[size]}")
+        if size in SIZES[command]:  # else the flag's own check says so
+            sys.argv.append(f"--config={ROOT / SIZES[command][size]}")
     experiment.run(lambda config: main(command, config), (RunError,))
 
 

@@ -29,16 +29,14 @@ from mimic_video.training import checkpoints, run_directory
 from mimic_video.transforms import Statistics, from_json, statistics_from_published, statistics_to_published, to_json
 from mimic_video.vam import Params, VideoActionModel
 from mimic_video.weights.diffusers import DIFFUSERS_DIT_NAMES, read_component, video_dit_config, wan_config
-from mimic_video.weights.files import open_tensors, write_pt, write_safetensors
+from mimic_video.weights.files import open_tensors
+from mimic_video.weights.layout import write_networks
 from mimic_video.weights.published import (
     ACTION_DECODER_NAMES,
     VIDEO_DIT_NAMES,
-    Names,
     WeightsError,
-    export_params,
     fuse_lora,
     import_params,
-    published_shapes,
     without_prefix,
 )
 from mimic_video.weights.wan_names import DIFFUSERS_VAE_NAMES, WAN_VAE_NAMES
@@ -186,15 +184,9 @@ def export(run: pathlib.Path, out: pathlib.Path) -> None:
         statistics = exported_statistics(choose(run_directory.load_embodiments(run), None).statistics)
     params, step = checkpoints.load_params(run, _PRECISION.value)
     print(f"step {step} of {run}")
-    suffix = f".{_FORMAT.value}"
-    if config.tokenizer.kind == "wan":
-        plain = ".pth" if _FORMAT.value == "pt" else suffix
-        write_network(out / "video_backbone" / "tokenizer" / f"tokenizer{plain}", params.pop("tokenizer"), WAN_VAE_NAMES, "")
-    else:
-        print(f"tokenizer: the kind '{config.tokenizer.kind}' has no published form; not exported")
-    write_network(out / "video_backbone" / f"{run.name}{suffix}", params.pop("backbone"), VIDEO_DIT_NAMES, "net.")
+    for line in write_networks(out, run.name, config, params, _FORMAT.value):
+        print(line)
     if statistics is not None:
-        write_network(out / "action_decoder" / f"{run.name}{suffix}", params.pop("decoder"), ACTION_DECODER_NAMES, "net.")
         path = out / "dataset_statistics" / f"{run.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         run_directory.write_json(path, statistics)
@@ -203,18 +195,6 @@ def export(run: pathlib.Path, out: pathlib.Path) -> None:
 
 def exported_statistics(statistics: Mapping[str, Statistics]) -> dict:
     return statistics_to_published(statistics, _ROBOT.value) if _ROBOT.value else to_json(statistics)
-
-
-def write_network(path: pathlib.Path, params: Params, names: Names, prefix: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shapes = {prefix + name: struct for name, struct in published_shapes(names, params).items()}
-    tensors = ((prefix + name, array) for name, array in export_params(params, names))
-    del params  # so that each parameter goes when it has been written
-    if _FORMAT.value == "pt":
-        write_pt(path, tensors)
-    else:
-        write_safetensors(path, shapes, tensors)
-    print(f"wrote {path}: {len(shapes)} tensors")
 
 
 _ERRORS = (run_directory.RunError, WeightsError, ModuleNotFoundError)

@@ -1,7 +1,6 @@
 """The `--config=FILE.py[:ARG] [--config.FIELD=VALUE ...]` of every launch script."""
 
 import contextlib
-import os
 import pathlib
 import sys
 from collections.abc import Callable
@@ -10,7 +9,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mimic_video.cache import user_cache
+from mimic_video.cache import keep_compiled_programs
 from mimic_video.config import ConfigError, ExperimentConfig, experiment_from, field_paths, unknown_field_message
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, e.g. configs/quickstart.py:action")
@@ -40,8 +39,8 @@ def run(
     def start(_: list[str]) -> None:
         if not _CACHE.value:
             jax.config.update("jax_enable_compilation_cache", False)
-        elif "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-            jax.config.update("jax_compilation_cache_dir", str(user_cache("xla")))
+        else:
+            keep_compiled_programs()
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(inside())

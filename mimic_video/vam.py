@@ -303,10 +303,16 @@ class VideoActionModel:
 
         Stop step 0 is a single pass through the first `hidden_block` blocks, on pure noise.
         """
+        return self.hidden_after(params, self.encode_video(params, past_video), text, noise, view_mask)
+
+    def hidden_after(
+        self, params: Params, past: Latents, text: Array, noise: Latents, view_mask=None
+    ) -> tuple[Float[Array, "b k d"], Float[Array, " b"]]:
+        """`sample_hidden` from latents of the observed frames."""
         policy, grid = self.config.policy, solvers.karras_sigmas(self.config.policy.video_steps)
         stop_time = policy.stop_time or matching.flow_time(grid[policy.stop_step])
         sigmas = solvers.sigmas_until(grid, policy.stop_time) if policy.stop_time else grid[: policy.stop_step + 1]
-        clean, mask = self._observed(params, past_video, noise.shape[1])
+        clean, mask = self._given(past, noise.shape[1])
         time = jnp.full(len(clean), stop_time, jnp.float32)
         if len(sigmas) == 1:
             x_tau = stop_time * noise
@@ -343,8 +349,26 @@ class VideoActionModel:
         prefix: Prefix | None = None,
     ) -> Float[Array, "b a m"]:
         """The action flow from noise to a normalised chunk, by Euler steps; arguments as for `sample_actions`."""
+        context = self.action_context(params, hidden, robots)
+        return self.solve_actions(params, context, video_time, proprio, noise, robots, prefix)
+
+    def action_context(self, params: Params, hidden: Float[Array, "b k d"], robots: Robots = ALIKE) -> Context:
+        """Keys and values of the decoder's cross-attention to hidden states."""
         decoder = self.module("decoder", params)
-        context = decoder.encode_context(hidden.astype(self.dtype("decoder")), self._context_mask(robots.view_mask))
+        return decoder.encode_context(hidden.astype(self.dtype("decoder")), self._context_mask(robots.view_mask))
+
+    def solve_actions(
+        self,
+        params: Params,
+        context: Context,
+        video_time: Float[Array, " b"],
+        proprio: Array,
+        noise: Array,
+        robots: Robots = ALIKE,
+        prefix: Prefix | None = None,
+    ) -> Float[Array, "b a m"]:
+        """`decode_actions` from a context."""
+        decoder = self.module("decoder", params)
         dims = 1.0 if robots.action_dims is None else robots.action_dims[:, None]
 
         def velocity(x: Array, time: Float[Array, ""]) -> Array:
@@ -400,10 +424,6 @@ class VideoActionModel:
         """True for latent frames all of whose pixel frames are real."""
         groups = video_mask[:, 1:].reshape(len(video_mask), -1, 4).all(axis=-1)
         return jnp.concatenate([video_mask[:, :1], groups], axis=1)
-
-    def _observed(self, params: Params, past_video: Array, frames: int) -> tuple[Latents, Float[Array, "b t"]]:
-        """Latents of the observed frames with zeros up to `frames` latent frames, and the mask of the observed ones."""
-        return self._given(self.encode_video(params, past_video), frames)
 
     def _given(self, past: Latents, frames: int) -> tuple[Latents, Float[Array, "b t"]]:
         """The observed latent frames with zeros up to `frames`, and the mask of the observed ones."""

@@ -352,7 +352,7 @@ def test_guidance_moves_away_from_the_negative_prompt(params):
 
     batch, positive, negative = tiny.batch(VIDEO, 2), np.full((2, 4, 8), 0.5, np.float32), np.full((2, 4, 8), 0.2, np.float32)
     vam = TextVelocity(VIDEO)
-    clean, mask = vam._observed(params, observed(batch), 3)
+    clean, mask = vam._given(vam.encode_video(params, observed(batch)), 3)
     x = 80 * noise()["video"]
     estimates = {g: vam._denoiser(params, clean, mask, positive, negative, g)(x, jnp.float32(80.0)) for g in (0.0, 2.0)}
     np.testing.assert_array_equal(estimates[2.0][:, :2], clean[:, :2])

@@ -92,8 +92,8 @@ def run_rollouts(
         One result per episode, in order of tasks, then seeds.
 
     Raises:
-        ValueError: when there are no tasks, when a task's control rate is not `data.control_hz` or no whole multiple of the
-            video rate, or when the plan's output has the wrong shape.
+        ValueError: when there are no tasks, when a task's control rate is not `data.control_hz`, or when the plan's output has
+            the wrong shape.
         WorkerError: when a simulator fails.
     """
     evaluation = config.evaluation
@@ -131,17 +131,17 @@ def run_task(
         return actions
 
     executor = Executor(make_strategy(config.policy), checked_plan, SimulatedDelay(delay))
-    history = FrameHistory(data.past_frames, data.video_hz, pool.control_hz)
+    history = FrameHistory(data.past_frames, data.video_hz)
     observation = pool.reset()
-    history.append(observation.image)
+    history.append(observation.image, 0.0)
     recordings, proprio = [[image] for image in observation.image[:record]], [observation.proprio]
     executed: list[np.ndarray] = []
     active, steps = np.ones(n, bool), np.zeros(n, int)
-    for _ in range(config.evaluation.max_steps):
+    for step in range(config.evaluation.max_steps):
         actions = executor.step(lambda: (history.window(), proprio[-1], [pool.instruction] * n))
         executed.append(hold(executed[-1] if executed else None, n) if actions is None else actions)
         observation, success = pool.step(executed[-1], active)
-        history.append(observation.image)
+        history.append(observation.image, (step + 1) / data.control_hz)
         proprio.append(observation.proprio)
         for row, recording in enumerate(recordings):
             if active[row]:

@@ -104,6 +104,10 @@ class T5TextEncoder:
     def __reduce__(self):
         return T5TextEncoder, (self._config, self._device)  # worker processes read the cache, or load the model themselves
 
+    def kept(self) -> list[str]:
+        """The prompts that are kept."""
+        return self._kept.prompts() if isinstance(self._kept, FeatureCache) else list(self._kept)
+
     def missing(self, prompts: Iterable[str]) -> list[str]:
         """The prompts that are not kept yet, each once, in the order given."""
         return [prompt for prompt in dict.fromkeys(prompts) if self._recall(prompt) is None]
@@ -175,6 +179,17 @@ class FeatureCache:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+    def prompts(self) -> list[str]:
+        """All that there are features of. Raises DamagedEntryError for a file that cannot be read."""
+        prompts = []
+        for path in sorted(self._folder.glob("*.npz")):
+            try:
+                with np.load(path) as entry:
+                    prompts.append(entry["prompt"].item())
+            except Exception as error:  # of zipfile, zlib or numpy, by where the damage is
+                raise DamagedEntryError(f"{path} cannot be read: {error}") from error
+        return prompts
 
     def _path(self, prompt: str) -> Path:
         words = re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:60]

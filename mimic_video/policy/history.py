@@ -1,39 +1,71 @@
 """The observed past that a policy conditions on."""
 
 import collections
+import math
 
 import numpy as np
 
+_SAME = 1e-6  # seconds: times that are as near count as equal, whatever their rounding
+
 
 class FrameHistory:
-    """The last `past_frames` camera frames at the video rate, kept from frames that arrive at the control rate.
+    """Camera frames by their times, and the window at the video rate that ends with the newest one, whatever the camera's rate.
 
-    Every (control_hz / video_hz)-th frame is selected, counting back from the newest, so the window always ends at the
-    present. Before enough frames have arrived, the first one stands in for the missing past.
+    Every time of the window gets the frame nearest to it, the earlier of two that are as near, as in training (SPEC 8.3). Before
+    the first frame, that one stands in.
     """
 
-    def __init__(self, past_frames: int, video_hz: float, control_hz: float):
-        """Raises ValueError when the control rate is not a whole multiple of the video rate."""
+    def __init__(self, past_frames: int, video_hz: float):
+        """Raises ValueError without frames, or for a rate that is none."""
         if past_frames < 1:
             raise ValueError(f"past_frames is {past_frames}; a history needs at least one frame")
-        self._stride = round(control_hz / video_hz)
-        if self._stride < 1 or not np.isclose(self._stride * video_hz, control_hz, rtol=1e-6):
-            raise ValueError(f"control_hz={control_hz:g} is not a whole multiple of video_hz={video_hz:g}")
-        self._length = (past_frames - 1) * self._stride + 1
-        self._frames: collections.deque[np.ndarray] = collections.deque(maxlen=self._length)
+        if not (video_hz > 0 and math.isfinite(video_hz)):
+            raise ValueError(f"video_hz is {video_hz:g}; expected a positive number")
+        self._period = 1 / video_hz
+        self._ages = np.arange(past_frames - 1, -1, -1) / video_hz
+        self._frames: collections.deque[tuple[float, np.ndarray]] = collections.deque()
 
     def reset(self) -> None:
         """Forgets everything: the next frame starts an episode."""
         self._frames.clear()
 
-    def append(self, frame: np.ndarray) -> None:
-        """Adds the frame of one control step: uint8 (..., H, W, 3). It is kept by reference, not copied."""
-        if self._frames and frame.shape != self._frames[-1].shape:
-            raise ValueError(f"frame has shape {frame.shape}; this history holds frames of shape {self._frames[-1].shape}")
-        self._frames.extend([frame] * (1 if self._frames else self._length))
+    def append(self, frame: np.ndarray, timestamp: float) -> None:
+        """Adds a frame, uint8 (..., H, W, 3). It is kept by reference, not copied, and let go when no window needs it any more.
 
-    def window(self) -> np.ndarray:
-        """uint8 (..., past_frames, H, W, 3), oldest first. Raises RuntimeError before the first frame."""
+        Args:
+            timestamp: seconds of any clock that only moves forward.
+
+        Raises:
+            ValueError: if the frame is not later than the last one, has another shape, or its time is no finite number.
+        """
+        if not math.isfinite(timestamp):
+            raise ValueError(f"the frame's timestamp is {timestamp}; expected seconds")
+        if self._frames:
+            last, other = self._frames[-1]
+            if timestamp <= last:
+                raise ValueError(f"the frame's timestamp is {timestamp:.3f} s, and the last one's {last:.3f} s; frames have to "
+                                 "come in order (reset the history for a new episode)")
+            if frame.shape != other.shape:
+                raise ValueError(f"frame has shape {frame.shape}; this history holds frames of shape {other.shape}")
+        self._frames.append((timestamp, frame))
+        while len(self._frames) > 1 and self._frames[1][0] <= timestamp - self._ages[0]:
+            self._frames.popleft()
+
+    def window(self, now: float | None = None) -> np.ndarray:
+        """uint8 (..., past_frames, H, W, 3), oldest first.
+
+        Args:
+            now: the present on the frames' clock, to be sure that the camera has not stopped; None where that cannot be.
+
+        Raises:
+            RuntimeError: before the first frame, or if the newest one is older than a period of the video.
+        """
         if not self._frames:
             raise RuntimeError("the frame history is empty: append the episode's first frame before asking for a window")
-        return np.stack(list(self._frames)[:: self._stride], axis=-4)
+        times = np.array([timestamp for timestamp, _ in self._frames])
+        if now is not None and now - times[-1] > self._period + _SAME:
+            raise RuntimeError(f"the newest frame is {now - times[-1]:.3f} s old; expected at most {self._period:g} s, the "
+                               "period of the video that the policy was trained on: is the camera still sending?")
+        distances = np.abs(times - (times[-1] - self._ages)[:, None])
+        nearest = distances <= distances.min(axis=1, keepdims=True) + _SAME
+        return np.stack([self._frames[index][1] for index in nearest.argmax(axis=1)], axis=-4)

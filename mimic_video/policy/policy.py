@@ -1,22 +1,24 @@
 """A trained Video-Action Model as a policy: observations in, action chunks out, in raw units."""
 
 import pathlib
+import time
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from mimic_video.config import ExperimentConfig
 from mimic_video.embodiments import Embodiment, choose, pad_last
 from mimic_video.flow.inpainting import prefix_weights
-from mimic_video.models.text import make_text_encoder
+from mimic_video.models.text import TextEncoder, make_text_encoder
+from mimic_video.policy import bundle
 from mimic_video.policy.execution import Committed
+from mimic_video.policy.program import PolicyProgram
 from mimic_video.training import checkpoints, run_directory
-from mimic_video.transforms import stack_views
-from mimic_video.vam import Params, Prefix, Robots, VideoActionModel
+from mimic_video.transforms import resize_images, stack_views
+from mimic_video.vam import Params, Prefix
 
 _KEPT_INSTRUCTIONS = 64  # whose features stay in memory: a server's clients may ask for anything
 
@@ -24,36 +26,47 @@ _KEPT_INSTRUCTIONS = 64  # whose features stay in memory: a server's clients may
 class Policy:
     """Plans action chunks for a batch of robots of one embodiment: one partial video forward and one action flow per chunk.
 
-    A plan is a function of its observations, the seed and the query index.
+    A plan is a function of its observations, the seed and the query index. It is one compiled program from raw inputs to raw
+    actions (`program`); only images of another size are resized before it, on the host, by the function that training used.
+    A process that calls `cache.keep_compiled_programs()` first finds programs that an earlier one has compiled.
     """
 
-    def __init__(self, config: ExperimentConfig, params: Params, embodiment: Embodiment, seed: int = 0):
+    def __init__(
+        self, config: ExperimentConfig, params: Params, embodiment: Embodiment, seed: int = 0,
+        encode_text: TextEncoder | None = None,
+    ):  # fmt: skip
+        """`encode_text`: in place of the encoder that `config.text` describes."""
         self.config, self.embodiment = config, embodiment
         self.normalizers = embodiment.normalizers(config)
-        self._params, self._seed = params, seed
-        self._encode_text = make_text_encoder(config.text)
+        self.program = PolicyProgram(config, embodiment, seed)
+        self.params = self.program.parameters(params)
+        self._encode_text = encode_text or make_text_encoder(config.text)
         self._text: dict[str, np.ndarray] = {}
-        self._vam = VideoActionModel(config)
-        self._plan = jax.jit(self._vam.sample_actions)
+        self._plan = jax.jit(self.program, static_argnames="samples")
+        self._key_data = jax.jit(lambda query: jax.random.key_data(jax.random.fold_in(jax.random.key(seed), query)))
 
     @classmethod
-    def load(cls, run: str | pathlib.Path, config: ExperimentConfig | None = None, embodiment: str | None = None) -> Self:
-        """The policy of an `action` run's newest checkpoint.
+    def load(cls, path: str | pathlib.Path, config: ExperimentConfig | None = None, embodiment: str | None = None) -> Self:
+        """The policy of a bundle (launch/export.py), or of an `action` run's newest checkpoint.
 
         Args:
-            config: the run's own configuration with other `policy` settings; None for as trained.
-            embodiment: the robot to drive, by the name of its dataset; may be left out where the run has only one.
+            config: its own configuration with other `policy` settings; None for as trained.
+            embodiment: the robot to drive, by the name of its dataset; may be left out where there is only one.
 
         Raises:
-            RunError: if `run` is not a finished or running run of stage `action`.
-            ConfigError: listing the run's embodiments, if the named one is not among them.
+            BundleError: naming the file, if a bundle is damaged, not complete, or of a later version.
+            RunError: if `path` is neither a bundle nor a finished or running run of stage `action`.
+            ConfigError: listing the embodiments there are, if the named one is not among them.
         """
-        run = pathlib.Path(run)
-        trained = run_directory.read_config(run)
+        path = pathlib.Path(path)
+        if bundle.is_bundle(path):
+            own, params, embodiments, encode_text = bundle.read_bundle(path)
+            return cls(config or own, params, choose(embodiments, embodiment), encode_text=encode_text)
+        trained = run_directory.read_config(path)
         if trained.stage != "action":
-            raise run_directory.RunError(f"{run} holds a run of stage '{trained.stage}'; a policy needs stage 'action'")
-        params, _ = checkpoints.load_params(run)
-        return cls(config or trained, params, choose(run_directory.load_embodiments(run), embodiment))
+            raise run_directory.RunError(f"{path} holds a run of stage '{trained.stage}'; a policy needs stage 'action'")
+        params, _ = checkpoints.load_params(path)
+        return cls(config or trained, params, choose(run_directory.load_embodiments(path), embodiment))
 
     def __call__(
         self,
@@ -66,8 +79,8 @@ class Policy:
         """Action chunks in raw units, at `data.control_hz`.
 
         Args:
-            images: the last `data.past_frames` frames at `data.video_hz`, the current one last. With several `data.cameras` those
-                of each by its name, or of all, one above the other.
+            images: the last `data.past_frames` frames at `data.video_hz`, the current one last; of any size. With several
+                `data.cameras` those of each by its name, or of all in the size of training, one above the other.
             proprio: current proprioception in raw units.
             instructions: one per robot.
             query: counts the plans of an episode, so that their noise differs (unless it is the published one).
@@ -75,38 +88,70 @@ class Policy:
                 seen from the current hand, so are these: `execution.in_base_frame` sees to it.
 
         Raises:
-            ValueError: naming the argument, if a shape or dtype is not the one the policy was trained on.
+            ValueError: naming the argument, if a shape or dtype is not one that the policy can use.
         """
-        data, decoder = self.config.data, self.config.decoder
+        prefix = None if committed is None else self._prefix(committed, len(instructions))
+        return np.asarray(self._plan(*self.prepare(images, proprio, instructions, query), samples=None, prefix=prefix))
+
+    def sample(
+        self, images: Any, proprio: Float[np.ndarray, "b p"], instructions: Sequence[str], samples: int, query: int = 0
+    ) -> Float[np.ndarray, "b samples a m"]:
+        """Several chunks for every robot, of one video pass: the first is that of a call, others have other action noise.
+
+        Arguments and errors are those of a call. The spread of samples tells how sure the policy is of what to do next.
+        """
+        if samples < 1:
+            raise ValueError(f"policy input 'samples' is {samples}; expected 1 or more")
+        return np.asarray(self._plan(*self.prepare(images, proprio, instructions, query), samples=samples))
+
+    def warm_up(self, batch: int = 1, samples: int | None = None) -> float:
+        """Compiles the program for `batch` robots and runs it once, so that no robot waits for that. Returns the seconds.
+
+        With real-time chunking, also the one that continues committed actions.
+        """
+        data, text, start = self.config.data, self.config.text, time.perf_counter()
+        images = np.zeros((batch, data.past_frames, *data.frame_size, 3), np.uint8)
+        proprio, rows = np.zeros((batch, self.embodiment.proprio_dim), np.float32), np.zeros((batch, text.rows, text.width))
+        arguments = images, proprio, rows.astype(np.float32), self._key_data(0)
+        jax.block_until_ready(self._plan(self.params, *arguments, samples=samples, prefix=None))
+        if self.config.policy.strategy == "real_time_chunking" and samples is None:
+            nothing = np.zeros((batch, 1, self.embodiment.action_dim), np.float32)
+            prefix = self._prefix(Committed(nothing, 0), batch)
+            jax.block_until_ready(self._plan(self.params, *arguments, samples=None, prefix=prefix))
+        return time.perf_counter() - start
+
+    def prepare(
+        self, images: Any, proprio: Float[np.ndarray, "b p"], instructions: Sequence[str], query: int = 0
+    ) -> tuple[Any, ...]:
+        """What the program takes for a call with the same arguments: all that is done on the host."""
+        data = self.config.data
         batch = len(instructions)
         video = self._stack(images) if isinstance(images, Mapping) else images
-        for name, value, shape in (
-            ("images", video, (batch, data.past_frames, *data.frame_size, 3)),
-            ("proprio", proprio, (batch, self.embodiment.proprio_dim)),
-        ):
-            if value.shape != shape:
-                raise ValueError(f"policy input '{name}' has shape {value.shape}; expected {shape}")
         if video.dtype != np.uint8:
             raise ValueError(f"policy input 'images' has dtype {video.dtype}; expected uint8")
+        expected = (batch, data.past_frames, *data.frame_size, 3)
+        if len(data.cameras) == 1 and video.ndim == 5 and video.shape[-1] == 3 and min(video.shape) > 0:
+            video = resize_images(video, data.image_size)
+        for name, value, shape in (("images", video, expected), ("proprio", proprio, (batch, self.embodiment.proprio_dim))):
+            if value.shape != shape:
+                raise ValueError(f"policy input '{name}' has shape {value.shape}; expected {shape}")
         for instruction in set(instructions) - self._text.keys():
             self._text[instruction] = self._encode_text(instruction)
         text = np.stack([self._text[instruction] for instruction in instructions])
         while len(self._text) > _KEPT_INSTRUCTIONS:
             del self._text[next(iter(self._text))]
-        noise = self._vam.policy_noise(self._seed, batch, query)
-        normalised = pad_last(self.normalizers["proprio"].normalize(proprio[:, None]), decoder.proprio_dim)
-        prefix = None if committed is None else self._prefix(committed, batch)
-        actions = self._plan(self._params, jnp.asarray(video), normalised, text, noise, self._robots(batch), prefix)
-        return self.normalizers["action"].unnormalize(np.asarray(actions)[..., : self.embodiment.action_dim])
+        return self.params, video, np.asarray(proprio, np.float32), text, self._key_data(query)
 
     def _stack(self, images: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Views in the size of training, one above the other."""
         expected = set(self.config.data.cameras) & set(self.embodiment.cameras)
         if set(images) != expected:
             raise ValueError(f"policy input 'images' is of the cameras {sorted(images)}; expected {sorted(expected)}")
-        if len({value.shape for value in images.values()}) > 1:
-            shapes = {name: value.shape for name, value in images.items()}
-            raise ValueError(f"policy input 'images' has shapes {shapes}; expected one and the same")
-        return stack_views(images, self.config.data.cameras)
+        shapes = {name: value.shape for name, value in images.items()}
+        if len({(*shape[:-3], shape[-1]) for shape in shapes.values()}) > 1:
+            raise ValueError(f"policy input 'images' has shapes {shapes}; expected one and the same but for height and width")
+        resized = {name: resize_images(value, self.config.data.image_size) for name, value in images.items()}
+        return stack_views(resized, self.config.data.cameras)
 
     def _prefix(self, committed: Committed, batch: int) -> Prefix:
         """Committed actions in normalised units, filled up with zeros that do not count."""
@@ -120,14 +165,4 @@ class Policy:
         weights = prefix_weights(horizon, delay, overlap)
         filled = np.pad(actions, [(0, 0), (0, horizon - overlap), (0, 0)])
         normalised = pad_last(self.normalizers["action"].normalize(filled), self.config.decoder.action_dim)
-        return Prefix(jnp.asarray(normalised), jnp.tile(weights, (batch, 1)))
-
-    def _robots(self, batch: int) -> Robots:
-        """What the model has to be told of `batch` times this robot."""
-        robot, cameras, width = self.embodiment, self.config.data.cameras, self.config.decoder.action_dim
-        narrow, views = robot.action_dim < width, np.isin(cameras, robot.cameras)
-        return Robots(
-            embodiment=jnp.full(batch, robot.index) if self.config.decoder.embodiments else None,
-            action_dims=jnp.tile(jnp.arange(width) < robot.action_dim, (batch, 1)) if narrow else None,
-            view_mask=jnp.tile(views, (batch, 1)) if len(cameras) > 1 else None,
-        )
+        return Prefix(normalised, np.tile(weights, (batch, 1)))

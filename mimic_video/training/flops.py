@@ -1,4 +1,4 @@
-"""Model FLOPs of a training step, and what accelerators can do: the one source of every utilisation that is reported.
+"""Model FLOPs of training steps and of policies, and what accelerators can do: the one source of every reported utilisation.
 
 Only matrix products count, at two operations per multiply-add, attention's two among them. What is computed again to save
 memory does not. A product with a weight is done once forward, once more for the gradient of the weight if that is trained, and
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 
 from mimic_video.config import ExperimentConfig
+from mimic_video.flow.solvers import karras_sigmas, sigmas_until
 from mimic_video.models.action_decoder import embedder_widths
 from mimic_video.models.patch_tokenizer import CHANNELS, PATCH
 from mimic_video.models.wan_vae import MULTIPLES, TIME_RESAMPLED
@@ -92,7 +93,7 @@ def step_flops(config: ExperimentConfig) -> StepFlops:
     adapted = (product for product in (decoder if action else backbone) if _named(product.weight, config.lora.targets))
     merged = sum(3 * 2.0 * config.lora.rank * inputs * outputs * blocks
                  for _, inputs, outputs, blocks in {_shape(product) for product in adapted})  # fmt: skip
-    tokenizer = 0.0 if config.data.latents else batch * tokenizer_forward(config)
+    tokenizer = 0.0 if config.data.latents else batch * tokenizer_forward(config, config.data.num_frames)
     return StepFlops(tokenizer=tokenizer, adapters=merged, **totals)
 
 
@@ -199,9 +200,47 @@ def _shape(product: Product) -> tuple[str, int, int, int]:
     return product.weight, product.inputs, product.outputs, product.count
 
 
-def tokenizer_forward(config: ExperimentConfig) -> float:
-    """Of encoding one sample's frames."""
-    frames, (height, width) = config.data.num_frames, config.data.frame_size
+@dataclasses.dataclass(frozen=True)
+class PolicyFlops:
+    """Of one robot's action chunk, by the policy's stages.
+
+    Attributes:
+        encode: of the observed frames.
+        video: every pass of the video sampler, and the one that ends at `hidden_block`.
+        context: keys and values of the decoder's cross-attention, once.
+        steps: everything else of the decoder, at every Euler step.
+    """
+
+    encode: float
+    video: float
+    context: float
+    steps: float
+
+    @property
+    def total(self) -> float:
+        return self.encode + self.video + self.context + self.steps
+
+
+def policy_flops(config: ExperimentConfig) -> PolicyFlops:
+    """Of a chunk as `config.policy` samples it."""
+    policy, grid = config.policy, karras_sigmas(config.policy.video_steps)
+    passes = len(sigmas_until(grid, policy.stop_time)) - 1 if policy.stop_time else policy.stop_step
+    full, partial = (sum(product.forward for product in backbone_products(config, stop))
+                     for stop in (None, config.backbone.hidden_block))  # fmt: skip
+    once = dataclasses.replace(config, train=dataclasses.replace(config.train, action_draws=1))
+    context, step = 0.0, 0.0
+    for product in decoder_products(once):
+        if product.weight in ("blocks/cross_attn/k_proj", "blocks/cross_attn/v_proj"):
+            context += product.forward
+        else:
+            step += product.forward
+    encode = tokenizer_forward(config, config.data.past_frames)
+    return PolicyFlops(encode=encode, video=passes * full + partial, context=context, steps=policy.action_steps * step)
+
+
+def tokenizer_forward(config: ExperimentConfig, frames: int) -> float:
+    """Of encoding that many frames of one sample."""
+    height, width = config.data.frame_size
     if config.tokenizer.kind == "wan":
         views = len(config.data.cameras)
         return views * wan_encoder_forward(config.tokenizer.width, frames, height // views, width)

@@ -28,4 +28,25 @@ def test_more_draws_have_less_variance(launch, config_file):
 
 
 def test_an_unknown_benchmark(launch):
-    assert "there is no benchmark 'trainin'; expected training or draws" in launch("benchmark", "trainin")
+    assert "there is no benchmark 'trainin'; expected training, draws, policy or cold_start" in launch("benchmark", "trainin")
+
+
+@pytest.mark.slow
+def test_a_policy_by_stages_and_beside_pytorch(launch, config_file):
+    """Whose chunk is the same, so that the times are of the same work."""
+    arguments = ("--image=32x32", "--batch=2", "--repeats=2", "--reference=torch")
+    result = json.loads(launch("benchmark", "policy", f"--config={config_file(SMALL)}", *arguments))
+    assert result["image_size"] == [32, 32] and result["batch"] == 2 and result["note"].startswith("on CPU")
+    stages = result["stages"]
+    assert list(stages) == ["host", "noise", "encode", "video", "context", "steps", "unnormalize", "program", "call"]
+    assert all(0 < stage["p50_ms"] <= stage["p95_ms"] <= stage["p99_ms"] for stage in stages.values())
+    counted = sum(stages[name]["gflops"] for name in ("encode", "video", "context", "steps"))
+    assert result["total_gflops"] == pytest.approx(counted, abs=0.002)
+    assert result["torch"]["chunk_error_over_std"] < 1e-4
+    assert all(result["torch"][kind]["p50_ms"] > 0 for kind in ("video", "recomputed", "cached"))
+    error = launch("benchmark", "policy", f"--config={config_file(SMALL)}", "--image=large")
+    assert "--image=large is no size; expected one like 480x640" in error
+
+
+def test_a_policy_that_does_not_start(launch, tmp_path):
+    assert "--policy is missing" in launch("benchmark", "cold_start")

@@ -7,11 +7,13 @@ import tiny
 
 from mimic_video.config import ConfigError
 from mimic_video.embodiments import Embodiment
+from mimic_video.policy import program
 from mimic_video.policy.execution import Committed
 from mimic_video.policy.policy import Policy
 from mimic_video.training import checkpoints, run_directory
 from mimic_video.training.steps import make_state, split_params
-from mimic_video.transforms import compute_statistics
+from mimic_video.transforms import compute_statistics, resize_images
+from mimic_video.vam import VideoActionModel
 
 CONFIG = tiny.experiment()
 STATISTICS = {
@@ -50,6 +52,55 @@ def test_a_plan_is_a_function_of_observation_seed_and_query(policy, params):
         assert np.abs(changed - plan).max(axis=(1, 2)).min() > 1e-3
 
 
+@pytest.mark.parametrize("changes", [{"policy": {"stop_step": 2}}, {"compat": {"bfloat16_low_dim": True}}])
+def test_one_program_computes_what_its_parts_do(params, changes):
+    """The normalisers as NumPy has them, around the model's own sampler with its own noise."""
+    config = tiny.experiment(**changes)
+    policy, vam = Policy(config, params, ROBOT, seed=3), VideoActionModel(config)
+    images, proprio, instructions = observation()
+    text = np.stack([policy._encode_text(instruction) for instruction in instructions])
+    normalised = policy.normalizers["proprio"].normalize(proprio[:, None])
+    chunk = jax.jit(vam.sample_actions)(params, images, normalised, text, vam.policy_noise(3, 2, 1))
+    expected = policy.normalizers["action"].unnormalize(np.asarray(chunk))
+    plan = policy(images, proprio, instructions, query=1)
+    np.testing.assert_allclose(plan, expected, rtol=2**-7 if "compat" in changes else 1e-6, atol=1e-6)  # one step of its grid
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_the_program_normalises_to_the_bit(bfloat16):
+    random, config = np.random.default_rng(0), tiny.experiment(compat={"bfloat16_low_dim": bfloat16})
+    normalizer = ROBOT.normalizers(config)["action"]
+    values = random.normal([5, -3], [0.3, 4.0], (1000, 4, 2)).astype(np.float32)
+    parts = program.ranges(normalizer)
+    there = jax.jit(program.normalize, static_argnums=2)(values, parts, bfloat16)
+    np.testing.assert_array_equal(there, normalizer.normalize(values))
+    back = jax.jit(program.unnormalize, static_argnums=2)(there, parts, bfloat16)
+    np.testing.assert_array_equal(back, normalizer.unnormalize(np.asarray(there)))
+
+
+def test_samples_share_the_observation_and_differ_in_noise(policy):
+    plan, samples = policy(*observation()), policy.sample(*observation(), samples=3)
+    assert samples.shape == (2, 3, 4, 2)
+    np.testing.assert_allclose(samples[:, 0], plan, rtol=1e-5, atol=1e-5)
+    apart = [np.abs(samples[:, i] - samples[:, j]).max(axis=(1, 2)).min() for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert min(apart) > 1e-3
+    with pytest.raises(ValueError, match="'samples' is 0; expected 1 or more"):
+        policy.sample(*observation(), samples=0)
+
+
+def test_images_of_any_size_are_resized_as_in_training(policy):
+    images, *rest = observation()
+    large = np.kron(images, np.ones((1, 1, 3, 2, 1), np.uint8))
+    np.testing.assert_array_equal(policy(large, *rest), policy(resize_images(large, tiny.SIZE), *rest))
+
+
+def test_nothing_is_compiled_after_the_warm_up(params):
+    policy = Policy(CONFIG, params, ROBOT)
+    assert policy.warm_up(batch=2) > 0
+    policy(*observation())
+    assert policy._plan._cache_size() == 1
+
+
 @pytest.mark.parametrize("name", ["images", "proprio", "instructions"])
 def test_every_observation_matters_and_only_to_its_own_robot(policy, name):
     plan, changed = policy(*observation()), dict(zip(("images", "proprio", "instructions"), observation(), strict=True))
@@ -80,7 +131,7 @@ def test_plans_are_in_raw_units(policy, params):
 
 @pytest.mark.parametrize(("name", "value", "complaint"), [
     ("images", np.zeros((2, 4, 16, 32, 3), np.uint8), r"'images' has shape \(2, 4, 16, 32, 3\); expected \(2, 5, 16, 32, 3\)"),
-    ("images", np.zeros((2, 5, 32, 16, 3), np.uint8), r"'images' has shape \(2, 5, 32, 16, 3\); expected \(2, 5, 16, 32, 3\)"),
+    ("images", np.zeros((2, 5, 16, 32), np.uint8), r"'images' has shape \(2, 5, 16, 32\); expected \(2, 5, 16, 32, 3\)"),
     ("images", np.zeros((1, 5, 16, 32, 3), np.uint8), r"'images' has shape"),
     ("images", np.zeros((2, 5, 16, 32, 3), np.float32), "'images' has dtype float32; expected uint8"),
     ("proprio", np.zeros((2, 4), np.float32), r"'proprio' has shape \(2, 4\); expected \(2, 3\)"),
@@ -199,7 +250,10 @@ def test_cameras_by_name():
     np.testing.assert_array_equal(one(stacked, *rest), without)  # this robot has no such camera, whatever is there
     with pytest.raises(ValueError, match=r"is of the cameras \['primary'\]; expected \['primary', 'wrist'\]"):
         both({"primary": images}, *rest)
-    with pytest.raises(ValueError, match=r"'images' has shapes .* expected one and the same"):
-        both(cameras | {"wrist": images[:, :, :8]}, *rest)
+    small = resize_images(images, (8, 16))
+    np.testing.assert_array_equal(both(cameras | {"wrist": small}, *rest),
+                                  both(cameras | {"wrist": resize_images(small, tiny.SIZE)}, *rest))
+    with pytest.raises(ValueError, match=r"'images' has shapes .* expected one and the same but for height and width"):
+        both(cameras | {"wrist": images[:, :4]}, *rest)
     with pytest.raises(ValueError, match=r"'images' has shape .*; expected \(2, 5, 32, 32, 3\)"):
         both(images, *rest)

@@ -10,7 +10,7 @@ from mimic_video.config import ExperimentConfig, TokenizerConfig, TrainConfig
 from mimic_video.training import flops
 from mimic_video.training.aot import batch_shapes
 from mimic_video.training.steps import join_params, split_params
-from mimic_video.vam import VideoActionModel
+from mimic_video.vam import Robots, VideoActionModel
 
 PUBLISHED = ExperimentConfig(stage="video", tokenizer=TokenizerConfig(kind="wan"), train=TrainConfig(batch_size=1))
 
@@ -58,6 +58,25 @@ def test_the_count_is_that_of_the_traced_step(changes):
     step, shapes = gradient(config)
     assert counted.model + counted.tokenizer == pytest.approx(traced_flops(jax.make_jaxpr(step)(*shapes).jaxpr), rel=1e-9)
     assert (counted.tokenizer == 0) == bool(config.data.latents)
+
+
+@pytest.mark.parametrize("changes", [
+    {"tokenizer": {"kind": "wan", "width": 4}}, {"policy": {"stop_step": 2}}, {"policy": {"stop_time": 0.9}},
+    {"train": {"action_draws": 4}, "decoder": {"embodiments": 2}},
+], ids=["one pass", "two steps before", "until a flow time", "robots"])  # fmt: skip
+def test_a_policy_is_counted_as_traced(changes):
+    config = tiny.experiment(**changes)
+    data, decoder, counted = config.data, config.decoder, flops.policy_flops(config)
+    params, robots = jax.eval_shape(VideoActionModel(config).init, jax.random.key(0)), decoder.embodiments
+    struct = jax.ShapeDtypeStruct
+    shapes = (params, struct((1, data.past_frames, *data.frame_size, 3), "uint8"), struct((1, 1, decoder.proprio_dim), "float32"),
+              struct((1, config.text.rows, config.text.width), "float32"),
+              jax.eval_shape(lambda: VideoActionModel(config).draw_noise(jax.random.key(0), 1)))  # fmt: skip
+
+    def plan(*arguments):
+        return VideoActionModel(config).sample_actions(*arguments, Robots(jax.numpy.zeros(1, int) if robots else None))
+
+    assert counted.total == pytest.approx(traced_flops(jax.make_jaxpr(plan)(*shapes).jaxpr), rel=1e-9)
 
 
 def test_xla_counts_the_same_and_little_else():

@@ -1,0 +1,130 @@
+"""The policy as one pure function, from raw observations to raw actions: what is compiled, measured and exported."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8, UInt32
+
+from mimic_video.config import ExperimentConfig
+from mimic_video.embodiments import Embodiment
+from mimic_video.flow import matching
+from mimic_video.models.action_decoder import Context
+from mimic_video.transforms import Normalizer
+from mimic_video.vam import Noise, Params, Prefix, Robots, VideoActionModel
+
+Ranges = dict[str, Float[Array, "h d"]]  # parameters of a normaliser: "shift", "scale", "low", "high"
+
+
+class PolicyProgram:
+    """Plans chunks for a batch of robots of one embodiment, as stages, or all of them in one call.
+
+    Its parameters are the model's and, under "normalizers", those of the robot: what is a constant of the compiled program might
+    be folded into other constants, with other roundings than NumPy's.
+    """
+
+    def __init__(self, config: ExperimentConfig, embodiment: Embodiment, seed: int = 0):
+        """`seed`: of published noise, which no key changes."""
+        self.vam, self.embodiment, self._seed = VideoActionModel(config), embodiment, seed
+        self._decoder, self._cameras, self._bfloat16 = config.decoder, config.data.cameras, config.compat.bfloat16_low_dim
+
+    def parameters(self, params: Params) -> Params:
+        """What a call takes, given those of the model."""
+        normalizers = self.embodiment.normalizers(self.vam.config)
+        return {**params, "normalizers": {name: ranges(normalizer) for name, normalizer in normalizers.items()}}
+
+    def __call__(
+        self,
+        params: Params,
+        images: UInt8[Array, "b f h w 3"],
+        proprio: Float[Array, "b p"],
+        text: Float[Array, "b rows width"],
+        key_data: UInt32[Array, " k"],
+        samples: int | None = None,
+        prefix: Prefix | None = None,
+    ) -> Float[Array, "b a m"]:
+        """Actions in raw units; with `samples`, (b, samples, a, m): chunks that share all but the noise of the action flow.
+
+        Args:
+            images: frames of the size that the model sees, those of several cameras one above the other.
+            proprio: raw units.
+            text: rows of each robot's instruction.
+            key_data: `jax.random.key_data` of the key that noise comes from.
+            prefix: what chunks have to continue (real-time chunking).
+        """
+        batch = len(images)
+        noise, robots = self.noise(key_data, batch, samples), self.robots(batch)
+        past = self.vam.encode_video(params, images)
+        hidden, time = self.vam.hidden_after(params, past, text, noise["video"], robots.view_mask)
+        context, state = self.vam.action_context(params, hidden, robots), self.normalized_proprio(params, proprio)
+        chunks = self.normalized_actions(params, context, time, state, noise["actions"], samples, prefix)
+        return self.raw_actions(params, chunks)
+
+    def noise(self, key_data: UInt32[Array, " k"], batch: int, samples: int | None = None) -> Noise:
+        """As of `VideoActionModel.policy_noise`; of several samples, "actions" is (b, samples, a, m), the first that of one."""
+        more: list[Any]
+        if self.vam.config.policy.noise == "numpy":
+            noise = self.vam.policy_noise(self._seed, batch)
+            more = [matching.numpy_noise(self._seed + n, noise["actions"].shape) for n in range(1, samples or 1)]
+        else:
+            key = jax.random.wrap_key_data(key_data)
+            noise = self.vam.draw_noise(key, batch)
+            keys = [jax.random.fold_in(jax.random.split(key)[1], n) for n in range(1, samples or 1)]  # of the actions' own key
+            more = [jax.random.normal(key, noise["actions"].shape) for key in keys]
+        return noise if samples is None else noise | {"actions": jnp.stack([noise["actions"], *more], axis=1)}
+
+    def normalized_proprio(self, params: Params, proprio: Float[Array, "b p"]) -> Float[Array, "b 1 w"]:
+        """As the decoder takes it, with zeros up to the width of its widest robot."""
+        values = normalize(proprio[:, None], params["normalizers"]["proprio"], self._bfloat16)
+        return jnp.pad(values, [(0, 0), (0, 0), (0, self._decoder.proprio_dim - values.shape[-1])])
+
+    def normalized_actions(
+        self, params: Params, context: Context, time: Float[Array, " b"], state: Array, noise: Array, samples: int | None = None,
+        prefix: Prefix | None = None,
+    ) -> Float[Array, "b *n a w"]:
+        """The action flow: the same context for every sample."""
+        robots = self.robots(len(state))
+
+        def solve(noise: Array) -> Array:
+            return self.vam.solve_actions(params, context, time, state, noise, robots, prefix)
+
+        return solve(noise) if samples is None else jax.vmap(solve, in_axes=1, out_axes=1)(noise)
+
+    def raw_actions(self, params: Params, chunks: Float[Array, "b *n a w"]) -> Float[Array, "b *n a m"]:
+        """In the robot's units, and only its dimensions."""
+        return unnormalize(chunks[..., : self.embodiment.action_dim], params["normalizers"]["action"], self._bfloat16)
+
+    def robots(self, batch: int) -> Robots:
+        """What the model has to be told of `batch` times this robot."""
+        robot, width = self.embodiment, self._decoder.action_dim
+        narrow, views = robot.action_dim < width, np.isin(self._cameras, robot.cameras)
+        return Robots(
+            embodiment=jnp.full(batch, robot.index) if self._decoder.embodiments else None,
+            action_dims=jnp.tile(jnp.arange(width) < robot.action_dim, (batch, 1)) if narrow else None,
+            view_mask=jnp.tile(views, (batch, 1)) if len(self._cameras) > 1 else None,
+        )
+
+
+def ranges(normalizer: Normalizer) -> Ranges:
+    """A normaliser's parameters in float32, in which those of bfloat16 are exact."""
+    return {name: jnp.asarray(getattr(normalizer, name), jnp.float32) for name in ("shift", "scale", "low", "high")}
+
+
+def normalize(values: Float[Array, "... h d"], ranges: Ranges, bfloat16: bool) -> Float[Array, "... h d"]:
+    """`Normalizer.normalize` to the bit; `bfloat16` where that is the normaliser's dtype."""
+    shifted = _rounded(_rounded(values, bfloat16) - ranges["shift"], bfloat16)
+    return jnp.clip(_rounded(shifted * ranges["scale"], bfloat16), ranges["low"], ranges["high"])
+
+
+def unnormalize(values: Float[Array, "... h d"], ranges: Ranges, bfloat16: bool) -> Float[Array, "... h d"]:
+    """`Normalizer.unnormalize` to the bit."""
+    # A divisor that is visibly the same for many values would become a factor, its rounded reciprocal.
+    scale = jax.lax.optimization_barrier(jnp.broadcast_to(ranges["scale"], values.shape))
+    scaled = _rounded(_rounded(values, bfloat16) / scale, bfloat16)
+    return _rounded(scaled + ranges["shift"], bfloat16)
+
+
+def _rounded(values: Any, bfloat16: bool) -> Array:
+    """To bfloat16's grid if asked for, in float32: compilers may leave out conversions between types, but not this."""
+    return jax.lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7) if bfloat16 else values

@@ -1,0 +1,82 @@
+"""A policy as StableHLO: a file that JAX alone can run, without this package.
+
+    import jax, numpy as np
+    program = jax.export.deserialize(bytearray(open("bundle/stablehlo/cuda.bin", "rb").read()))
+    weights = jax.device_put(dict(np.load("bundle/stablehlo/weights.npz")))
+    plan = jax.jit(program.call)
+    actions = plan(weights, images, proprio, text, key)
+
+takes uint8 images (b, f, h, w, 3) of the model's size, raw proprioception (b, p), rows of text features (b, rows, width) as in
+`bundle/text`, and uint32 key data (2,), any two numbers, and gives actions (b, a, m) in raw units. `stablehlo/signature.json`
+has these shapes. Weights are an argument since programs with billions of constants cannot be written to a file.
+"""
+
+import pathlib
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mimic_video.models.parallel import platform as present_platform
+from mimic_video.policy.policy import Policy
+from mimic_video.training.run_directory import write_json
+from mimic_video.training.sharding import named_leaves
+
+Platform = Literal["cpu", "cuda", "tpu"]
+
+
+def write_programs(folder: pathlib.Path, policies: dict[Platform, Policy], batch: int) -> None:
+    """Writes `<platform>.bin` of every policy, and what they share: `weights.npz` and `signature.json`.
+
+    Args:
+        policies: the same policy for every platform, apart from its configuration (see `for_platform`).
+    """
+    folder.mkdir(parents=True)
+    policy = next(iter(policies.values()))
+    names = named_leaves(policy.params)
+    weights = {name: np.asarray(_stored(leaf)) for name, leaf in names.items()}
+    np.savez(folder / "weights.npz", **weights)  # type: ignore[arg-type]
+    inputs = _inputs(policy, batch)
+    for platform, one in policies.items():
+        (folder / f"{platform}.bin").write_bytes(export_program(one, platform, batch))
+    shapes = {name: {"shape": list(struct.shape), "dtype": struct.dtype.name} for name, struct in inputs.items()}
+    write_json(folder / "signature.json", {"inputs": shapes, "embodiment": policy.embodiment.name})
+
+
+def export_program(policy: Policy, platform: Platform, batch: int) -> bytes:
+    """The serialised program of (weights, images, proprio, text, key), for `batch` robots."""
+    treedef, kept = jax.tree.structure(policy.params), named_leaves(policy.params)
+
+    def call(weights: dict[str, Any], images: Any, proprio: Any, text: Any, key: Any) -> jax.Array:
+        leaves = [_restored(weights[name], leaf.dtype) for name, leaf in kept.items()]
+        return policy.program(jax.tree.unflatten(treedef, leaves), images, proprio, text, key)
+
+    shapes = {name: jax.eval_shape(_stored, leaf) for name, leaf in kept.items()}
+    exported = jax.export.export(jax.jit(call), platforms=[platform])(shapes, *_inputs(policy, batch).values())
+    return bytes(exported.serialize())
+
+
+def attention_for(platform: Platform) -> Literal["auto", "xla"]:
+    """The implementation of attention that a program for `platform` can have: the fastest only where this process runs on it."""
+    here = {"gpu": "cuda"}.get(present_platform(), present_platform())
+    return "auto" if platform == here else "xla"
+
+
+def _inputs(policy: Policy, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+    data, text = policy.config.data, policy.config.text
+    return {
+        "images": jax.ShapeDtypeStruct((batch, data.past_frames, *data.frame_size, 3), jnp.uint8),
+        "proprio": jax.ShapeDtypeStruct((batch, policy.embodiment.proprio_dim), jnp.float32),
+        "text": jax.ShapeDtypeStruct((batch, text.rows, text.width), jnp.float32),
+        "key": jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))),
+    }
+
+
+def _stored(leaf: jax.Array) -> jax.Array:
+    """NumPy's files have no bfloat16: its bits stand for it."""
+    return jax.lax.bitcast_convert_type(leaf, jnp.uint16) if leaf.dtype == jnp.bfloat16 else leaf
+
+
+def _restored(leaf: jax.Array, dtype: Any) -> jax.Array:
+    return jax.lax.bitcast_convert_type(leaf, dtype) if leaf.dtype != dtype else leaf
