@@ -30,23 +30,27 @@ class FrameHistory:
         self._frames.clear()
 
     def append(self, frame: np.ndarray, timestamp: float) -> None:
-        """Adds a frame, uint8 (..., H, W, 3). It is kept by reference, not copied, and let go when no window needs it any more.
+        """Adds a frame, uint8 (..., H, W, 3), in place of one of the same time, as when a request is repeated.
+
+        It is kept by reference, not copied, and let go when no window needs it any more.
 
         Args:
             timestamp: seconds of any clock that only moves forward.
 
         Raises:
-            ValueError: if the frame is not later than the last one, has another shape, or its time is no finite number.
+            ValueError: if the frame is earlier than the last one, has another shape, or its time is no finite number.
         """
         if not math.isfinite(timestamp):
             raise ValueError(f"the frame's timestamp is {timestamp}; expected seconds")
         if self._frames:
             last, other = self._frames[-1]
-            if timestamp <= last:
+            if timestamp < last:
                 raise ValueError(f"the frame's timestamp is {timestamp:.3f} s, and the last one's {last:.3f} s; frames have to "
                                  "come in order (reset the history for a new episode)")
             if frame.shape != other.shape:
                 raise ValueError(f"frame has shape {frame.shape}; this history holds frames of shape {other.shape}")
+            if timestamp == last:
+                self._frames.pop()
         self._frames.append((timestamp, frame))
         while len(self._frames) > 1 and self._frames[1][0] <= timestamp - self._ages[0]:
             self._frames.popleft()
@@ -62,10 +66,22 @@ class FrameHistory:
         """
         if not self._frames:
             raise RuntimeError("the frame history is empty: append the episode's first frame before asking for a window")
-        times = np.array([timestamp for timestamp, _ in self._frames])
-        if now is not None and now - times[-1] > self._period + _SAME:
-            raise RuntimeError(f"the newest frame is {now - times[-1]:.3f} s old; expected at most {self._period:g} s, the "
+        newest = self._frames[-1][0]
+        if now is not None and now - newest > self._period + _SAME:
+            raise RuntimeError(f"the newest frame is {now - newest:.3f} s old; expected at most {self._period:g} s, the "
                                "period of the video that the policy was trained on: is the camera still sending?")
+        return np.stack([self._frames[index][1] for index in self._chosen()], axis=-4)
+
+    def __len__(self) -> int:
+        """Frames that are kept."""
+        return len(self._frames)
+
+    @property
+    def distinct(self) -> int:
+        """How many different frames the window has."""
+        return len(set(self._chosen()))
+
+    def _chosen(self) -> list[int]:
+        times = np.array([timestamp for timestamp, _ in self._frames])
         distances = np.abs(times - (times[-1] - self._ages)[:, None])
-        nearest = distances <= distances.min(axis=1, keepdims=True) + _SAME
-        return np.stack([self._frames[index][1] for index in nearest.argmax(axis=1)], axis=-4)
+        return (distances <= distances.min(axis=1, keepdims=True) + _SAME).argmax(axis=1).tolist()

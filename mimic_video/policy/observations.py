@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mimic_video.policy.history import FrameHistory
 from mimic_video.policy.policy import Policy
 from mimic_video.transforms import resize_images
 
@@ -86,44 +87,6 @@ class Request:
     history_frames: int
 
 
-class TimedFrames:
-    """The recent frames of one connection by their times, and the window at the video rate that ends at the newest one.
-
-    Every time of the window gets the frame that is nearest to it, so before the first frame, that one stands in. Frames from
-    before the window, as of an earlier episode, are forgotten.
-    """
-
-    def __init__(self, past_frames: int, video_hz: float):
-        self._past, self._period = past_frames, 1 / video_hz
-        self._frames: list[tuple[float, np.ndarray]] = []
-
-    def append(self, timestamp: float, frame: np.ndarray) -> None:
-        """Adds uint8 (n, cameras, H, W, 3), in place of one of the same time, as when a request is repeated.
-
-        Raises BadRequest if the last one is later, or there are too many.
-        """
-        if self._frames:
-            last, other = self._frames[-1]
-            if timestamp < last:
-                raise BadRequest(f"field 'timestamp' is {timestamp:g}; expected at least the last one, {last:g} (or a reset)")
-            if frame.shape != other.shape:
-                raise BadRequest(f"field 'robots' is {len(frame)}; expected {len(other)}, as before (or a reset)")
-        horizon = timestamp - self._past * self._period
-        kept = [entry for entry in self._frames if horizon <= entry[0] < timestamp]
-        if len(kept) >= self._past * _FRAMES_PER_PAST_FRAME:
-            raise BadRequest(f"{len(kept)} frames came within {self._past * self._period:g} s; expected at most "
-                             f"{_FRAMES_PER_PAST_FRAME / self._period:g} a second")
-        self._frames = [*kept, (timestamp, frame)]
-
-    def window(self) -> tuple[np.ndarray, int]:
-        """uint8 (n, cameras, past_frames, H, W, 3), oldest first, and how many different frames are in it."""
-        times = np.array([timestamp for timestamp, _ in self._frames])
-        wanted = times[-1] - self._period * np.arange(self._past - 1, -1, -1)
-        distances = np.abs(times - wanted[:, None]).round(6)  # the earlier of two that are as near, whatever the rounding
-        chosen = distances.argmin(axis=1)
-        return np.stack([self._frames[index][1] for index in chosen], axis=2), len(set(chosen.tolist()))
-
-
 class Session:
     """One connection: it turns messages into requests, and remembers frames and instructions in between."""
 
@@ -131,7 +94,7 @@ class Session:
         """`renames`: names of fields in a client's messages to those here; an empty one leaves the field out."""
         self._layout, self._max_robots = layout, max_robots
         self._renames = {_plain(name): known for name, known in renames.items()}
-        self._frames = TimedFrames(layout.past_frames, layout.video_hz)
+        self._frames = FrameHistory(layout.past_frames, layout.video_hz)
         self._instructions: list[str] = []
 
     def accept(self, message: Mapping[str, Any], now: float) -> Request | dict[str, Any]:
@@ -143,7 +106,7 @@ class Session:
         fields = _flat(message, self._renames)
         self._check_names(fields)
         reset = _flag(fields, "reset", default=False)
-        frames = TimedFrames(self._layout.past_frames, self._layout.video_hz) if reset else self._frames
+        frames = FrameHistory(self._layout.past_frames, self._layout.video_hz) if reset else self._frames
         last = [] if reset else self._instructions
         if set(fields) == {"reset"} and reset:
             self._frames, self._instructions = frames, last
@@ -160,13 +123,23 @@ class Session:
             raise BadRequest(f"field 'deadline' is {deadline:g}; expected a positive number of seconds")
         seen = self._layout.past_frames
         if not whole_past:
-            frames.append(now if timestamp is None else timestamp, images)
-            images, seen = frames.window()
+            self._append(frames, images, now if timestamp is None else timestamp)
+            images, seen = frames.window(), frames.distinct
         self._frames, self._instructions = frames, instructions
         if not planned:
             return {"history_frames": seen}
         views = {camera: images[:, index] for index, camera in enumerate(self._layout.cameras)}
         return Request(views, state, instructions, batched, query, deadline, seen)
+
+    def _append(self, frames: FrameHistory, images: np.ndarray, timestamp: float) -> None:
+        past, hz = self._layout.past_frames, self._layout.video_hz
+        if len(frames) > past * _FRAMES_PER_PAST_FRAME:
+            raise BadRequest(f"{len(frames)} frames came within {past / hz:g} s; expected at most "
+                             f"{_FRAMES_PER_PAST_FRAME * hz:g} a second (or a reset)")
+        try:
+            frames.append(images, timestamp)
+        except ValueError as error:
+            raise BadRequest(f"'images', 'robots' or 'timestamp' do not go with those before (or a reset): {error}") from error
 
     def _check_names(self, fields: Mapping[str, Any]) -> None:
         known = [*_FIELDS, *(f"images.{camera}" for camera in self._layout.cameras)]

@@ -75,7 +75,12 @@ def test_a_camera_that_has_stopped_is_noticed():
         history.window(now=10.401)
 
 
-@pytest.mark.parametrize("time", [10.0, 9.9, float("nan")])
+def test_a_frame_of_the_same_time_takes_the_place_of_the_last():
+    history = _filled(FrameHistory(past_frames=2, video_hz=5), [9.8, 10.0, 10.0])
+    assert _values(history.window()) == [0, 2] and len(history) == history.distinct == 2
+
+
+@pytest.mark.parametrize("time", [9.9, float("nan")])
 def test_frames_out_of_order_are_refused(time):
     history = _filled(FrameHistory(past_frames=2, video_hz=5), [9.8, 10.0])
     with pytest.raises(ValueError, match="the frame's timestamp is"):

@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 from serving import LAYOUT, observation
 
-from mimic_video.policy.history import FrameHistory
-from mimic_video.policy.observations import BadRequest, Request, Session, TimedFrames
+from mimic_video.policy.observations import BadRequest, Request, Session
 
 
 def session(**renames):
@@ -13,20 +12,6 @@ def session(**renames):
 def seen(request):
     """The first pixel of each frame, of the first robot."""
     return request.images["primary"][0, :, 0, 0, 0].tolist()
-
-
-def test_frames_by_their_times_are_those_by_their_steps():
-    """At any whole multiple of the video rate, with times that jitter."""
-    random = np.random.default_rng(0)
-    for multiple in (1, 2, 3):
-        steps, timed = FrameHistory(5, 10.0, 10.0 * multiple), TimedFrames(5, 10.0)
-        for index in range(30):
-            frame = np.full((1, 1, 2, 2, 3), index, np.uint8)
-            steps.append(frame[0, 0])
-            timed.append(100 + (index + random.uniform(-0.2, 0.2)) / (10 * multiple), frame)
-            window, distinct = timed.window()
-            np.testing.assert_array_equal(window[0, 0], steps.window())
-            assert distinct == min(5, 1 + -(-index // multiple))
 
 
 def test_frames_that_come_too_seldom_are_held():
@@ -103,11 +88,18 @@ def test_pictures_are_resized_and_copied():
 
 
 def test_a_history_is_bounded():
-    frames = TimedFrames(5, 10.0)
-    with pytest.raises(BadRequest, match=r"frames came within 0\.5 s; expected at most 160 a second"):
+    current = session()
+    with pytest.raises(BadRequest, match=r"81 frames came within 0\.5 s; expected at most 160 a second"):
         for index in range(1000):
-            frames.append(index * 1e-4, np.zeros((1, 1, 1, 1, 3), np.uint8))
-    assert index == 80
+            current.accept(observation(1, prompt="a", timestamp=index * 1e-4), now=0.0)
+    assert index == 81
+
+
+def test_a_repeated_request_is_the_same_request():
+    current = session()
+    for value in (1, 2, 2):
+        request = current.accept(observation(value, prompt="a", timestamp=0.1 * value), now=0.0)
+    assert seen(request) == [1, 1, 1, 1, 2] and request.history_frames == 2
 
 
 @pytest.mark.parametrize(("change", "complaint"), [
@@ -143,9 +135,9 @@ def test_a_wrong_field_is_named(change, complaint):
 def test_times_increase_and_robots_stay():
     current = session()
     current.accept(observation(prompt="a", timestamp=1.0), now=0.0)
-    with pytest.raises(BadRequest, match=r"'timestamp' is 0\.5; expected at least the last one, 1"):
+    with pytest.raises(BadRequest, match=r"the frame's timestamp is 0\.500 s, and the last one's 1\.000 s"):
         current.accept(observation(timestamp=0.5), now=5.0)
     assert seen(current.accept(observation(9, timestamp=1.0), now=5.0)) == [9] * 5  # asked again
     both = {"images": np.zeros((2, 8, 16, 3), np.uint8), "state": np.zeros((2, 3)), "robots": 2, "prompt": "a"}
-    with pytest.raises(BadRequest, match="'robots' is 2; expected 1, as before"):
+    with pytest.raises(BadRequest, match=r"'robots' .* frame has shape \(2, .*; this history holds frames of shape \(1, "):
         current.accept(both, now=6.0)
