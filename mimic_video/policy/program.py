@@ -62,7 +62,7 @@ class PolicyProgram:
         """As of `VideoActionModel.policy_noise`; of several samples, "actions" is (b, samples, a, m), the first that of one."""
         if self.vam.config.policy.noise == "numpy":
             noise = self.vam.policy_noise(self._seed, batch)
-            more = [matching.numpy_noise(self._seed + n, noise["actions"].shape) for n in range(1, samples or 1)]
+            more: list[Any] = [matching.numpy_noise(self._seed + n, noise["actions"].shape) for n in range(1, samples or 1)]
         else:
             key = jax.random.wrap_key_data(key_data)
             noise = self.vam.draw_noise(key, batch)
