@@ -19,6 +19,7 @@ EXTRAS = {
     # T5 features of instructions; sentencepiece and protobuf for models that come without a tokenizer.json.
     "text": ["torch", "transformers>=5", "sentencepiece", "protobuf"],
     "video": ["av"],  # MP4
+    "serve": ["msgpack>=1.0.5", "websockets>=16"],  # the policy server, and mimic_video_client
     "wandb": ["wandb"],  # metrics there, too
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda13]>=0.10"],
@@ -26,7 +27,7 @@ EXTRAS = {
 EXTRAS["compile"] = EXTRAS["tpu"]  # the compiler, libtpu, in the version that JAX wants; no TPU is needed
 EXTRAS["quickstart"] = EXTRAS["data"] + EXTRAS["sim"] + EXTRAS["report"]
 EXTRAS["test"] = [
-    *(package for extra in ("quickstart", "formats", "convert", "text", "video", "wandb") for package in EXTRAS[extra]),
+    *(package for extra in ("quickstart", "formats", "convert", "text", "video", "serve", "wandb") for package in EXTRAS[extra]),
     "diffusers",  # an independent implementation of both video networks, to compare ours with
     "mypy",
     "opencv-python-headless",  # what the loader is measured beside

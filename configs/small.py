@@ -1,13 +1,13 @@
-"""Both stages on one accelerator: at 240x320 on a GPU of 80 GB or eight TPU v5e, and sizes for Colab.
+"""Both stages at 240x320, on eight TPU v5e or one large GPU, and sizes for Colab.
 
     python launch/train.py --config=configs/small.py:half_video --config.backbone_run=runs/cosmos --workdir=runs/video
     python launch/train.py --config=configs/small.py:half_action --config.backbone_run=runs/video --workdir=runs/action
 
-`half_*` are windows of 61 frames at 240x320, 4,800 tokens, with the published adapters (v5e:2x4, or one GPU). `colab_*` are
-windows of 21 frames, 1,800 tokens, with small adapters of attention alone and a decoder of half the depth, in the 16 GB of one
-TPU v5e or T4. All start from NVIDIA's model as converted with the same window (configs/published.py:cosmos, with
---config.data.image_size=240,320 and for Colab --config.data.future_frames=16) and read the registry's Bridge from `data.root`.
-Whether they fit:
+`half_*` are windows of 61 frames at 240x320, 4,800 tokens, with the published adapters (v5e:2x4; on one GPU raise
+train.micro_batches until it fits). `colab_*` are windows of 21 frames, 1,800 tokens, with small adapters of attention alone and a
+decoder of half the depth, for the 16 GB of Colab's one TPU v5e. All start from NVIDIA's model as converted with the same window
+(configs/published.py:cosmos, with --config.data.image_size=240,320 and for Colab --config.data.future_frames=16) and read the
+registry's Bridge from `data.root`. Whether they fit:
 
     python launch/compile.py --config=configs/small.py:half_video --topology=v5e:2x4
     python launch/compile.py --config=configs/small.py:colab_video --topology=v5e:1x1

@@ -312,11 +312,17 @@ class PolicyConfig:
     stop_step: int = 0  # video denoising steps before the hidden state is read; 0 is one partial forward on pure noise
     stop_time: float = 0.0  # video flow time τ_v at which it is read instead, in (0, 1]; 0 for `stop_step`
     action_steps: int = 10  # Euler steps of the action flow
-    execute_steps: int = 5  # actions executed before planning again
+    strategy: Literal["open_loop", "receding_horizon", "temporal_ensembling", "asynchronous", "real_time_chunking"] = (
+        "receding_horizon"  # see `policy.execution`
+    )
+    execute_steps: int = 5  # actions executed before planning again; all of a chunk if open_loop, one if temporal_ensembling
+    ensemble_decay: float = 0.01  # temporal_ensembling: w in the weights exp(-w·i) of predictions, the oldest being i = 0
+    guidance_clip: float = 5.0  # real_time_chunking: bound β on the guidance towards actions that are already committed
     noise: Literal["jax", "numpy"] = "jax"  # numpy: the published stream, which is the same at every query (SPEC 5, 7)
 
     def __post_init__(self):
-        _require_positive(self, "video_steps", "action_steps", "execute_steps")
+        _require_positive(self, "video_steps", "action_steps", "execute_steps", "guidance_clip")
+        _require(self.ensemble_decay >= 0, "policy.ensemble_decay", self.ensemble_decay, "zero or more")
         _require(0 <= self.stop_step <= self.video_steps, "policy.stop_step", self.stop_step,
                  f"0 to video_steps={self.video_steps}")
         _require(0 <= self.stop_time <= 1, "policy.stop_time", self.stop_time, "a flow time in (0, 1], or 0 for stop_step")
@@ -396,6 +402,10 @@ class ExperimentConfig:
                  f"data.action_horizon={self.data.action_horizon}")
         _require(self.policy.execute_steps <= self.decoder.action_horizon, "policy.execute_steps", self.policy.execute_steps,
                  f"at most decoder.action_horizon={self.decoder.action_horizon}")
+        overlapping = self.policy.strategy in ("asynchronous", "real_time_chunking")
+        _require(not overlapping or self.policy.execute_steps < self.decoder.action_horizon, "policy.execute_steps",
+                 self.policy.execute_steps, f"less than decoder.action_horizon={self.decoder.action_horizon}, so that there is "
+                 f"something left to execute while policy.strategy={self.policy.strategy!r} plans")
 
 
 def experiment_from(values: Mapping[str, Any]) -> ExperimentConfig:

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from mimic_video.config import ExperimentConfig
-from mimic_video.flow import matching, solvers
+from mimic_video.flow import inpainting, matching, solvers
 from mimic_video.models.action_decoder import ActionDecoder, Context
 from mimic_video.models.patch_tokenizer import PatchTokenizer
 from mimic_video.models.video_dit import VideoDiT, ViewMask, token_mask
@@ -48,6 +48,18 @@ class Robots(NamedTuple):
 
 
 ALIKE = Robots()
+
+
+class Prefix(NamedTuple):
+    """What sampled chunks have to continue.
+
+    Attributes:
+        actions: normalised, of the same steps as the chunk's; those of weight 0 are not looked at.
+        weights: as of `inpainting.prefix_weights`.
+    """
+
+    actions: Float[Array, "b a m"]
+    weights: Float[Array, "b a"]
 
 
 class Mean(NamedTuple):
@@ -317,10 +329,14 @@ class VideoActionModel:
         text: Array,
         noise: Noise,
         robots: Robots = ALIKE,
+        prefix: Prefix | None = None,
     ) -> Float[Array, "b a m"]:
-        """Normalised action chunks: one partial video pass, then the action flow over a context encoded once."""
+        """Normalised action chunks: one partial video pass, then the action flow over a context encoded once.
+
+        Given a prefix, chunks are led to continue it, `policy.guidance_clip` bounding how hard (see `flow.inpainting`).
+        """
         hidden, video_time = self.sample_hidden(params, past_video, text, noise["video"], robots.view_mask)
-        return self.decode_actions(params, hidden, video_time, proprio, noise["actions"], robots)
+        return self.decode_actions(params, hidden, video_time, proprio, noise["actions"], robots, prefix)
 
     def decode_actions(
         self,
@@ -330,9 +346,11 @@ class VideoActionModel:
         proprio: Array,
         noise: Array,
         robots: Robots = ALIKE,
+        prefix: Prefix | None = None,
     ) -> Float[Array, "b a m"]:
         """The action flow from noise to a normalised chunk, by Euler steps; arguments as for `sample_actions`."""
-        return self.solve_actions(params, self.action_context(params, hidden, robots), video_time, proprio, noise, robots)
+        context = self.action_context(params, hidden, robots)
+        return self.solve_actions(params, context, video_time, proprio, noise, robots, prefix)
 
     def action_context(self, params: Params, hidden: Float[Array, "b k d"], robots: Robots = ALIKE) -> Context:
         """Keys and values of the decoder's cross-attention to hidden states."""
@@ -347,6 +365,7 @@ class VideoActionModel:
         proprio: Array,
         noise: Array,
         robots: Robots = ALIKE,
+        prefix: Prefix | None = None,
     ) -> Float[Array, "b a m"]:
         """`decode_actions` from a context."""
         decoder = self.module("decoder", params)
@@ -354,8 +373,11 @@ class VideoActionModel:
 
         def velocity(x: Array, time: Float[Array, ""]) -> Array:
             times = jnp.full(len(x), time)
+            x = dims * x  # so that guidance does not move the dimensions that a robot lacks
             return dims * self._action_velocity(decoder, proprio, x, times, video_time, context, embodiment=robots.embodiment)
 
+        if prefix is not None:
+            velocity = inpainting.guided(velocity, *prefix, self.config.policy.guidance_clip)
         state = jnp.bfloat16 if self.config.compat.bfloat16_action_state else jnp.float32
         return solvers.solve_euler(velocity, dims * noise, self.config.policy.action_steps, state)
 

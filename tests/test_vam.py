@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import tiny
 
-from mimic_video.vam import Robots, VideoActionModel
+from mimic_video.flow.inpainting import prefix_weights
+from mimic_video.vam import Prefix, Robots, VideoActionModel
 
 KEY = jax.random.key(7)
 CLEAN = 1e-4 / 1.0001  # flow time of conditioned frames
@@ -410,6 +411,23 @@ def test_dimensions_that_a_robot_lacks_stay_at_zero(params):
     other = noise() | {"actions": noise()["actions"].at[1, :, 1].set(9.0)}  # nothing in them matters
     np.testing.assert_array_equal(plan(*arguments, other, dims=dims), actions)
     np.testing.assert_allclose(plan(*arguments, noise(), dims=dims | True), sample(params, batch), atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_sampled_actions_continue_a_prefix(params, precision):
+    """Each robot of a batch its own; without weight there is none, and dimensions that a robot lacks stay at zero."""
+    config = tiny.experiment(precision=precision, policy={"action_steps": 4})
+    vam, batch = VideoActionModel(config), tiny.batch(config, 3)
+    noise, robots = vam.draw_noise(KEY, 3), Robots(action_dims=jnp.asarray([[True, True], [True, True], [True, False]]))
+    hidden = jax.random.normal(KEY, (3, 3 * 2, config.backbone.width))
+    inputs = (params, hidden, jnp.ones(3), batch["proprio"], noise["actions"], robots)
+    target = jnp.asarray([[[1.0, -1.0]] * 4, [[0.0, 0.0]] * 4, [[2.0, 0.0]] * 4])
+    weights = jnp.asarray([prefix_weights(4, 2, 3), np.zeros(4), prefix_weights(4, 2, 3)])
+    sample = compiled(config, "decode_actions")
+    free, led = np.asarray(sample(*inputs)), np.asarray(sample(*inputs, Prefix(target, weights)))
+    assert np.abs(led - target)[[0, 2], :2].max() < 0.3 < np.abs(free - target)[[0, 2], :2].max()
+    np.testing.assert_allclose(led[1], free[1], atol=1e-5 if precision == "float32" else 0.05)
+    assert not led[2, :, 1].any() and np.isfinite(led).all()
 
 
 def test_robots_are_told_apart():

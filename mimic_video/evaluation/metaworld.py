@@ -185,6 +185,20 @@ def from_delta(action: np.ndarray) -> np.ndarray:
     return np.concatenate([action[..., :3] / STEP, 1 - 2 * action[..., 9:]], axis=-1).astype(action.dtype)
 
 
+def hold(last: np.ndarray | None, robots: int, layout: Layout) -> np.ndarray:
+    """Actions (robots, m) of hands that stay where they are, with their fingers as in the last actions, or at rest."""
+    native = np.zeros((robots, 4), np.float32)
+    if last is not None:
+        native[:, 3] = (last if layout == "native" else from_delta(last))[:, 3]
+    return native if layout == "native" else to_delta(native)
+
+
+def commanded_positions(actions: np.ndarray, layout: Layout) -> np.ndarray:
+    """Where a hand would be, in metres from where it started, if it could follow actions (steps, m): (steps, 3)."""
+    native = actions if layout == "native" else from_delta(actions)
+    return np.cumsum(STEP * np.clip(native[:, :3], -1, 1), axis=0)
+
+
 def _make_simulator(task: str) -> Any:
     _choose_graphics()
     try:

@@ -11,6 +11,7 @@ import numpy as np
 
 from mimic_video.config import ExperimentConfig
 from mimic_video.evaluation.environment import Environment, EnvironmentPool
+from mimic_video.policy.execution import Committed, Executor, SimulatedDelay, make_strategy
 from mimic_video.policy.history import FrameHistory
 
 _log = logging.getLogger(__name__)
@@ -19,7 +20,9 @@ _log = logging.getLogger(__name__)
 class Plan(Protocol):
     """Observations to action chunks, for a batch of b episodes. Raw units on both sides."""
 
-    def __call__(self, images: np.ndarray, proprio: np.ndarray, instructions: list[str], query_index: int) -> np.ndarray:
+    def __call__(
+        self, images: np.ndarray, proprio: np.ndarray, instructions: list[str], query_index: int, committed: Committed = ...
+    ) -> np.ndarray:
         """Plans the next actions of every episode.
 
         Args:
@@ -27,11 +30,24 @@ class Plan(Protocol):
             proprio: float32 (b, p), the present.
             instructions: b strings.
             query_index: calls made earlier in these episodes, e.g. to fold into a random key.
+            committed: what the chunks have to continue; only passed in real-time chunking.
 
         Returns:
             float32 (b, a, m) with a ≥ execute_steps, at the control rate; the first action is executed now.
         """
         ...
+
+
+class Hold(Protocol):
+    """What robots are told that have no action and hold still."""
+
+    def __call__(self, last: np.ndarray | None, robots: int) -> np.ndarray:
+        """(robots, m), given the actions of the last step; None before any."""
+        ...
+
+
+def _cannot_hold(last: np.ndarray | None, robots: int) -> np.ndarray:
+    raise ValueError("robots have to hold still while a plan is made: pass `hold` to say how")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +59,8 @@ class EpisodeResult:
         seed: with `task`, determines the episode's start.
         success: whether the task succeeded within the step limit.
         steps: control steps taken: up to the success, or the limit.
+        actions: float32 (steps, m), as executed, raw units.
+        proprio: float32 (steps + 1, p), raw units, the first before any action.
         frames: uint8 (steps + 1, H, W, 3) at the control rate, the first before any action; None unless recorded.
     """
 
@@ -50,6 +68,8 @@ class EpisodeResult:
     seed: int
     success: bool
     steps: int
+    actions: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)
+    proprio: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)
     frames: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)
 
 
@@ -58,14 +78,14 @@ def run_rollouts(
 ) -> list[EpisodeResult]:
     """Runs `config.evaluation.episodes_per_task` episodes of every task, from seeds `first_seed`, `first_seed + 1`, ...
 
-    The episodes of a task run in lockstep: one plan call of constant batch size for all of them, every
-    `config.policy.execute_steps` control steps. Episodes that have succeeded stay in the batch but are not simulated further.
+    The episodes of a task run in lockstep: one plan call of constant batch size for all of them, whenever
+    `config.policy.strategy` wants one. Episodes that have succeeded stay in the batch but are not simulated further.
 
     Args:
         plan: the policy.
         factory_for: task name to a picklable environment factory, e.g. `partial(MetaworldFactory, image_size=(64, 64))`.
-        config: `evaluation`, `policy.execute_steps`, and from `data` the observed past (`past_frames`, `video_hz`) and the
-            `control_hz` that the policy was trained for.
+        config: `evaluation`, `policy`, and from `data` the observed past (`past_frames`, `video_hz`) and the `control_hz` that
+            the policy was trained for.
         record: the first so many episodes of each task keep their frames.
 
     Returns:
@@ -83,30 +103,46 @@ def run_rollouts(
     results = []
     for task in evaluation.tasks:
         with EnvironmentPool(factory_for(task), seeds, evaluation.workers) as pool:
-            results += _run_task(plan, pool, task, config, record)
+            results += run_task(plan, pool, task, config, record)
         successes = sum(result.success for result in results[-len(seeds):])
         _log.info("%s: %d of %d episodes succeeded", task, successes, len(seeds))
     return results
 
 
-def _run_task(plan: Plan, pool: EnvironmentPool, task: str, config: ExperimentConfig, record: int) -> list[EpisodeResult]:
+def run_task(
+    plan: Plan, pool: EnvironmentPool, task: str, config: ExperimentConfig, record: int = 0, delay: int = 0,
+    hold: Hold = _cannot_hold,
+) -> list[EpisodeResult]:
+    """One task of `run_rollouts`, in a pool of its environments, which may be used again.
+
+    Args:
+        delay: control steps that go by between the observation that a plan is made on and its arrival.
+        hold: actions of robots that have none and hold still, as they have to at times if there is a delay.
+    """
     data, execute_steps, n = config.data, config.policy.execute_steps, len(pool.seeds)
     if not math.isclose(pool.control_hz, data.control_hz, rel_tol=1e-6):
         raise ValueError(f"{task} is controlled at {pool.control_hz:g} Hz, but data.control_hz={data.control_hz:g}")
+
+    def checked_plan(*arguments: Any) -> np.ndarray:
+        actions = np.asarray(plan(*arguments))
+        if actions.ndim != 3 or (len(actions), actions.shape[2]) != (n, pool.action_dim) or actions.shape[1] < execute_steps:
+            raise ValueError(f"{task}: the plan has shape {actions.shape}; expected ({n}, {execute_steps} or more, "
+                             f"{pool.action_dim})")
+        return actions
+
+    executor = Executor(make_strategy(config.policy), checked_plan, SimulatedDelay(delay))
     history = FrameHistory(data.past_frames, data.video_hz)
     observation = pool.reset()
     history.append(observation.image, 0.0)
-    recordings = [[image] for image in observation.image[:record]]
+    recordings, proprio = [[image] for image in observation.image[:record]], [observation.proprio]
+    executed: list[np.ndarray] = []
     active, steps = np.ones(n, bool), np.zeros(n, int)
     for step in range(config.evaluation.max_steps):
-        query_index, offset = divmod(step, execute_steps)
-        if offset == 0:
-            actions = np.asarray(plan(history.window(), observation.proprio, [pool.instruction] * n, query_index))
-            if actions.ndim != 3 or (len(actions), actions.shape[2]) != (n, pool.action_dim) or actions.shape[1] < execute_steps:
-                raise ValueError(f"{task}: the plan has shape {actions.shape}; expected ({n}, {execute_steps} or more, "
-                                 f"{pool.action_dim})")
-        observation, success = pool.step(actions[:, offset], active)
+        actions = executor.step(lambda: (history.window(), proprio[-1], [pool.instruction] * n))
+        executed.append(hold(executed[-1] if executed else None, n) if actions is None else actions)
+        observation, success = pool.step(executed[-1], active)
         history.append(observation.image, (step + 1) / data.control_hz)
+        proprio.append(observation.proprio)
         for row, recording in enumerate(recordings):
             if active[row]:
                 recording.append(observation.image[row])
@@ -116,8 +152,10 @@ def _run_task(plan: Plan, pool: EnvironmentPool, task: str, config: ExperimentCo
             break
     frames = [np.stack(recording) for recording in recordings] + [None] * (n - len(recordings))
     return [
-        EpisodeResult(task, seed, not bool(active[row]), int(steps[row]), frames[row]) for row, seed in enumerate(pool.seeds)
-    ]
+        EpisodeResult(task, seed, not bool(active[row]), taken, np.stack(executed)[:taken, row],
+                      np.stack(proprio)[: taken + 1, row], frames[row])
+        for row, (seed, taken) in enumerate(zip(pool.seeds, steps.tolist(), strict=True))
+    ]  # fmt: skip
 
 
 def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:

@@ -10,13 +10,17 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from mimic_video.config import ExperimentConfig
-from mimic_video.embodiments import Embodiment, choose
+from mimic_video.embodiments import Embodiment, choose, pad_last
+from mimic_video.flow.inpainting import prefix_weights
 from mimic_video.models.text import TextEncoder, make_text_encoder
 from mimic_video.policy import bundle
+from mimic_video.policy.execution import Committed
 from mimic_video.policy.program import PolicyProgram
 from mimic_video.training import checkpoints, run_directory
 from mimic_video.transforms import resize_images, stack_views
-from mimic_video.vam import Params
+from mimic_video.vam import Params, Prefix
+
+_KEPT_INSTRUCTIONS = 64  # whose features stay in memory: a server's clients may ask for anything
 
 
 class Policy:
@@ -70,6 +74,7 @@ class Policy:
         proprio: Float[np.ndarray, "b p"],
         instructions: Sequence[str],
         query: int = 0,
+        committed: Committed | None = None,
     ) -> Float[np.ndarray, "b a m"]:
         """Action chunks in raw units, at `data.control_hz`.
 
@@ -79,11 +84,15 @@ class Policy:
             proprio: current proprioception in raw units.
             instructions: one per robot.
             query: counts the plans of an episode, so that their noise differs (unless it is the published one).
+            committed: actions that the chunks have to continue (real-time chunking); None for none. Where actions are poses as
+                seen from the current hand, so are these: `execution.in_base_frame` sees to it.
 
         Raises:
             ValueError: naming the argument, if a shape or dtype is not one that the policy can use.
         """
-        return np.asarray(self._plan(*self.prepare(images, proprio, instructions, query), samples=None))
+        inputs = self.prepare(images, proprio, instructions, query)
+        prefix = None if committed is None else self._prefix(committed, len(instructions))
+        return np.asarray(self._plan(*inputs, prefix, samples=None))
 
     def sample(
         self, images: Any, proprio: Float[np.ndarray, "b p"], instructions: Sequence[str], samples: int, query: int = 0
@@ -94,15 +103,21 @@ class Policy:
         """
         if samples < 1:
             raise ValueError(f"policy input 'samples' is {samples}; expected 1 or more")
-        return np.asarray(self._plan(*self.prepare(images, proprio, instructions, query), samples=samples))
+        return np.asarray(self._plan(*self.prepare(images, proprio, instructions, query), None, samples=samples))
 
     def warm_up(self, batch: int = 1, samples: int | None = None) -> float:
-        """Compiles the program for `batch` robots and runs it once, so that no robot waits for that. Returns the seconds."""
+        """Compiles the program for `batch` robots and runs it once, so that no robot waits for that. Returns the seconds.
+
+        In real-time chunking that is two programs: of first plans, and of those that continue another one.
+        """
         data, text, start = self.config.data, self.config.text, time.perf_counter()
         images = np.zeros((batch, data.past_frames, *data.frame_size, 3), np.uint8)
         proprio, rows = np.zeros((batch, self.embodiment.proprio_dim), np.float32), np.zeros((batch, text.rows, text.width))
         arguments = images, proprio, rows.astype(np.float32), self._key_data(0)
-        jax.block_until_ready(self._plan(self.params, *arguments, samples=samples))
+        jax.block_until_ready(self._plan(self.params, *arguments, None, samples=samples))
+        if self.config.policy.strategy == "real_time_chunking" and samples is None:
+            still = Committed(np.zeros((batch, 1, self.embodiment.action_dim), np.float32), 0)
+            jax.block_until_ready(self._plan(self.params, *arguments, self._prefix(still, batch), samples=None))
         return time.perf_counter() - start
 
     def prepare(
@@ -123,6 +138,8 @@ class Policy:
         for instruction in set(instructions) - self._text.keys():
             self._text[instruction] = self._encode_text(instruction)
         text = np.stack([self._text[instruction] for instruction in instructions])
+        while len(self._text) > _KEPT_INSTRUCTIONS:
+            del self._text[next(iter(self._text))]
         return self.params, video, np.asarray(proprio, np.float32), text, self._key_data(query)
 
     def _stack(self, images: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -135,3 +152,17 @@ class Policy:
             raise ValueError(f"policy input 'images' has shapes {shapes}; expected one and the same but for height and width")
         resized = {name: resize_images(value, self.config.data.image_size) for name, value in images.items()}
         return stack_views(resized, self.config.data.cameras)
+
+    def _prefix(self, committed: Committed, batch: int) -> Prefix:
+        """Committed actions in normalised units, filled up with zeros that do not count."""
+        (actions, delay), horizon = committed, self.config.decoder.action_horizon
+        overlap = actions.shape[1] if actions.ndim == 3 else 0
+        if actions.shape != (batch, overlap, self.embodiment.action_dim) or not 1 <= overlap <= horizon:
+            raise ValueError(f"policy input 'committed' has actions of shape {actions.shape}; expected ({batch}, 1 to {horizon}, "
+                             f"{self.embodiment.action_dim})")
+        if not np.isfinite(actions).all():
+            raise ValueError("policy input 'committed' has actions that are not finite")
+        weights = prefix_weights(horizon, delay, overlap)
+        filled = np.pad(actions, [(0, 0), (0, horizon - overlap), (0, 0)])
+        normalised = pad_last(self.normalizers["action"].normalize(filled), self.config.decoder.action_dim)
+        return Prefix(normalised, np.tile(weights, (batch, 1)))

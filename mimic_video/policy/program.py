@@ -12,7 +12,7 @@ from mimic_video.embodiments import Embodiment
 from mimic_video.flow import matching
 from mimic_video.models.action_decoder import Context
 from mimic_video.transforms import Normalizer
-from mimic_video.vam import Noise, Params, Robots, VideoActionModel
+from mimic_video.vam import Noise, Params, Prefix, Robots, VideoActionModel
 
 Ranges = dict[str, Float[Array, "h d"]]  # parameters of a normaliser: "shift", "scale", "low", "high"
 
@@ -41,6 +41,7 @@ class PolicyProgram:
         proprio: Float[Array, "b p"],
         text: Float[Array, "b rows width"],
         key_data: UInt32[Array, " k"],
+        prefix: Prefix | None = None,
         samples: int | None = None,
     ) -> Float[Array, "b a m"]:
         """Actions in raw units; with `samples`, (b, samples, a, m): chunks that share all but the noise of the action flow.
@@ -50,13 +51,14 @@ class PolicyProgram:
             proprio: raw units.
             text: rows of each robot's instruction.
             key_data: `jax.random.key_data` of the key that noise comes from.
+            prefix: what the chunks have to continue, normalised.
         """
         batch = len(images)
         noise, robots = self.noise(key_data, batch, samples), self.robots(batch)
         past = self.vam.encode_video(params, images)
         hidden, time = self.vam.hidden_after(params, past, text, noise["video"], robots.view_mask)
         context, state = self.vam.action_context(params, hidden, robots), self.normalized_proprio(params, proprio)
-        return self.raw_actions(params, self.normalized_actions(params, context, time, state, noise["actions"], samples))
+        return self.raw_actions(params, self.normalized_actions(params, context, time, state, noise["actions"], prefix, samples))
 
     def noise(self, key_data: UInt32[Array, " k"], batch: int, samples: int | None = None) -> Noise:
         """As of `VideoActionModel.policy_noise`; of several samples, "actions" is (b, samples, a, m), the first that of one."""
@@ -76,13 +78,14 @@ class PolicyProgram:
         return jnp.pad(values, [(0, 0), (0, 0), (0, self._decoder.proprio_dim - values.shape[-1])])
 
     def normalized_actions(
-        self, params: Params, context: Context, time: Float[Array, " b"], state: Array, noise: Array, samples: int | None = None
+        self, params: Params, context: Context, time: Float[Array, " b"], state: Array, noise: Array,
+        prefix: Prefix | None = None, samples: int | None = None,
     ) -> Float[Array, "b *n a w"]:
         """The action flow: the same context for every sample."""
         robots = self.robots(len(state))
 
         def solve(noise: Array) -> Array:
-            return self.vam.solve_actions(params, context, time, state, noise, robots)
+            return self.vam.solve_actions(params, context, time, state, noise, robots, prefix)
 
         return solve(noise) if samples is None else jax.vmap(solve, in_axes=1, out_axes=1)(noise)
 

@@ -55,8 +55,11 @@ def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
     """
     if importlib.util.find_spec("libtpu") is None:
         raise TopologyError("compiling for TPUs needs libtpu, which is not installed: launch/setup.sh compile")
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # no metadata server is asked what machine this is
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nothing is run, so others may compile, too
+    os.environ |= {
+        "TPU_SKIP_MDS_QUERY": "1",  # no metadata server is asked what machine this is; what is not used, but complained about
+        "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is run, so others may compile, too
+    }  # fmt: skip
     from jax.experimental import topologies  # it loads libtpu, which reads the environment
 
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
@@ -140,9 +143,9 @@ def compile_step(config: ExperimentConfig, devices: Sequence[jax.Device], chip: 
     except jax.errors.JaxRuntimeError as error:
         raise out_of_memory(str(error)) or error from error
     seconds = time.perf_counter() - start
-    slices = tuple(getattr(device, "slice_index", 0) for device in mesh.devices.flat)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
     resident = sum(_bytes_per_chip(leaf) for leaf in jax.tree.leaves((state, frozen, batch)))
-    work = Program(compiled.as_text()).work(slices if len(set(slices)) > 1 else ())
+    work = Program(compiled.as_text()).work(slices)
     return Compiled(memory_of(compiled.memory_analysis(), chip.hbm, resident), work, seconds)
 
 

@@ -75,7 +75,7 @@ def _saving(manager: _Manager) -> Iterator[None]:
     except Exception as error:
         good = _complete(pathlib.Path(manager.directory))
         left = f"the last good checkpoint is that of step {good[-1].name}" if good else "there is no earlier one"
-        raise RunError(f"step {manager.saving} could not be saved in {manager.directory}: {' '.join(str(error).split())[:300]}; "
+        raise RunError(f"step {manager.saving} could not be saved in {manager.directory}: {' '.join(str(error).split())[:1000]}; "
                        f"{left}, from where the same command continues") from error  # fmt: skip
 
 

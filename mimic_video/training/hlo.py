@@ -93,29 +93,25 @@ class Program:
                 instruction = _parse(line)
                 current[instruction.name] = instruction
 
-    def work(self, slices: tuple[int, ...] = ()) -> Work:
-        """What one chip does in a run of the program.
-
-        Args:
-            slices: the slice of every device, in the order of the program's partitions; empty if there is only one slice.
-        """
+    def work(self, slices: int = 1) -> Work:
+        """What one chip does in a run of the program, which is that of one of `slices` slices."""
         flops, moved, unknown = 0.0, 0.0, 0
         found: dict[Any, tuple[tuple[str, str], int, float]] = {}
-        for instruction, computation, times, fused in self._executed(self.entry, 1, False):
+        for instruction, name, times, fused in self._executed(self.entry, 1, False):
+            computation = self.computations[name]
             flops += times * _flops(instruction, computation)
             unknown += instruction.opcode == "while" and self._trips(instruction) is None
             if not fused:
                 moved += times * self._traffic(instruction, computation)
-            kind = instruction.opcode.removesuffix("-start")
-            if kind in COLLECTIVES:
-                groups = _groups(instruction.attributes)
-                sent = _sent(kind, sum(_bytes(computation[name].shape) for name in instruction.operands), groups.shape[1])
-                crosses = bool(slices) and any(len({slices[device] for device in group}) > 1 for group in groups)
+            communication = _communication(instruction, name, slices)
+            if communication:
+                kind, network, size = communication
+                sent = _sent(kind, sum(_bytes(computation[operand].shape) for operand in instruction.operands), size)
                 # Several fusions may do one collective, a part each between parts of a product, some of them in a loop.
                 chain = _CHAIN.search(instruction.attributes)
                 key = chain.groups() if chain else len(found)
                 if key not in found or times < found[key][1]:
-                    found[key] = (kind, "dcn" if crosses else "ici"), times, sent
+                    found[key] = (kind, network), times, sent
         collectives = tuple(
             Collective(*key, sum(times for other, times, _ in found.values() if other == key),
                        sum(times * sent for other, times, sent in found.values() if other == key))
@@ -123,11 +119,10 @@ class Program:
         )  # fmt: skip
         return Work(flops, moved, collectives, unknown)
 
-    def _executed(self, name: str, times: int, fused: bool) -> Iterator[tuple[Instruction, dict[str, Instruction], int, bool]]:
+    def _executed(self, name: str, times: int, fused: bool) -> Iterator[tuple[Instruction, str, int, bool]]:
         """Every instruction under a computation, with its computation, how often it runs, and whether it is part of a fusion."""
-        computation = self.computations[name]
-        for instruction in computation.values():
-            yield instruction, computation, times, fused
+        for instruction in self.computations[name].values():
+            yield instruction, name, times, fused
             repeats = (self._trips(instruction) or 1) if instruction.opcode == "while" else 1
             inside = fused or instruction.opcode == "fusion"
             for callee in instruction.called("calls", "body", "branch_computations", "called_computations"):
@@ -289,35 +284,31 @@ def _convolution_flops(instruction: Instruction, left: tuple[int, ...], right: t
 def _sent(kind: str, operand_bytes: float, size: int) -> float:
     """Bytes that each of `size` chips sends."""
     share = (size - 1) / size
-    return operand_bytes * {"all-gather": size - 1, "all-reduce": 2 * share, "collective-permute": 1}.get(kind, share)
+    factors = {"all-gather": size - 1, "all-reduce": 2 * share, "collective-permute": 1, "one-to-one": 1}
+    return operand_bytes * factors.get(kind, share)
 
 
-def _groups(attributes: str) -> np.ndarray:
-    """Devices that communicate with each other, one group a row; of permutations, the pairs."""
-    pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", attributes)
-    explicit = re.search(r"replica_groups=\{(\{.*?\})\}", attributes)
-    if pairs or explicit:
-        rows = re.findall(r"\{([\d,]+)\}?", (pairs or explicit)[1])  # type: ignore[index]
-        return np.array([[int(device) for device in row.split(",")] for row in rows])
-    listed = re.search(r"replica_groups=\[([\d,]+)\]<=(\S+?),? ", attributes + " ")
+def _communication(instruction: Instruction, computation: str, slices: int) -> tuple[str, str, int] | None:
+    """(kind, network, how many chips take part), if the instruction is communication."""
+    if instruction.opcode == "send" and (between := re.search(r'_megascale_transfer_type="(\w+)"', instruction.attributes)):
+        return between[1].lower().replace("_", "-"), "dcn", slices
+    kind = instruction.opcode.removesuffix("-start")
+    if kind not in COLLECTIVES:
+        return None
+    scattered = kind == "all-reduce" and computation.startswith("all-reduce-scatter")  # TPUs' name for what leaves out a part
+    return "reduce-scatter" if scattered else kind, "ici", _group_size(instruction.attributes)
+
+
+def _group_size(attributes: str) -> int:
+    """How many devices communicate with each other; of permutations, two."""
+    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", attributes)
     if listed:
-        return _device_order(listed[2]).reshape(_numbers(listed[1]))
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S+)\))? \{((?:'[^']+',?)*)\}", attributes)
+        return listed[1].count(",") + 1
+    shape = re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes)
+    if shape:
+        return int(shape[1])
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\S+\))? \{((?:'[^']+',?)*)\}", attributes)
     if mesh:
-        names, sizes = zip(*re.findall(r"'([^']+)'=(\d+)", mesh[1]), strict=True)
-        shape = [int(size) for size in sizes]
-        chosen = [names.index(name) for name in re.findall(r"'([^']+)'", mesh[3])]
-        devices = _device_order(mesh[2] or f"[{math.prod(shape)}]").reshape(shape)
-        return np.moveaxis(devices, chosen, range(-len(chosen), 0)).reshape(-1, math.prod(shape[axis] for axis in chosen))
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", mesh[2]))
     raise ValueError(f"groups of devices cannot be read from {attributes[:200]}")
-
-
-def _device_order(text: str) -> np.ndarray:
-    """Devices as "[4,2]T(1,0)" lists them: 0 to 7 as 4x2, transposed."""
-    shape, _, order = text.removeprefix("[").removesuffix(")").partition("]")
-    axes = _numbers(order.removeprefix("T(")) if order else None
-    return np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape)).transpose(axes)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split(",")))

@@ -9,7 +9,14 @@ import pytest
 
 from mimic_video.config import experiment_from
 from mimic_video.evaluation.environment import EnvironmentPool, Observation
-from mimic_video.evaluation.metaworld import INSTRUCTIONS, MetaworldFactory, from_delta, to_delta
+from mimic_video.evaluation.metaworld import (
+    INSTRUCTIONS,
+    MetaworldFactory,
+    commanded_positions,
+    from_delta,
+    hold,
+    to_delta,
+)  # fmt: skip
 from mimic_video.evaluation.rollouts import run_rollouts
 
 DRAWER = MetaworldFactory("drawer-open-v3", (64, 64))
@@ -176,6 +183,33 @@ def test_actions_saturate_at_one():
         environment.step(np.full(4, size, np.float32))
         states.append(environment.state)
     np.testing.assert_array_equal(*states)
+
+
+@pytest.mark.parametrize("layout", ["native", "delta"])
+def test_a_hand_that_holds_stays_and_keeps_its_grip(layout):
+    environment = MetaworldFactory("drawer-open-v3", (16, 16), layout)()
+    environment.reset(3)
+    closing = np.float32([0.3, -0.2, 0.1, 0.8])
+    last = closing if layout == "native" else to_delta(closing)
+    for _ in range(4):
+        observation, _ = environment.step(last)
+    held = hold(last[None], 1, layout)
+    for _ in range(10):
+        observation, _ = environment.step(held[0])
+    settled = observation.proprio[:3]
+    native = held[0] if layout == "native" else from_delta(held[0])
+    np.testing.assert_allclose(native, [0, 0, 0, 0.8], atol=1e-6)
+    for _ in range(10):
+        observation, _ = environment.step(held[0])
+    np.testing.assert_allclose(observation.proprio[:3], settled, atol=2e-3)
+    assert hold(None, 2, layout).shape == (2, len(last))
+
+
+def test_commanded_positions_in_metres():
+    actions = np.float32([[1, 0, -0.5, 0.3], [3, -0.25, 0, 0.3]])  # the controller saturates at 1
+    expected = [[0.04, 0, -0.02], [0.08, -0.01, -0.02]]
+    np.testing.assert_allclose(commanded_positions(actions, "native"), expected, atol=1e-7)
+    np.testing.assert_allclose(commanded_positions(to_delta(actions), "delta"), expected, atol=1e-7)
 
 
 @pytest.mark.filterwarnings("ignore:Constant")

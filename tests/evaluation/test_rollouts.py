@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import multiprocessing
 
@@ -6,8 +7,8 @@ import pytest
 from counting import CountingFactory
 
 from mimic_video.config import experiment_from
-from mimic_video.evaluation.environment import WorkerError
-from mimic_video.evaluation.rollouts import EpisodeResult, run_rollouts, success_table, wilson_interval
+from mimic_video.evaluation.environment import EnvironmentPool, WorkerError
+from mimic_video.evaluation.rollouts import EpisodeResult, run_rollouts, run_task, success_table, wilson_interval
 
 
 def _config(tasks=("easy",), episodes=3, max_steps=10, execute_steps=2, **data):
@@ -106,6 +107,37 @@ def test_rates_that_do_not_match_are_refused():
 def test_no_tasks_is_an_error():
     with pytest.raises(ValueError, match=r"evaluation\.tasks is empty"):
         run_rollouts(SeedAsSpeed(), _factory_for, _config(tasks=()))
+
+
+def test_actions_and_proprioception_of_every_step_are_kept():
+    fast = run_rollouts(SeedAsSpeed(), _factory_for, _config())[1]
+    assert fast.steps == 2 and fast.actions.tolist() == [[2, 0], [2, 0]]
+    assert fast.proprio[:, 1].tolist() == [0, 2, 4]
+
+
+@pytest.mark.parametrize(("strategy", "executed"), [
+    ("receding_horizon", [0.5, 0.5, 1, 1, 0.5, 0.5, 1, 1]), ("real_time_chunking", [0.5, 0.5, 1, 1, 1, 1, 1, 1]),
+])  # fmt: skip
+def test_robots_hold_while_a_plan_is_made_and_nothing_is_left(strategy, executed):
+    """Half an action stands for holding here."""
+    config, committed, last_seen = _config(tasks=("hard",), max_steps=8), [], []
+    config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, strategy=strategy))
+
+    def plan(images, proprio, instructions, query_index, *more):
+        committed.append(more)
+        return np.full((3, 6, 2), 1, np.float32)
+
+    def hold(last, robots):
+        last_seen.append(last)
+        return np.full((robots, 2), 0.5, np.float32)
+
+    with EnvironmentPool(_factory_for("hard"), (1, 2, 3), 1) as pool:
+        results = run_task(plan, pool, "hard", config, delay=2, hold=hold)
+        assert [result.actions[:, 0].tolist() for result in results] == [executed] * 3
+        assert last_seen[0] is None and last_seen[1].tolist() == [[0.5, 0.5]] * 3
+        assert committed[0] == () and bool(committed[1]) == (strategy == "real_time_chunking")
+        with pytest.raises(ValueError, match="robots have to hold still while a plan is made: pass `hold`"):
+            run_task(plan, pool, "hard", config, delay=1)
 
 
 def test_wilson_interval_against_published_values():

@@ -1,5 +1,7 @@
 """A backbone that has seen one camera learns a second one, and the policy acts by both."""
 
+import json
+
 import numpy as np
 import pytest
 import tiny
@@ -37,5 +39,12 @@ def test_a_second_camera(launch, config_file, tmp_path):
     launch("train", f"--config={file}", f"--workdir={runs['action']}")
     assert run_directory.load_embodiments(runs["action"])["demonstrations"].cameras == ("primary", "wrist")
     assert "drawer-close-v3: " in launch("evaluate", f"--config={file}", f"--workdir={runs['action']}")
+    strategies = ("receding_horizon", "real_time_chunking")
+    arguments = [f"--config={file}", f"--workdir={runs['action']}", *(f"--strategy={strategy}" for strategy in strategies)]
+    table = launch("evaluate_delay", *arguments, "--delays=0,150").splitlines()[-4:]
+    assert [line.split()[:2] for line in table] == [[strategy, delay] for strategy in strategies for delay in ("0", "150")]
+    rows = json.loads((runs["action"] / "delays.json").read_text())["rows"]
+    assert [row["delay_steps"] for row in rows] == [0, 3, 0, 3] and all(row["jerk"] > 0 for row in rows)
+    assert "--delays is '1,soon'; expected milliseconds" in launch("evaluate_delay", *arguments, "--delays=1,soon")
     one = config_file(experiment("action", data, backbone_run=str(runs["two"])))  # but not the other way
     assert "'backbone.views' is 1, there 2" in launch("train", f"--config={one}", f"--workdir={tmp_path / 'other'}")

@@ -131,7 +131,7 @@ def test_parts_of_the_work_and_continuing(command, tmp_path):
     (tmp_path / "latents/tiny/train/00002.npy").unlink()
     assert "made 1 shards" in command("precompute_latents")
     assert (tmp_path / "latents/tiny/train/00000.npy").stat().st_mtime_ns == kept
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_stale_latents_are_refused(command, tmp_path):
@@ -141,7 +141,7 @@ def test_stale_latents_are_refused(command, tmp_path):
         message = command(*arguments, **other)
         assert message.startswith("error: ") and message.endswith("do not fit this experiment: another tokenizer made them")
         assert re.search(r"'data\.video_hz' is 20\.0, there 10\.0", command(*arguments, data={"video_hz": 20.0}))
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 @pytest.mark.slow

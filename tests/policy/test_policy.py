@@ -8,6 +8,7 @@ import tiny
 from mimic_video.config import ConfigError
 from mimic_video.embodiments import Embodiment
 from mimic_video.policy import program
+from mimic_video.policy.execution import Committed
 from mimic_video.policy.policy import Policy
 from mimic_video.training import checkpoints, run_directory
 from mimic_video.training.steps import make_state, split_params
@@ -111,6 +112,14 @@ def test_every_observation_matters_and_only_to_its_own_robot(policy, name):
     np.testing.assert_allclose(difference[1], 0, atol=1e-6)
 
 
+def test_features_of_many_instructions_are_not_all_kept(policy):
+    images, proprio, _ = observation()
+    for group in range(40):
+        policy(images, proprio, [f"do task {2 * group + row}" for row in range(2)])
+    assert len(policy._text) <= 64
+    np.testing.assert_array_equal(policy(*observation()), policy(*observation()))
+
+
 def test_plans_are_in_raw_units(policy, params):
     normalised = Policy(tiny.experiment(data={"normalization": "identity"}), params, ROBOT)
     images, proprio, instructions = observation()
@@ -132,6 +141,32 @@ def test_a_wrong_argument_is_named(policy, name, value, complaint):
     arguments = dict(zip(("images", "proprio", "instructions"), observation(), strict=True)) | {name: value}
     with pytest.raises(ValueError, match=complaint):
         policy(**arguments)
+
+
+def test_a_plan_continues_what_is_committed(params):
+    """In raw units: two deviations more in what is committed are two more where it is frozen, fewer where it is soft."""
+    policy = Policy(tiny.experiment(policy={"action_steps": 10}), params, ROBOT)
+    entry = STATISTICS["action"]
+    low, high = (np.tile(entry.mean_clamped[:3] + by * entry.std_clamped[:3], (2, 1, 1)) for by in (-1, 1))
+    one, other = (policy(*observation(), committed=Committed(wanted, 2)) for wanted in (low, high))
+    difference = (other - one) / entry.std_clamped
+    np.testing.assert_allclose(difference[:, :2], 2, atol=0.5)
+    assert (difference[:, 2] > 0.2).all() and difference[:, 2].mean() < 1.8
+    assert np.abs(difference[:, 3]).max() < np.abs(difference[:, 2]).max()  # of which nothing is asked
+    np.testing.assert_allclose((one[:, :2] - low[:, :2]) / entry.std_clamped[:2], 0, atol=0.5)
+
+
+@pytest.mark.parametrize(("committed", "complaint"), [
+    (Committed(np.zeros((2, 0, 2)), 0), r"'committed' has actions of shape \(2, 0, 2\); expected \(2, 1 to 4, 2\)"),
+    (Committed(np.zeros((2, 5, 2)), 0), r"'committed' has actions of shape \(2, 5, 2\)"),
+    (Committed(np.zeros((2, 3)), 0), r"'committed' has actions of shape \(2, 3\)"),
+    (Committed(np.zeros((1, 3, 2)), 0), r"'committed' has actions of shape \(1, 3, 2\)"),
+    (Committed(np.full((2, 3, 2), np.nan), 0), "'committed' has actions that are not finite"),
+    (Committed(np.zeros((2, 3, 2)), 4), "delay is 4 and overlap 3"),
+])  # fmt: skip
+def test_commitments_that_cannot_be_kept(policy, committed, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        policy(*observation(), committed=committed)
 
 
 def write_run(run, config, params):
@@ -179,7 +214,7 @@ def test_normalisers_as_configured():
 
 def test_one_model_for_two_robots(tmp_path):
     """Of a mixture: each with its own widths, statistics and token."""
-    config = tiny.experiment(decoder={"embodiments": 2})
+    config = tiny.experiment(decoder={"embodiments": 2}, policy={"action_steps": 10})
     narrow = {"action": compute_statistics(np.random.default_rng(2).normal(50, 1.0, (200, 4, 1))),
               "proprio": compute_statistics(np.random.default_rng(3).normal(0, 1.0, (200, 1, 2)))}  # fmt: skip
     robots = {"arm": ROBOT, "lift": Embodiment("lift", 1, narrow, {"action": (), "proprio": ()})}
@@ -190,6 +225,8 @@ def test_one_model_for_two_robots(tmp_path):
     images, proprio, instructions = observation()
     plan = lift(images, proprio[:, :2], instructions)
     assert plan.shape == (2, 4, 1) and 40 < plan.mean() < 60
+    led = lift(images, proprio[:, :2], instructions, committed=Committed(plan[:, :2] + 1, 2))
+    assert led.shape == (2, 4, 1) and np.abs(led - plan)[:, :2].min() > 0.5
     other_token = Policy(config, params, dataclasses.replace(robots["lift"], index=0))(images, proprio[:, :2], instructions)
     assert np.abs(other_token - plan).max() > 1e-3
     assert arm(images, proprio, instructions).shape == (2, 4, 2)

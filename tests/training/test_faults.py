@@ -88,7 +88,7 @@ def test_a_full_disk_ends_training_with_what_is_left_and_the_next_start_continue
             if step == 4:
                 while saved_steps(tmp_path) != [2]:
                     time.sleep(0.01)
-                full.enter_context(file_size_limit(12_000))
+                full.enter_context(file_size_limit(20_000))
 
         with pytest.raises(run_directory.RunError) as error:
             train(tmp_path, at=fill)

@@ -1,6 +1,5 @@
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -71,27 +70,42 @@ def test_traffic_is_of_main_memory_and_of_slices_where_only_they_are_read():
     assert Program(STEP).work().hbm_bytes == 28 * (BLOCK + ROWS + counters) + 2 * ROWS  # what is in S(1) and S(2) is on the chip
 
 
-@pytest.mark.parametrize(("slices", "network"), [((), "ici"), ((0, 0, 1, 1), "dcn"), ((0, 1, 0, 1), "ici")])
-def test_what_crosses_slices_goes_over_the_data_centre(slices, network):
-    work = Program(STEP).work(slices)
-    assert {each.kind: each.network for each in work.collectives}["all-reduce"] == network
+def test_between_slices_the_runtime_reduces():
+    send = ('(f32[16,64]{1,0:T(8,128)}, u32[], token[]) send(%last, %token), channel_id=4, is_host_transfer=true, '
+            'frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}')  # fmt: skip
+    text = STEP.replace("  ROOT %total", f"  %token = token[] after-all()\n  %sent = {send}\n  ROOT %total")
+    assert Collective("all-reduce", "dcn", 1, 2 * ROWS * 3 / 4) in Program(text).work(slices=4).collectives
 
 
-@pytest.mark.parametrize(("groups", "devices"), [
-    ("replica_groups={{0,1},{2,3}}", [[0, 1], [2, 3]]),
-    ("replica_groups=[2,2]<=[4]", [[0, 1], [2, 3]]),
-    ("replica_groups=[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
-    ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0'}", [[0, 2], [1, 3]]),
-    ("replica_groups=mesh['axis_0'=2,'axis_1'=2], device_ids=([2,2]T(1,0)) {'axis_0'}", [[0, 1], [2, 3]]),
-    ("source_target_pairs={{0,2},{1,3}}", [[0, 2], [1, 3]]),
+def test_reductions_that_keep_a_part_are_scattered():
+    whole = "%total = f32[16,64]{1,0:T(8,128)} all-reduce(%last), channel_id=2, replica_groups={{0,2},{1,3}}, to_apply=%add"
+    text = STEP.replace(whole, "%total = f32[8,64]{1,0} fusion(%last), kind=kCustom, calls=%all-reduce-scatter.1")
+    scatter = """
+%all-reduce-scatter.1 (p: f32[16,64]) -> f32[8,64] {
+  %p = f32[16,64]{1,0} parameter(0)
+  %reduced = f32[16,64]{1,0} all-reduce(%p), channel_id=2, replica_groups={{0,2},{1,3}}, to_apply=%add
+  ROOT %part = f32[8,64]{1,0} slice(%reduced), slice={[0:8], [0:64]}
+}
+"""
+    assert Collective("reduce-scatter", "ici", 1, ROWS / 2) in Program(scatter + text).work().collectives
+
+
+@pytest.mark.parametrize(("groups", "size"), [
+    ("replica_groups={{0,1},{2,3}}", 2),
+    ("replica_groups=[1,4]<=[4]", 4),
+    ("replica_groups=[2,2]<=[2,2]T(1,0)", 2),
+    ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0'}", 2),
+    ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0','axis_1'}", 4),
+    ("replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_1'}", 4),
 ])  # fmt: skip
-def test_groups_of_devices(groups, devices):
-    slices = np.zeros(4, int)
-    for first, second in devices:  # each group within a slice
-        slices[[first, second]] = first
-    text = STEP.replace("replica_groups={{0,2},{1,3}}", groups).replace("[1,4]<=[4]", "[4,1]<=[4]")
-    assert all(each.network == "ici" for each in Program(text).work(tuple(slices)).collectives)
-    assert any(each.network == "dcn" for each in Program(text).work((0, 1, 1, 0)).collectives)
+def test_groups_of_devices(groups, size):
+    reduced = Program(STEP.replace("replica_groups={{0,2},{1,3}}", groups)).work().collectives[1]
+    assert reduced.bytes == 2 * ROWS * (size - 1) / size
+
+
+def test_a_permutation_sends_all_it_has():
+    text = STEP.replace("all-reduce(%last)", "collective-permute(%last)").replace("replica_groups={{", "source_target_pairs={{")
+    assert Program(text).work().collectives[1] == Collective("collective-permute", "ici", 1, ROWS)
 
 
 def test_loops_of_unknown_length_are_said_to_be():

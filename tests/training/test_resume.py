@@ -106,8 +106,9 @@ def assert_same_run(stopped, whole):
     assert sorted(batches_of(whole)) == list(range(1, STEPS + 1))
 
     def records(run):
-        exact = ("step", "loss", "grad_norm", "learning_rate", "validation")
-        return [{name: value for name, value in record.items() if name.startswith(exact)} for record in read_metrics(run)]
+        exact = ("loss", "grad_norm", "learning_rate", "validation")
+        return [{name: value for name, value in record.items() if name == "step" or name.startswith(exact)}
+                for record in read_metrics(run)]  # fmt: skip
 
     assert records(stopped) == records(whole)
     assert len({record["loss"] for record in records(whole)}) == STEPS
@@ -134,7 +135,7 @@ def test_ten_steps_are_five_a_sigterm_a_sigkill_and_five(train, video_run, tmp_p
         assert train(stage, whole, *overrides).returncode == 0
     asked = train(stage, stopped, *overrides, signal=signal.SIGTERM, step=5)
     assert asked.returncode == EXIT_CODE, asked.stderr
-    assert f"stopped after step 5 of {stopped}, as asked; the same command continues from there" in asked.stdout
+    assert f"stopped after step 5 of {stopped}, as asked; the same command continues there" in asked.stdout
     assert steps_saved(stopped) == [5]
     # Without LoRA the kill comes while a checkpoint is written, with it when none has been since the fifth step.
     every = f"--config.train.checkpoint_every={100 if rank else 2}"

@@ -1,0 +1,83 @@
+"""Serves a trained policy to robots and simulators over a websocket, until SIGTERM or Ctrl-C.
+
+    python launch/serve.py --policy=runs/quickstart/action [--embodiment=NAME] [--host=0.0.0.0 --port=8000 --token=SECRET]
+
+Clients are `mimic_video_client` (see its robot loop) and openpi's. `--rename=observation.images.front=images.primary` maps a
+field of a robot's observations to a name that the server knows, `--rename=observation.gripper=` leaves one out. `/healthz` and
+`/metrics` answer plain HTTP on the same port. On SIGTERM, what was asked before is answered, and new requests are refused.
+There is no encryption: across networks that others use, put a proxy with TLS in front.
+"""
+
+import asyncio
+import os
+import signal
+import sys
+
+import jax
+from absl import app, flags, logging
+
+from mimic_video.cache import user_cache
+from mimic_video.config import ConfigError
+from mimic_video.policy.observations import PolicyLayout
+from mimic_video.policy.policy import Policy
+from mimic_video.policy.server import PolicyServer, ServerOptions
+from mimic_video.training.run_directory import RunError
+
+_DEFAULTS = ServerOptions()
+_POLICY = flags.DEFINE_string("policy", None, "Bundle of launch/export.py, or run directory of stage `action`", required=True)
+_EMBODIMENT = flags.DEFINE_string("embodiment", None, "Robot to drive, by the name of its dataset, if the policy knows several")
+_HOST = flags.DEFINE_string("host", _DEFAULTS.host, "Address to listen at; 0.0.0.0 for all of this machine's")
+_PORT = flags.DEFINE_integer("port", _DEFAULTS.port, "Port to listen at; 0 for a free one")
+_TOKEN = flags.DEFINE_string("token", None, "Secret that clients have to send; MIMIC_VIDEO_TOKEN unless given")
+_BATCH_SIZES = flags.DEFINE_multi_integer("batch_size", list(_DEFAULTS.batch_sizes), "Robots in one call; once for each size")
+_MAX_QUEUE = flags.DEFINE_integer("max_queue", _DEFAULTS.max_queue, "Requests that wait at most")
+_MAX_MESSAGE = flags.DEFINE_integer("max_message_mb", _DEFAULTS.max_message_bytes // 2**20, "Size of a message at most")
+_DEADLINE = flags.DEFINE_float("deadline", _DEFAULTS.deadline, "Seconds that a request may wait, unless it says otherwise")
+_RENAMES = flags.DEFINE_multi_string("rename", [], "NAME=KNOWN: a field of the robots' observations; NAME= leaves it out")
+
+
+def parse_renames(arguments: list[str]) -> dict[str, str]:
+    """NAME=KNOWN arguments. Raises ValueError for another form, or a name that comes twice."""
+    renames: dict[str, str] = {}
+    for argument in arguments:
+        name, equals, known = argument.partition("=")
+        if not (name and equals):
+            raise ValueError(f"--rename={argument!r} is not of the form NAME=KNOWN")
+        if name in renames:
+            raise ValueError(f"--rename names {name!r} twice")
+        renames[name] = known
+    return renames
+
+
+async def serve(policy: Policy, options: ServerOptions) -> None:
+    """Serves until SIGTERM or SIGINT, then drains."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with PolicyServer(policy, PolicyLayout.of(policy), options) as server:
+        print(f"serving {policy.embodiment.name!r} at ws://{options.host}:{server.port}", flush=True)
+        await stop.wait()
+        print("draining: no new requests", flush=True)
+        await server.drain()
+
+
+def main(_: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)  # orbax, JAX and websockets narrate
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(user_cache("xla")))
+    token = os.environ.get("MIMIC_VIDEO_TOKEN", "") if _TOKEN.value is None else _TOKEN.value
+    try:
+        options = ServerOptions(
+            host=_HOST.value, port=_PORT.value, token=token, batch_sizes=tuple(_BATCH_SIZES.value), max_queue=_MAX_QUEUE.value,
+            max_message_bytes=_MAX_MESSAGE.value * 2**20, deadline=_DEADLINE.value, renames=parse_renames(_RENAMES.value),
+        )  # fmt: skip
+        policy = Policy.load(_POLICY.value, embodiment=_EMBODIMENT.value)
+    except (ValueError, RunError, ConfigError) as error:
+        sys.exit(f"error: {error}")
+    if not token and options.host not in ("127.0.0.1", "::1", "localhost"):
+        logging.warning("no --token: anybody who reaches %s:%d may use the policy", options.host, options.port)
+    asyncio.run(serve(policy, options))
+
+
+if __name__ == "__main__":
+    app.run(main)

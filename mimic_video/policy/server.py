@@ -1,0 +1,210 @@
+"""A websocket server for one policy: many robots, one program; see `mimic_video_client.protocol` for what is spoken.
+
+`/healthz` (200 while requests are taken, 503 while it drains) and `/metrics` (Prometheus) are plain HTTP on the same port.
+"""
+
+import asyncio
+import dataclasses
+import hmac
+import http
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request as HttpRequest
+from websockets.http11 import Response
+
+from mimic_video.policy.batching import Batcher, Planner, RequestError
+from mimic_video.policy.observations import BadRequest, PolicyLayout, Request, Session
+from mimic_video.policy.server_metrics import ServerMetrics
+from mimic_video_client import protocol
+
+_log = logging.getLogger(__name__)
+_SEND_SECONDS = 10.0  # a client that reads no answer for so long is cut off
+_OPEN_SECONDS = 10.0
+_CLOSE_SECONDS = 2.0
+_GOING_AWAY, _TOO_LARGE = 1001, 1009  # websocket close codes
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerOptions:
+    """How a policy is served.
+
+    Attributes:
+        host, port: where; port 0 takes a free one.
+        token: what clients have to send as `Authorization: Bearer ...` (or openpi's `Api-Key ...`); empty for anybody.
+        batch_sizes: robots of one call of the policy, which is compiled for each of these.
+        max_queue: requests that wait at most.
+        max_connections: connections at most.
+        max_message_bytes: of one message.
+        deadline: seconds that a request may wait unless it says otherwise.
+        renames: fields of clients' messages by the names that they have here, which may be empty to leave them out.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    token: str = ""
+    batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
+    max_queue: int = 64
+    max_connections: int = 64
+    max_message_bytes: int = protocol.MAX_MESSAGE_BYTES
+    deadline: float = 10.0
+    renames: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise ValueError(f"batch_sizes is {self.batch_sizes}; expected numbers of robots")
+        for name in ("max_queue", "max_connections", "max_message_bytes", "deadline"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
+
+
+class PolicyServer:
+    """Serves one policy until it is drained. Use as an asynchronous context manager, in which it takes connections.
+
+        async with PolicyServer(policy, PolicyLayout.of(policy), ServerOptions(port=8000)) as server:
+            await stop.wait()
+            await server.drain()
+
+    Attributes:
+        port: where it listens.
+        metrics: what `/metrics` shows.
+    """
+
+    def __init__(self, plan: Planner, layout: PolicyLayout, options: ServerOptions):
+        self._layout, self._options = layout, options
+        self.port = options.port
+        self.metrics = ServerMetrics(options.batch_sizes)
+        self._batcher = Batcher(plan, layout, options.batch_sizes, options.max_queue, options.deadline, self.metrics)
+        self._draining = False
+        self._busy = 0  # messages that are not answered yet
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def __aenter__(self) -> "PolicyServer":
+        """Compiles the policy for every batch size, then listens."""
+        await asyncio.to_thread(self._batcher.warm_up)
+        options = self._options
+        self._worker = asyncio.create_task(self._batcher.run())
+        self._server: Server = await serve(
+            self._handle, options.host, options.port, process_request=self._respond, max_size=options.max_message_bytes,
+            compression=None, open_timeout=_OPEN_SECONDS, close_timeout=_CLOSE_SECONDS, max_queue=1,
+        )  # fmt: skip
+        self.port = next(iter(self._server.sockets)).getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close(code=_GOING_AWAY, reason="the policy server shuts down")
+        await self._server.wait_closed()
+        self._worker.cancel()
+        await asyncio.wait([self._worker])
+
+    async def drain(self) -> None:
+        """Refuses what is new from now on, with an error that says so, and returns once all that was taken is answered."""
+        self._draining = True
+        await self._idle.wait()
+
+    def _respond(self, connection: ServerConnection, request: HttpRequest) -> Response | None:
+        """Answers plain HTTP and refuses clients; None lets the websocket be opened."""
+        path = request.path.partition("?")[0]
+        if path == "/healthz":
+            status = http.HTTPStatus.SERVICE_UNAVAILABLE if self._draining else http.HTTPStatus.OK
+            return connection.respond(status, "draining\n" if self._draining else "ok\n")
+        if path == "/metrics":
+            self.metrics.queue_depth = self._batcher.waiting
+            response = connection.respond(http.HTTPStatus.OK, self.metrics.text())
+            del response.headers["Content-Type"]
+            response.headers["Content-Type"] = "text/plain; version=0.0.4; charset=utf-8"
+            return response
+        if self._options.token and not self._authorised(request):
+            self.metrics.errors["unauthorised"] += 1
+            return connection.respond(http.HTTPStatus.UNAUTHORIZED, "expected the header 'Authorization: Bearer TOKEN'\n")
+        if self._draining or self.metrics.connections >= self._options.max_connections:
+            self.metrics.errors["refused"] += 1
+            why = "is shutting down" if self._draining else f"has {self._options.max_connections} connections already"
+            return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, f"the policy server {why}\n")
+        return None
+
+    def _authorised(self, request: HttpRequest) -> bool:
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        same = hmac.compare_digest(token.strip().encode(errors="surrogateescape"), self._options.token.encode())
+        return scheme.lower() in ("bearer", "api-key") and same
+
+    def _metadata(self) -> dict[str, Any]:
+        options = self._options
+        return {
+            "protocol": protocol.PROTOCOL_VERSION, "server": "mimic-video", **self._layout.metadata(),
+            "max_message_bytes": options.max_message_bytes, "max_robots": max(options.batch_sizes),
+            "deadline_seconds": options.deadline, "renames": dict(options.renames),
+        }  # fmt: skip
+
+    async def _handle(self, connection: ServerConnection) -> None:
+        """One connection: the metadata, then an answer to every message, in order."""
+        self.metrics.connections += 1
+        session = Session(self._layout, self._options.renames, max(self._options.batch_sizes))
+        try:
+            await self._send(connection, protocol.pack(self._metadata()))
+            async for message in connection:
+                self._busy += 1
+                self._idle.clear()
+                try:
+                    await self._send(connection, await self._answer(connection, session, message))
+                finally:
+                    self._busy -= 1
+                    if not self._busy:
+                        self._idle.set()
+        except ConnectionClosed as closed:
+            if closed.sent and closed.sent.code == _TOO_LARGE:
+                self.metrics.errors["too_large"] += 1
+            _log.info("connection to %s ended: %s", connection.remote_address, closed)
+        finally:
+            self.metrics.connections -= 1
+
+    async def _send(self, connection: ServerConnection, data: bytes | str) -> None:
+        try:
+            async with asyncio.timeout(_SEND_SECONDS):
+                await connection.send(data)
+        except TimeoutError:
+            self.metrics.errors["slow_reader"] += 1
+            connection.transport.abort()
+
+    async def _answer(self, connection: ServerConnection, session: Session, message: bytes | str) -> bytes | str:
+        self.metrics.requests += 1
+        arrived = time.monotonic()
+        try:
+            if self._draining:
+                raise RequestError(protocol.DRAINING, "the policy server is shutting down and takes no new requests")
+            if isinstance(message, str):
+                raise BadRequest("the message is text; expected a binary frame of msgpack")
+            # In a thread, since large images take their time; a session has one message at a time.
+            request = await asyncio.to_thread(lambda: session.accept(protocol.unpack(message), arrived))
+            if not isinstance(request, Request):
+                return protocol.pack(request)
+            return await self._plan(connection, request, arrived)
+        except (RequestError, BadRequest, protocol.ProtocolError) as error:
+            kind = error.kind if isinstance(error, RequestError) else protocol.BAD_REQUEST
+            self.metrics.errors[kind] += 1
+            return protocol.error_text(kind, str(error))
+
+    async def _plan(self, connection: ServerConnection, request: Request, arrived: float) -> bytes:
+        planning = asyncio.create_task(self._batcher.submit(request, arrived))
+        gone = asyncio.create_task(connection.wait_closed())
+        try:
+            await asyncio.wait({planning, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not planning.done():
+                raise RequestError("disconnected", "the client has gone")
+            answer = planning.result()
+        finally:
+            planning.cancel()
+            gone.cancel()
+        total = time.monotonic() - arrived
+        self.metrics.answers += 1
+        self.metrics.latency.add(total)
+        timing = {"queue_ms": 1e3 * answer.waited, "infer_ms": 1e3 * answer.planned, "total_ms": 1e3 * total}
+        return protocol.pack({
+            "actions": answer.actions if request.batched else answer.actions[0], "query": answer.query,
+            "history_frames": request.history_frames, "server_timing": timing,
+        })  # fmt: skip
