@@ -27,6 +27,7 @@ Each time is of one call up to the arrival of its result; compilation is reporte
 
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 import time
@@ -45,6 +46,7 @@ from data_pipelines.loader import Part, make_batches
 from data_pipelines.mixture import Mixture
 from mimic_video.config import ExperimentConfig, LoraConfig
 from mimic_video.models.text import make_text_encoder
+from mimic_video.policy.latency import percentiles
 from mimic_video.training.aot import batch_shapes
 from mimic_video.training.checkpoints import START_PRECISION, load_params
 from mimic_video.training.flops import mfu, step_flops, video_tokens
@@ -72,17 +74,6 @@ SIZES = {
     "policy": {"2b": "configs/published.py:bridge", "small": "configs/quickstart.py:action"},
 }
 MATRICES = {"cpu": (512, 1024), "other": (4096, 8192, 16384)}  # sizes that the rate of products is measured at
-
-
-def percentiles(call: Callable[[], Any]) -> dict[str, float]:
-    """Of the calls after the first one, in milliseconds."""
-    times = []
-    for _ in range(_REPEATS.value + 1):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - start)
-    p50, p95 = np.percentile(times[1:], [50, 95]) * 1e3
-    return {"p50_ms": round(p50, 2), "p95_ms": round(p95, 2)}
 
 
 def random_batch(config: ExperimentConfig) -> dict[str, np.ndarray]:
@@ -125,7 +116,7 @@ def step_times(config: ExperimentConfig, product_rate: float) -> dict[str, Any]:
         state, metrics = step(state, frozen, batch)
         return metrics
 
-    result |= percentiles(call)
+    result |= percentiles(call, _REPEATS.value)
     counted, seconds, devices = step_flops(config), result["p50_ms"] / 1e3, list(mesh.devices.flat)
     rate, memory = counted.model / seconds, devices[0].memory_stats() or {}
     return result | {
@@ -195,7 +186,7 @@ def chunks(config: ExperimentConfig, size: int) -> dict[str, float]:
         return plan(params, past, batch["proprio"], batch["text"], noise)
 
     jax.block_until_ready(call())
-    return {"first_call_s": round(time.perf_counter() - start, 2), **percentiles(call)}
+    return {"first_call_s": round(time.perf_counter() - start, 2), **percentiles(call, _REPEATS.value)}
 
 
 def both_stages(config: ExperimentConfig) -> dict[str, Any]:
@@ -310,6 +301,8 @@ def run() -> None:
     if command not in COMMANDS:
         sys.exit(f"error: there is no benchmark '{command}'; expected training, draws, policy or cold_start")
     names = [argument.lstrip("-").partition("=")[0] for argument in sys.argv[1:]]
+    if "reference" in names:  # JAX would take most of a GPU's memory, and PyTorch needs some
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if command in SIZES and "config" not in names:
         if "size" not in names:
             sys.argv.append("--size=" + ("small" if jax.default_backend() == "cpu" else "2b"))

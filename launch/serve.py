@@ -24,7 +24,7 @@ from mimic_video.policy.server import PolicyServer, ServerOptions
 from mimic_video.training.run_directory import RunError
 
 _DEFAULTS = ServerOptions()
-_POLICY = flags.DEFINE_string("policy", None, "Run directory of stage `action`", required=True)
+_POLICY = flags.DEFINE_string("policy", None, "Bundle of launch/export.py, or run directory of stage `action`", required=True)
 _EMBODIMENT = flags.DEFINE_string("embodiment", None, "Robot to drive, by the name of its dataset, if the policy knows several")
 _HOST = flags.DEFINE_string("host", _DEFAULTS.host, "Address to listen at; 0.0.0.0 for all of this machine's")
 _PORT = flags.DEFINE_integer("port", _DEFAULTS.port, "Port to listen at; 0 for a free one")

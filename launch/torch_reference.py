@@ -7,6 +7,7 @@ GPU if there is one. Attention is PyTorch's scaled-dot-product attention; nothin
 
 import math
 import types
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -67,19 +68,24 @@ def times(policy: Policy, batch: int, repeats: int) -> dict[str, Any]:
     video = (tensor(latents).movedim(-1, 1).to(dtype), frame_times, tensor(text).to(dtype), tensor(mask))
     actions = (tensor(proprio).to(dtype), tensor(noise["actions"]), torch.full((batch, 1), stop, device=device))
 
-    def wait(result: Any) -> Any:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return result
+    def timed(call: Callable[[], Any]) -> dict[str, float]:
+        def finished() -> None:
+            call()
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+        return percentiles(finished, repeats)
 
     with torch.inference_mode():
         hidden = backbone(*video)
         chunk = decoder.sample(hidden, *actions, cached=True)
         error = float(np.abs(chunk.float().cpu().numpy() - expected).max() / expected.std())
-        timed = {"video": percentiles(lambda: wait(backbone(*video)) and None, repeats)}
-        for kind in ("recomputed", "cached"):
-            timed[kind] = percentiles(lambda: wait(decoder.sample(hidden, *actions, cached=kind == "cached")) is None, repeats)  # noqa: B023
-    return {"version": torch.__version__, "device": device, "chunk_error_over_std": round(error, 6), **timed}
+        return {
+            "version": torch.__version__, "device": device, "chunk_error_over_std": round(error, 6),
+            "video": timed(lambda: backbone(*video)),
+            "recomputed": timed(lambda: decoder.sample(hidden, *actions, cached=False)),
+            "cached": timed(lambda: decoder.sample(hidden, *actions, cached=True)),
+        }  # fmt: skip
 
 
 class _Backbone:

@@ -27,9 +27,8 @@ def measure(policy: Policy, batch: int = 1, repeats: int = 30, image_size: tuple
     data, program, params = policy.config.data, policy.program, policy.params
     height, width = image_size or data.image_size
     random = np.random.default_rng(0)
-    cameras = [name for name in data.cameras if name in policy.embodiment.cameras]
-    shape = batch, data.past_frames, height, width, 3
-    images: dict[str, np.ndarray] = {name: random.integers(0, 256, shape, np.uint8) for name in cameras}
+    cameras: list[str] = [name for name in data.cameras if name in policy.embodiment.cameras]
+    images = {name: random.integers(0, 256, (batch, data.past_frames, height, width, 3), np.uint8) for name in cameras}
     proprio = np.tile(policy.embodiment.statistics["proprio"].mean_clamped.astype(np.float32), (batch, 1))
     observation = images, proprio, [""] * batch
     report = {"host": percentiles(lambda: policy.prepare(*observation), repeats)}

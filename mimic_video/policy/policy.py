@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
@@ -91,8 +90,9 @@ class Policy:
         Raises:
             ValueError: naming the argument, if a shape or dtype is not one that the policy can use.
         """
+        inputs = self.prepare(images, proprio, instructions, query)
         prefix = None if committed is None else self._prefix(committed, len(instructions))
-        return np.asarray(self._plan(*self.prepare(images, proprio, instructions, query), samples=None, prefix=prefix))
+        return np.asarray(self._plan(*inputs, prefix, samples=None))
 
     def sample(
         self, images: Any, proprio: Float[np.ndarray, "b p"], instructions: Sequence[str], samples: int, query: int = 0
@@ -103,22 +103,21 @@ class Policy:
         """
         if samples < 1:
             raise ValueError(f"policy input 'samples' is {samples}; expected 1 or more")
-        return np.asarray(self._plan(*self.prepare(images, proprio, instructions, query), samples=samples))
+        return np.asarray(self._plan(*self.prepare(images, proprio, instructions, query), None, samples=samples))
 
     def warm_up(self, batch: int = 1, samples: int | None = None) -> float:
         """Compiles the program for `batch` robots and runs it once, so that no robot waits for that. Returns the seconds.
 
-        With real-time chunking, also the one that continues committed actions.
+        In real-time chunking that is two programs: of first plans, and of those that continue another one.
         """
         data, text, start = self.config.data, self.config.text, time.perf_counter()
         images = np.zeros((batch, data.past_frames, *data.frame_size, 3), np.uint8)
         proprio, rows = np.zeros((batch, self.embodiment.proprio_dim), np.float32), np.zeros((batch, text.rows, text.width))
         arguments = images, proprio, rows.astype(np.float32), self._key_data(0)
-        jax.block_until_ready(self._plan(self.params, *arguments, samples=samples, prefix=None))
+        jax.block_until_ready(self._plan(self.params, *arguments, None, samples=samples))
         if self.config.policy.strategy == "real_time_chunking" and samples is None:
-            nothing = np.zeros((batch, 1, self.embodiment.action_dim), np.float32)
-            prefix = self._prefix(Committed(nothing, 0), batch)
-            jax.block_until_ready(self._plan(self.params, *arguments, samples=None, prefix=prefix))
+            still = Committed(np.zeros((batch, 1, self.embodiment.action_dim), np.float32), 0)
+            jax.block_until_ready(self._plan(self.params, *arguments, self._prefix(still, batch), samples=None))
         return time.perf_counter() - start
 
     def prepare(
@@ -166,4 +165,4 @@ class Policy:
         weights = prefix_weights(horizon, delay, overlap)
         filled = np.pad(actions, [(0, 0), (0, horizon - overlap), (0, 0)])
         normalised = pad_last(self.normalizers["action"].normalize(filled), self.config.decoder.action_dim)
-        return Prefix(jnp.asarray(normalised), jnp.tile(weights, (batch, 1)))
+        return Prefix(normalised, np.tile(weights, (batch, 1)))

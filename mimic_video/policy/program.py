@@ -41,8 +41,8 @@ class PolicyProgram:
         proprio: Float[Array, "b p"],
         text: Float[Array, "b rows width"],
         key_data: UInt32[Array, " k"],
-        samples: int | None = None,
         prefix: Prefix | None = None,
+        samples: int | None = None,
     ) -> Float[Array, "b a m"]:
         """Actions in raw units; with `samples`, (b, samples, a, m): chunks that share all but the noise of the action flow.
 
@@ -51,22 +51,20 @@ class PolicyProgram:
             proprio: raw units.
             text: rows of each robot's instruction.
             key_data: `jax.random.key_data` of the key that noise comes from.
-            prefix: what chunks have to continue (real-time chunking).
+            prefix: what the chunks have to continue, normalised.
         """
         batch = len(images)
         noise, robots = self.noise(key_data, batch, samples), self.robots(batch)
         past = self.vam.encode_video(params, images)
         hidden, time = self.vam.hidden_after(params, past, text, noise["video"], robots.view_mask)
         context, state = self.vam.action_context(params, hidden, robots), self.normalized_proprio(params, proprio)
-        chunks = self.normalized_actions(params, context, time, state, noise["actions"], samples, prefix)
-        return self.raw_actions(params, chunks)
+        return self.raw_actions(params, self.normalized_actions(params, context, time, state, noise["actions"], prefix, samples))
 
     def noise(self, key_data: UInt32[Array, " k"], batch: int, samples: int | None = None) -> Noise:
         """As of `VideoActionModel.policy_noise`; of several samples, "actions" is (b, samples, a, m), the first that of one."""
-        more: list[Any]
         if self.vam.config.policy.noise == "numpy":
             noise = self.vam.policy_noise(self._seed, batch)
-            more = [matching.numpy_noise(self._seed + n, noise["actions"].shape) for n in range(1, samples or 1)]
+            more: list[Any] = [matching.numpy_noise(self._seed + n, noise["actions"].shape) for n in range(1, samples or 1)]
         else:
             key = jax.random.wrap_key_data(key_data)
             noise = self.vam.draw_noise(key, batch)
@@ -80,8 +78,8 @@ class PolicyProgram:
         return jnp.pad(values, [(0, 0), (0, 0), (0, self._decoder.proprio_dim - values.shape[-1])])
 
     def normalized_actions(
-        self, params: Params, context: Context, time: Float[Array, " b"], state: Array, noise: Array, samples: int | None = None,
-        prefix: Prefix | None = None,
+        self, params: Params, context: Context, time: Float[Array, " b"], state: Array, noise: Array,
+        prefix: Prefix | None = None, samples: int | None = None,
     ) -> Float[Array, "b *n a w"]:
         """The action flow: the same context for every sample."""
         robots = self.robots(len(state))
