@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
@@ -165,4 +166,4 @@ class Policy:
         weights = prefix_weights(horizon, delay, overlap)
         filled = np.pad(actions, [(0, 0), (0, horizon - overlap), (0, 0)])
         normalised = pad_last(self.normalizers["action"].normalize(filled), self.config.decoder.action_dim)
-        return Prefix(normalised, np.tile(weights, (batch, 1)))
+        return Prefix(jnp.asarray(normalised), jnp.tile(weights, (batch, 1)))
