@@ -53,7 +53,10 @@ class Bundle(NamedTuple):
 
 
 class KnownText:
-    """Features of known instructions; of others by the configured encoder, which is made when the first one comes."""
+    """Features of known instructions; of others by the configured encoder, which is made when the first one comes.
+
+    The empty instruction, which programs are compiled and measured with, has rows of zeros unless it is known.
+    """
 
     def __init__(self, features: FeatureCache, config: TextConfig):
         self._features, self._config = features, config
@@ -64,6 +67,8 @@ class KnownText:
         known = self._features.get(instruction)
         if known is not None:
             return np.pad(known, [(0, self._config.rows - len(known)), (0, 0)])
+        if not instruction:
+            return np.zeros((self._config.rows, self._config.width), np.float32)
         if self._encoder is None:
             try:
                 self._encoder = make_text_encoder(self._config)
