@@ -20,3 +20,12 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_go_with_their_module():
+    """Thousands of them would otherwise stay in memory until the last test."""
+    yield
+    import jax  # after the flags above
+
+    jax.clear_caches()
