@@ -47,11 +47,6 @@ class Recorder:
         return actions
 
 
-    def warm_up(self, batch):
-        frames = np.zeros((batch, LAYOUT.past_frames, *LAYOUT.image_size, 3), np.uint8)
-        return self({"primary": frames}, np.zeros((batch, LAYOUT.proprio_dim), np.float32), [""] * batch, 0)
-
-
 def checksum(instruction):
     return zlib.crc32(instruction.encode()) % 2**20
 
