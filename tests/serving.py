@@ -46,23 +46,6 @@ class Recorder:
         actions[:, 3, 0] = query
         return actions
 
-    def warm_up(self, batch):
-        frames = np.zeros((batch, LAYOUT.past_frames, *LAYOUT.image_size, 3), np.uint8)
-        return self({"primary": frames}, np.zeros((batch, LAYOUT.proprio_dim), np.float32), [""] * batch, 0)
-
-
-class Answers:
-    """A policy that answers what a function of its observations says; there is nothing to compile."""
-
-    def __init__(self, function):
-        self._function = function
-
-    def __call__(self, *observations):
-        return self._function(*observations)
-
-    def warm_up(self, batch):
-        return 0.0
-
 
 def checksum(instruction):
     return zlib.crc32(instruction.encode()) % 2**20

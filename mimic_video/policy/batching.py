@@ -26,8 +26,6 @@ class Planner(Protocol):
         self, images: Mapping[str, np.ndarray], proprio: np.ndarray, instructions: Sequence[str], query: int
     ) -> np.ndarray: ...
 
-    def warm_up(self, batch: int) -> float: ...
-
 
 class RequestError(Exception):
     """A request that is answered with an error of this `kind` (`protocol.ERROR_KINDS`)."""
@@ -84,8 +82,11 @@ class Batcher:
 
     def warm_up(self) -> None:
         """Compiles the policy for every batch size. Blocks; before `run`."""
+        layout = self._layout
         for size in self._sizes:
-            self._plan.warm_up(size)
+            frames = np.zeros((size, layout.past_frames, *layout.image_size, 3), np.uint8)
+            images = dict.fromkeys(layout.cameras, frames)
+            self._call(Request(images, np.zeros((size, layout.proprio_dim), np.float32), [""] * size, True, 0, None, 1), 0)
 
     async def submit(self, request: Request, arrived: float) -> Answer:
         """The answer to a request that arrived at time `arrived` of the monotonic clock.

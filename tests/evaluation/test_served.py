@@ -32,13 +32,11 @@ class FrameCounter:
     def __call__(self, images, proprio, instructions, query):
         frames = images["primary"][:, :, 0, 0, 0]
         for row, seed in enumerate(proprio[:, 0]):
-            self.seen.setdefault(int(seed), set()).add(tuple(frames[row]))  # a set, since batches are filled up
+            if instructions[row]:  # not to compile
+                self.seen.setdefault(int(seed), set()).add(tuple(frames[row]))  # a set, since batches are filled up
         actions = np.zeros((len(proprio), 4, 2), np.float32)
         actions[..., 0] = (0.01 * frames.sum(1) * (proprio[:, 0] - 99))[:, None]
         return actions
-
-    def warm_up(self, batch):
-        return 0.0
 
 
 @pytest.fixture(scope="module")

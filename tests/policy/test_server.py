@@ -15,7 +15,7 @@ import msgpack
 import numpy as np
 import pytest
 import tiny
-from serving import LAYOUT, Answers, Recorder, checksum, observation, serving, wait_until
+from serving import LAYOUT, Recorder, checksum, observation, serving, wait_until
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 
@@ -204,7 +204,7 @@ def test_actions_that_are_not_finite_are_not_sent():
     def plan(images, proprio, instructions, query):
         return np.full((len(proprio), LAYOUT.action_horizon, LAYOUT.action_dim), np.nan if query else 0.0)
 
-    with serving(Answers(plan), batch_sizes=(1,)) as running, running.client() as client:
+    with serving(plan, batch_sizes=(1,)) as running, running.client() as client:
         with pytest.raises(RequestRefused, match=r"internal: .*are not finite"):
             client.infer(observation(prompt="a", query=1))
         assert client.infer(observation(query=0, timestamp=time.monotonic() + 1))["actions"].shape == (4, 5)
@@ -336,7 +336,7 @@ def test_a_slow_reader_and_abrupt_ends_hold_up_nobody(monkeypatch):
         return np.zeros((len(proprio), 250_000, 1), np.float32)  # answers of a megabyte, which no socket buffers for long
 
     layout = PolicyLayout(**{**vars(LAYOUT), "action_horizon": 250_000, "action_dim": 1})
-    with serving(Answers(plan), layout, batch_sizes=(1,)) as running:
+    with serving(plan, layout, batch_sizes=(1,)) as running:
         slow = socket.create_connection(("127.0.0.1", running.server.port))
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
