@@ -27,7 +27,8 @@ EXTRAS = {
 EXTRAS["compile"] = EXTRAS["tpu"]  # the compiler, libtpu, in the version that JAX wants; no TPU is needed
 EXTRAS["quickstart"] = EXTRAS["data"] + EXTRAS["sim"] + EXTRAS["report"]
 EXTRAS["test"] = [
-    *(package for extra in ("quickstart", "formats", "convert", "text", "video", "serve", "wandb") for package in EXTRAS[extra]),
+    *(package for extra in ("quickstart", "formats", "convert", "text", "video", "serve", "wandb", "compile")
+      for package in EXTRAS[extra]),
     "diffusers",  # an independent implementation of both video networks, to compare ours with
     "mypy",
     "opencv-python-headless",  # what the loader is measured beside
