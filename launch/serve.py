@@ -13,10 +13,9 @@ import os
 import signal
 import sys
 
-import jax
 from absl import app, flags, logging
 
-from mimic_video.cache import user_cache
+from mimic_video.cache import keep_compiled_programs
 from mimic_video.config import ConfigError
 from mimic_video.policy.observations import PolicyLayout
 from mimic_video.policy.policy import Policy
@@ -63,8 +62,7 @@ async def serve(policy: Policy, options: ServerOptions) -> None:
 
 def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # orbax, JAX and websockets narrate
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(user_cache("xla")))
+    keep_compiled_programs()
     token = os.environ.get("MIMIC_VIDEO_TOKEN", "") if _TOKEN.value is None else _TOKEN.value
     try:
         options = ServerOptions(

@@ -18,6 +18,7 @@ from mimic_video.flow.solvers import karras_sigmas, sigmas_until
 from mimic_video.models.action_decoder import embedder_widths
 from mimic_video.models.patch_tokenizer import CHANNELS, PATCH
 from mimic_video.models.wan_vae import MULTIPLES, TIME_RESAMPLED
+from mimic_video.training.lora import has_name
 from mimic_video.training.steps import TRAINED
 
 
@@ -90,7 +91,7 @@ def step_flops(config: ExperimentConfig) -> StepFlops:
     totals = {f"{name}{kind}": batch * sum(_passes(config, name, product) * product.forward for product in products
                                            if bool(product.weight) == (kind == ""))
               for name, products in (("backbone", backbone), ("decoder", decoder)) for kind in ("", "_attention")}  # fmt: skip
-    adapted = (product for product in (decoder if action else backbone) if _named(product.weight, config.lora.targets))
+    adapted = (product for product in (decoder if action else backbone) if has_name(product.weight, config.lora.targets))
     merged = sum(3 * 2.0 * config.lora.rank * inputs * outputs * blocks
                  for _, inputs, outputs, blocks in {_shape(product) for product in adapted})  # fmt: skip
     tokenizer = 0.0 if config.data.latents else batch * tokenizer_forward(config, config.data.num_frames)
@@ -189,11 +190,7 @@ def _passes(config: ExperimentConfig, network: str, product: Product) -> int:
 
 def _trained(config: ExperimentConfig, network: str, weight: str) -> bool:
     everything = config.lora.rank == 0
-    return TRAINED[config.stage] == network and (everything or _named(weight, config.lora.targets + config.lora.trained))
-
-
-def _named(weight: str, names: tuple[str, ...]) -> bool:
-    return any(f"/{name}/" in f"/{weight}/" for name in names)
+    return TRAINED[config.stage] == network and (everything or has_name(weight, config.lora.targets + config.lora.trained))
 
 
 def _shape(product: Product) -> tuple[str, int, int, int]:

@@ -16,6 +16,11 @@ Tree = dict[str, Any]
 Path = tuple[Any, ...]
 
 
+def has_name(path: str, names: tuple[str, ...]) -> bool:
+    """Whether one of `lora.targets` or `lora.trained` names a parameter: stands between slashes of its path."""
+    return any(f"/{name}/" in f"/{path}/" for name in names)
+
+
 def require_names(params: Tree, config: LoraConfig) -> None:
     """Checks the names of a configuration against the parameters of all networks.
 
@@ -25,17 +30,17 @@ def require_names(params: Tree, config: LoraConfig) -> None:
     paths = list(flatten_dict(params))
     for field in ("targets", "trained"):
         for name in getattr(config, field):
-            if not any(_has_name(path, (name,)) for path in paths):
+            if not any(has_name(_text(path), (name,)) for path in paths):
                 raise ConfigError(f"config field 'lora.{field}' has {name!r}, which names no parameter; there are, for example, "
                                   + ", ".join(map(_text, paths[:8])))  # fmt: skip
-    if both := [_text(path) for path in paths if _is_target(path, config) and _has_name(path, config.trained)]:
+    if both := [_text(path) for path in paths if _is_target(path, config) and has_name(_text(path), config.trained)]:
         raise ConfigError(f"config fields 'lora.targets' and 'lora.trained' both name {', '.join(both)}")
 
 
 def split_network(network: Tree, config: LoraConfig) -> tuple[Tree, Tree]:
     """(what is trained fully, what is frozen) of a network's parameters."""
     flat = flatten_dict(network)
-    trained = {path: leaf for path, leaf in flat.items() if _has_name(path, config.trained)}
+    trained = {path: leaf for path, leaf in flat.items() if has_name(_text(path), config.trained)}
     frozen = {path: leaf for path, leaf in flat.items() if path not in trained}
     return unflatten_dict(trained), unflatten_dict(frozen)
 
@@ -62,12 +67,8 @@ def join_network(trained: Tree, frozen: Tree, adapters: Tree, config: LoraConfig
     return unflatten_dict(network)
 
 
-def _has_name(path: Path, names: tuple[str, ...]) -> bool:
-    return any(f"/{name}/" in f"/{_text(path)}/" for name in names)
-
-
 def _is_target(path: Path, config: LoraConfig) -> bool:
-    return path[-1] == "kernel" and _has_name(path, config.targets)
+    return path[-1] == "kernel" and has_name(_text(path), config.targets)
 
 
 def _text(path: Path) -> str:
