@@ -6,8 +6,10 @@
     policy = Policy.load("policies/drawers")
 
 --checkpoint is a run directory of stage `action`; its newest checkpoint is taken, adapters merged, averaged if the run kept an
-average. --precision is that of parameters and activations; that of the run unless given. Instructions in --prompts, one a line,
-and with T5 those in the run's text cache, are encoded now, so that the robot's machine needs no text encoder for them.
+average. --precision is that of parameters and activations; that of the run unless given. --weights=int8 keeps the backbone's
+blocks in eight bits a weight: the published policy takes 3.2 GB instead of 5.2 (pytest tests/models/test_quantization.py -s).
+Instructions in --prompts, one a line, and with T5 those in the run's text cache, are encoded now, so that the robot's machine
+needs no text encoder for them.
 
 --stablehlo=cuda,tpu,cpu adds programs that JAX runs without this package (mimic_video/policy/stablehlo.py says how), for --batch
 robots. Only the platform that this command runs on has its fastest attention; others have a general one, whose memory grows with
@@ -18,7 +20,6 @@ import dataclasses
 import pathlib
 import sys
 
-import jax
 from absl import app, flags, logging
 
 from mimic_video.config import ConfigError, ExperimentConfig
@@ -36,6 +37,7 @@ _PLATFORMS = ("cuda", "tpu", "cpu")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory of stage `action`", required=True)
 _OUT = flags.DEFINE_string("out", None, "Directory to write; it must not be there yet", required=True)
 _PRECISION = flags.DEFINE_enum("precision", None, ["bfloat16", "float32"], "Of the policy; that of the run unless given")
+_WEIGHTS = flags.DEFINE_enum("weights", None, ["exact", "int8"], "Of the backbone's blocks; those of the run unless given")
 _PROMPTS = flags.DEFINE_string("prompts", None, "Text file of instructions, one a line, whose features go into the bundle")
 _STABLEHLO = flags.DEFINE_list("stablehlo", [], f"Platforms to write programs for: {', '.join(_PLATFORMS)}")
 _BATCH = flags.DEFINE_integer("batch", 1, "Robots of a StableHLO program", lower_bound=1)
@@ -43,15 +45,15 @@ _EMBODIMENT = flags.DEFINE_string("embodiment", None, "Robot of StableHLO progra
 _SAFETENSORS = flags.DEFINE_bool("safetensors", False, "Add the networks in the published names")
 
 
-def load(run: pathlib.Path, precision: str | None) -> tuple[ExperimentConfig, Params, int]:
-    """Configuration and parameters in the wanted precision, and their step."""
+def load(run: pathlib.Path, precision: str | None, weights: str | None) -> tuple[ExperimentConfig, Params, int]:
+    """Configuration with the wanted precision and weights, parameters, and their step."""
     trained = read_config(run)
     if trained.stage != "action":
         raise RunError(f"{run} holds a run of stage '{trained.stage}'; a policy needs stage 'action'")
     config = dataclasses.replace(trained, precision=precision or trained.precision)
     params, step = load_params(run, "configured" if config == trained else "stored")
-    vam = VideoActionModel(config)
-    return config, {name: jax.tree.map(lambda x: x.astype(vam.dtype(name)), part) for name, part in params.items()}, step  # noqa: B023
+    policy = dataclasses.replace(config.policy, weights=weights or config.policy.weights)
+    return dataclasses.replace(config, policy=policy), VideoActionModel(config).cast(params), step
 
 
 def known_text(config: ExperimentConfig) -> dict:
@@ -81,12 +83,12 @@ def export() -> None:
     unknown = set(_STABLEHLO.value) - set(_PLATFORMS)
     if unknown:
         raise ConfigError(f"--stablehlo={','.join(_STABLEHLO.value)} has {', '.join(sorted(unknown))}; expected {_PLATFORMS}")
-    config, params, step = load(run, _PRECISION.value)
+    config, params, step = load(run, _PRECISION.value, _WEIGHTS.value)
     embodiments = load_embodiments(run)
     robot = choose(embodiments, _EMBODIMENT.value) if _STABLEHLO.value else None
     text = known_text(config)
     with new_bundle(out, step) as folder:
-        write_policy(folder, config, params, embodiments, text)
+        write_policy(folder, config, VideoActionModel(config).policy_params(params), embodiments, text)
         if robot is not None:
             write_programs(folder / "stablehlo", policies(config, params, robot), _BATCH.value)
         if _SAFETENSORS.value:

@@ -319,6 +319,7 @@ class PolicyConfig:
     ensemble_decay: float = 0.01  # temporal_ensembling: w in the weights exp(-w·i) of predictions, the oldest being i = 0
     guidance_clip: float = 5.0  # real_time_chunking: bound β on the guidance towards actions that are already committed
     noise: Literal["jax", "numpy"] = "jax"  # numpy: the published stream, which is the same at every query (SPEC 5, 7)
+    weights: Literal["exact", "int8"] = "exact"  # int8: of the backbone's blocks, eight bits and a scale for each output
 
     def __post_init__(self):
         _require_positive(self, "video_steps", "action_steps", "execute_steps", "guidance_clip")

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from mimic_video.config import ExperimentConfig
 from mimic_video.flow import inpainting, matching, solvers
+from mimic_video.models import quantization
 from mimic_video.models.action_decoder import ActionDecoder, Context
 from mimic_video.models.patch_tokenizer import PatchTokenizer
 from mimic_video.models.video_dit import VideoDiT, ViewMask, token_mask
@@ -91,9 +92,16 @@ class VideoActionModel:
 
     def module(self, name: str, params: Params) -> Any:
         """The named network with its parameters in the configured precision."""
-        dtype = self.dtype(name)
-        cast = jax.tree.map(lambda leaf: leaf.astype(dtype), params[name])
-        return nnx.merge(self._graphdefs[name], nnx.State(cast))
+        return nnx.merge(self._graphdefs[name], nnx.State(quantization.cast(params[name], self.dtype(name))))
+
+    def cast(self, params: Params) -> Params:
+        """Parameters of networks in the dtypes that they compute in."""
+        return {name: quantization.cast(part, self.dtype(name)) for name, part in params.items()}
+
+    def policy_params(self, params: Params) -> Params:
+        """Parameters of all networks as a policy keeps them: cast, and the backbone's as `policy.weights` has it."""
+        kept = self.cast(params)
+        return kept | {"backbone": quantization.quantized(kept["backbone"])} if self.config.policy.weights == "int8" else kept
 
     def dtype(self, name: str) -> jnp.dtype:
         """What the named network computes in."""

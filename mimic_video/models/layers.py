@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mimic_video.models.parallel import is_spread, platform
+from mimic_video.models.quantization import dequantized
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 Remat = Literal["none", "attention", "full", "offload"]
@@ -157,7 +158,8 @@ def scan_blocks(
 
     def body(x, block_inputs):
         block_state, extra = block_inputs
-        return apply(nnx.merge(graphdef, block_state), x, *extra), None
+        block = nnx.merge(graphdef, dequantized(block_state, x.dtype))  # one block's at a time
+        return apply(block, x, *extra), None
 
     # XLA's CPU backend gains about 1.4x from seeing several blocks at once; accelerators only lose compile time.
     unroll = 4 if platform() == "cpu" else 1

@@ -1,7 +1,7 @@
 """Policy bundles: one directory with all that a policy needs, and the checksum of every file.
 
     bundle/manifest.json    format, version, the run's step, and {path: {"sha256", "bytes"}} of every other file
-    bundle/config.json      the resolved configuration; parameters are in its `precision`
+    bundle/config.json      the resolved configuration; parameters are in its `precision` and `policy.weights`
     bundle/embodiments.json the robots, with the statistics that normalise their actions and proprioception
     bundle/params/          orbax: tokenizer, backbone and decoder, adapters merged, averaged where the run kept an average
     bundle/text/            features of known instructions, one file each
@@ -117,7 +117,7 @@ def write_policy(
 
     Args:
         folder: from `new_bundle`.
-        params: arrays of all three networks, in the dtypes that `config.precision` computes in.
+        params: of all three networks, as of `VideoActionModel.policy_params`.
         text: features of instructions.
     """
     write_json(folder / "config.json", to_dict(config))
@@ -139,10 +139,8 @@ def read_bundle(path: pathlib.Path) -> Bundle:
     _verify(path)
     config = read_config(path)
     vam, device = VideoActionModel(config), SingleDeviceSharding(jax.local_devices()[0])
-    shapes = jax.eval_shape(vam.init, jax.random.key(0))
-    target = {name: jax.tree.map(lambda leaf: leaf.update(dtype=vam.dtype(name), sharding=device), part)  # noqa: B023
-              for name, part in shapes.items()}  # fmt: skip
-    params = load_tree(path / "params", target)
+    shapes = jax.eval_shape(lambda: vam.policy_params(vam.init(jax.random.key(0))))
+    params = load_tree(path / "params", jax.tree.map(lambda leaf: leaf.update(sharding=device), shapes))
     return Bundle(config, params, load_embodiments(path), KnownText(FeatureCache(path / "text"), config.text))
 
 

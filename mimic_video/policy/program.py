@@ -32,7 +32,8 @@ class PolicyProgram:
     def parameters(self, params: Params) -> Params:
         """What a call takes, given those of the model."""
         normalizers = self.embodiment.normalizers(self.vam.config)
-        return {**params, "normalizers": {name: ranges(normalizer) for name, normalizer in normalizers.items()}}
+        scales = {name: ranges(normalizer) for name, normalizer in normalizers.items()}
+        return {**self.vam.policy_params(params), "normalizers": scales}
 
     def __call__(
         self,

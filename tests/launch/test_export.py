@@ -1,5 +1,6 @@
 """A run exported by the launch script; what bundles refuse is in tests/policy/test_bundle.py."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -122,6 +123,18 @@ def test_bfloat16_is_as_near_as_its_rounding(launch, run, tmp_path):
     assert policy.config.precision == "bfloat16" and policy.params["backbone"]["patch_proj"]["kernel"].dtype == jnp.bfloat16
     difference = policy(IMAGES, PROPRIO, [INSTRUCTION]) - exact(IMAGES, PROPRIO, [INSTRUCTION])
     assert 0 < np.abs(difference / ROBOT.statistics["action"].std_clamped).max() < 0.05
+
+
+@pytest.mark.slow
+def test_weights_of_eight_bits(launch, run, inputs, tmp_path):
+    """The bundle and its program are to the bit what a run makes of its weights if configured so, and near the exact policy."""
+    launch("export", f"--checkpoint={run}", f"--out={tmp_path / 'bundle'}", "--weights=int8", "--stablehlo=cpu")
+    config = dataclasses.replace(CONFIG, policy=dataclasses.replace(CONFIG.policy, weights="int8"))
+    expected, exact = Policy.load(run, config)(IMAGES, PROPRIO, [INSTRUCTION]), Policy.load(run)(IMAGES, PROPRIO, [INSTRUCTION])
+    for script in (IN_PROCESS, STABLEHLO):
+        actions = in_fresh_process(script, tmp_path / "bundle", inputs, tmp_path / "inputs.npz")
+        np.testing.assert_array_equal(actions, expected)
+    assert 0 < np.abs((expected - exact) / ROBOT.statistics["action"].std_clamped).max() < 0.05
 
 
 def test_what_cannot_be_exported(launch, run, tmp_path):
