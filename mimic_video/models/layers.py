@@ -154,13 +154,19 @@ def scan_blocks(
         remat: of each block, as for `rematerialised`.
     """
     graphdef, state = nnx.split(blocks)
-    sliced = jax.tree.map(lambda leaf: leaf[:stop], (state, per_block))
+    stacked = state, per_block
 
     def body(x, block_inputs):
         block_state, extra = block_inputs
         block = nnx.merge(graphdef, dequantized(block_state, x.dtype))  # one block's at a time
         return apply(block, x, *extra), None
 
+    def body_at(x, index):
+        return body(x, jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stacked))
+
     # XLA's CPU backend gains about 1.4x from seeing several blocks at once; accelerators only lose compile time.
     unroll = 4 if platform() == "cpu" else 1
-    return jax.lax.scan(rematerialised(body, remat), x, sliced, unroll=unroll)[0]
+    if stop is None or stop == len(jax.tree.leaves(stacked)[0]):
+        return jax.lax.scan(rematerialised(body, remat), x, stacked, unroll=unroll)[0]
+    # A slice of the stack would be a copy, of gigabytes.
+    return jax.lax.scan(rematerialised(body_at, remat), x, jnp.arange(stop), unroll=unroll)[0]

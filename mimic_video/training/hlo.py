@@ -132,14 +132,27 @@ class Program:
                     yield from self._executed(callee, times, fused)
 
     def _trips(self, loop: Instruction) -> int | None:
-        """How often a loop runs; None if neither XLA nor a comparison with a constant says so. Loops count up from zero."""
+        """How often a loop runs; None if neither XLA nor its counter, which starts at zero, says so."""
         known = re.search(r'known_trip_count[":{ ]+n[": ]+(\d+)', loop.attributes)
         if known:
             return int(known[1])
         condition = self.computations[loop.called("condition")[0]]
         compared = [i for i in self._inlined(condition) if i.opcode == "compare" and "direction=LT" in i.attributes]
         constants = [int(i.argument) for i in self._inlined(condition) if i.opcode == "constant" and i.shape[1:5] == "32[]"]
-        return constants[0] if len(compared) == 1 and len(constants) == 1 else None
+        step = self._step(loop, condition)
+        return math.ceil(constants[0] / step) if len(compared) == 1 and len(constants) == 1 and step else None
+
+    def _step(self, loop: Instruction, condition: dict[str, Instruction]) -> int | None:
+        """What a loop adds to the value that its condition reads: more than one if XLA has put several iterations into one."""
+        read = [i for i in condition.values() if i.opcode == "get-tuple-element"]
+        index = re.search(r"index=(\d+)", read[0].attributes) if len(read) == 1 else None
+        body = self.computations[loop.called("body")[0]]
+        root = next(i for i in body.values() if i.root)
+        if index is None or root.opcode != "tuple":
+            return None
+        counter = body[root.operands[int(index[1])]]
+        added = [int(body[name].argument) for name in counter.operands if body[name].opcode == "constant"]
+        return added[0] if counter.opcode == "add" and len(added) == 1 else None
 
     def _inlined(self, computation: dict[str, Instruction]) -> Iterator[Instruction]:
         for instruction in computation.values():

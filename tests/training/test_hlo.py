@@ -65,6 +65,14 @@ def test_loops_count_as_often_as_they_run():
     )
 
 
+def test_iterations_that_xla_has_joined_count_together():
+    """As in products that are spread over a ring of chips."""
+    assert Program(STEP.replace("%one = s32[]{:T(128)} constant(1)", "%one = s32[]{:T(128)} constant(2)")).work().flops == (
+        14 * 2 * 16 * 64 * 64
+    )
+    assert Program(STEP.replace("add(%i, %one)", "multiply(%i, %one)")).work().unknown_loops == 1
+
+
 def test_traffic_is_of_main_memory_and_of_slices_where_only_they_are_read():
     counters = 3 * 4
     assert Program(STEP).work().hbm_bytes == 28 * (BLOCK + ROWS + counters) + 2 * ROWS  # what is in S(1) and S(2) is on the chip
