@@ -57,7 +57,7 @@ def get_config(name: str = "colab_action") -> ml_collections.ConfigDict:
         config.data.future_frames = 16
         config.decoder.num_blocks = 12
         config.train.batch_size = 8
-        config.train.micro_batches = 8
+        config.train.micro_batches = 8 if stage == "video" else 4
         config.train.first_moment = "bfloat16"
         if stage == "video":
             config.lora.rank = 16
