@@ -103,6 +103,13 @@ def _number(name: str, environment: Mapping[str, str], low: int, end: int) -> in
     return int(value)
 
 
+def of_another_process(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came of, looks like what JAX raises where another process is missing."""
+    while error is not None and not _STATUS.match(str(error)):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 class _NumberedFormatter(logging.PythonFormatter):
     """Log lines begin with the number of their process."""
 
@@ -134,7 +141,7 @@ class _Watch:
         else:
             text = "".join(traceback.format_exception_only(error))
             traceback.print_exception(error)
-        if _STATUS.match(str(error)):  # probably because another process is gone, of which there will be word
+        if of_another_process(error):  # of which there will be word
             print(f"{self._name} waits for the reason of other processes", file=sys.stderr, flush=True)
             time.sleep(SILENCE + 3 * _BEAT)
         self._ending.set()

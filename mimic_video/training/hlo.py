@@ -151,6 +151,8 @@ class Program:
         if index is None or root.opcode != "tuple":
             return None
         counter = body[root.operands[int(index[1])]]
+        while counter.opcode == "copy":
+            counter = body[counter.operands[0]]
         added = [int(body[name].argument) for name in counter.operands if body[name].opcode == "constant"]
         return added[0] if counter.opcode == "add" and len(added) == 1 else None
 

@@ -6,10 +6,12 @@ import socket
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from mimic_video.config import ConfigError
-from mimic_video.training.distributed import initialize, processes
+from mimic_video.training.distributed import initialize, of_another_process, processes
+from mimic_video.training.run_directory import RunError
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -36,6 +38,23 @@ def test_one_process_stays_by_itself(monkeypatch, environment):
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match="error: as it is"), processes():
         sys.exit("error: as it is")
+
+
+def raised(error, cause):
+    """The exit that a launch script makes of a RunError of something else, as it arrives in `processes`."""
+    try:
+        try:
+            raise RunError(error) from cause
+        except RunError as error:
+            sys.exit(f"error: {error}")
+    except SystemExit as exit:
+        return exit
+
+
+def test_errors_that_another_process_causes_are_known_by_what_they_came_of():
+    gone = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+    assert of_another_process(gone) and of_another_process(raised("step 4 could not be saved", gone))
+    assert not of_another_process(raised("step 4 could not be saved", OSError(28, "No space left on device")))
 
 
 HOST = """

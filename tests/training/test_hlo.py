@@ -70,6 +70,9 @@ def test_iterations_that_xla_has_joined_count_together():
     assert Program(STEP.replace("%one = s32[]{:T(128)} constant(1)", "%one = s32[]{:T(128)} constant(2)")).work().flops == (
         14 * 2 * 16 * 64 * 64
     )
+    added = "%next = s32[]{:T(128)S(2)} add(%i, %one)"
+    copied = STEP.replace(added, "%sum.1 = s32[] add(%i, %one)\n  %next = s32[]{:T(128)S(2)} copy(%sum.1)")
+    assert copied != STEP and Program(copied).work().unknown_loops == 0
     assert Program(STEP.replace("add(%i, %one)", "multiply(%i, %one)")).work().unknown_loops == 1
 
 
