@@ -317,9 +317,8 @@ class VideoActionModel:
         self, params: Params, past: Latents, text: Array, noise: Latents, view_mask=None
     ) -> tuple[Float[Array, "b k d"], Float[Array, " b"]]:
         """`sample_hidden` from latents of the observed frames."""
-        policy, grid = self.config.policy, solvers.karras_sigmas(self.config.policy.video_steps)
-        stop_time = policy.stop_time or matching.flow_time(grid[policy.stop_step])
-        sigmas = solvers.sigmas_until(grid, policy.stop_time) if policy.stop_time else grid[: policy.stop_step + 1]
+        sigmas = solvers.stopping_sigmas(self.config.policy)
+        stop_time = self.config.policy.stop_time or matching.flow_time(sigmas[-1])
         clean, mask = self._given(past, noise.shape[1])
         time = jnp.full(len(clean), stop_time, jnp.float32)
         if len(sigmas) == 1:

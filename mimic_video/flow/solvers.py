@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from mimic_video.config import PolicyConfig
+
 SIGMA_MAX, SIGMA_MIN, RHO = 80.0, 0.002, 7.0
 
 
@@ -20,6 +22,12 @@ def sigmas_until(sigmas: Float[np.ndarray, " n"], time: float) -> Float[np.ndarr
     """The levels of a grid that lie above flow time `time`, in (0, 1], and then that one: a grid whose last step stops there."""
     sigma = time / (1 - time) if time < 1 else np.inf
     return np.append(sigmas[sigmas > sigma * (1 + 1e-9)], sigma)
+
+
+def stopping_sigmas(policy: PolicyConfig) -> Float[np.ndarray, " n"]:
+    """The levels that a policy's video sampler goes through; at the last one it stops."""
+    grid = karras_sigmas(policy.video_steps)
+    return sigmas_until(grid, policy.stop_time) if policy.stop_time else grid[: policy.stop_step + 1]
 
 
 def adams_bashforth_coefficients(sigmas: Float[np.ndarray, " n"]) -> Float[np.ndarray, "n_minus_one 3"]:

@@ -30,7 +30,7 @@ def write_programs(folder: pathlib.Path, policies: dict[Platform, Policy], batch
     """Writes `<platform>.bin` of every policy, and what they share: `weights.npz` and `signature.json`.
 
     Args:
-        policies: the same policy for every platform, apart from its configuration (see `for_platform`).
+        policies: the same policy for every platform, apart from its configuration (see `attention_for`).
     """
     folder.mkdir(parents=True)
     policy = next(iter(policies.values()))

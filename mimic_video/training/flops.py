@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 
 from mimic_video.config import ExperimentConfig
-from mimic_video.flow.solvers import karras_sigmas, sigmas_until
+from mimic_video.flow.solvers import stopping_sigmas
 from mimic_video.models.action_decoder import embedder_widths
 from mimic_video.models.patch_tokenizer import CHANNELS, PATCH
 from mimic_video.models.wan_vae import MULTIPLES, TIME_RESAMPLED
@@ -220,8 +220,7 @@ class PolicyFlops:
 
 def policy_flops(config: ExperimentConfig) -> PolicyFlops:
     """Of a chunk as `config.policy` samples it."""
-    policy, grid = config.policy, karras_sigmas(config.policy.video_steps)
-    passes = len(sigmas_until(grid, policy.stop_time)) - 1 if policy.stop_time else policy.stop_step
+    passes = len(stopping_sigmas(config.policy)) - 1
     full, partial = (sum(product.forward for product in backbone_products(config, stop))
                      for stop in (None, config.backbone.hidden_block))  # fmt: skip
     once = dataclasses.replace(config, train=dataclasses.replace(config.train, action_draws=1))
@@ -232,7 +231,7 @@ def policy_flops(config: ExperimentConfig) -> PolicyFlops:
         else:
             step += product.forward
     encode = tokenizer_forward(config, config.data.past_frames)
-    return PolicyFlops(encode=encode, video=passes * full + partial, context=context, steps=policy.action_steps * step)
+    return PolicyFlops(encode=encode, video=passes * full + partial, context=context, steps=config.policy.action_steps * step)
 
 
 def tokenizer_forward(config: ExperimentConfig, frames: int) -> float:
