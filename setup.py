@@ -20,6 +20,7 @@ EXTRAS = {
     "text": ["torch", "transformers>=5", "sentencepiece", "protobuf"],
     "video": ["av"],  # MP4
     "serve": ["msgpack>=1.0.5", "websockets>=16"],  # the policy server, and mimic_video_client
+    "gcs": ["gcsfs"],  # run directories in Google Cloud Storage
     "wandb": ["wandb"],  # metrics there, too
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda13]>=0.10"],
@@ -27,8 +28,9 @@ EXTRAS = {
 EXTRAS["compile"] = EXTRAS["tpu"]  # the compiler, libtpu, in the version that JAX wants; no TPU is needed
 EXTRAS["quickstart"] = EXTRAS["data"] + EXTRAS["sim"] + EXTRAS["report"]
 EXTRAS["test"] = [
-    *(package for extra in ("quickstart", "formats", "convert", "text", "video", "serve", "wandb", "compile")
+    *(package for extra in ("quickstart", "formats", "convert", "text", "video", "serve", "gcs", "wandb", "compile")
       for package in EXTRAS[extra]),
+    "gcp-storage-emulator",  # a bucket on this machine
     "diffusers",  # an independent implementation of both video networks, to compare ours with
     "mypy",
     "opencv-python-headless",  # what the loader is measured beside
@@ -50,6 +52,7 @@ setup(
     packages=find_packages(include=["mimic_video*", "data_pipelines*"]),  # configs and launch run from the clone
     install_requires=[
         "absl-py",
+        "etils[epath]",  # paths that may be in a bucket; orbax has them, too
         "flax>=0.12",
         "jax>=0.10",
         "jaxtyping",

@@ -19,7 +19,7 @@ from mimic_video.embodiments import Embodiment
 from mimic_video.policy.latency import measure
 from mimic_video.policy.policy import Policy
 from mimic_video.training.flops import policy_flops, video_tokens
-from mimic_video.training.run_directory import RunError
+from mimic_video.training.storage import RunError
 from mimic_video.transforms import compute_statistics
 from mimic_video.vam import VideoActionModel
 

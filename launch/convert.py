@@ -22,10 +22,12 @@ from collections.abc import Mapping
 import experiment
 import jax
 from absl import app, flags, logging
+from etils import epath
 
 from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.embodiments import Embodiment, choose
 from mimic_video.training import checkpoints, run_directory
+from mimic_video.training.storage import RunError, absolute, local_path, run_path
 from mimic_video.transforms import Statistics, from_json, statistics_from_published, statistics_to_published, to_json
 from mimic_video.vam import Params, VideoActionModel
 from mimic_video.weights.diffusers import DIFFUSERS_DIT_NAMES, read_component, video_dit_config, wan_config
@@ -159,7 +161,7 @@ def convert(config: ExperimentConfig) -> None:
         raise WeightsError("stage 'action' needs --backbone")
     if config.tokenizer.kind != "wan":
         raise ConfigError(f"config field 'tokenizer.kind' is {config.tokenizer.kind!r}; expected 'wan', the published one")
-    out = pathlib.Path(_OUT.value)
+    out = run_path(_OUT.value)
     run_directory.require_empty(out)
     embodiments = None
     if _BACKBONE.value is None:
@@ -176,9 +178,9 @@ def convert(config: ExperimentConfig) -> None:
     print(f"wrote {out}")
 
 
-def export(run: pathlib.Path, out: pathlib.Path) -> None:
+def export(run: epath.Path, out: pathlib.Path) -> None:
     """Run directory → files with published names."""
-    run, config = run.resolve(), run_directory.read_config(run)
+    run, config = absolute(run), run_directory.read_config(run)
     statistics = None
     if config.stage == "action":
         statistics = exported_statistics(choose(run_directory.load_embodiments(run), None).statistics)
@@ -197,13 +199,13 @@ def exported_statistics(statistics: Mapping[str, Statistics]) -> dict:
     return statistics_to_published(statistics, _ROBOT.value) if _ROBOT.value else to_json(statistics)
 
 
-_ERRORS = (run_directory.RunError, WeightsError, ModuleNotFoundError)
+_ERRORS = (RunError, WeightsError, ModuleNotFoundError)
 
 
 def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # orbax and JAX narrate
     try:
-        export(pathlib.Path(_RUN.value), pathlib.Path(_OUT.value))
+        export(run_path(_RUN.value), local_path(_OUT.value))
     except (ConfigError, ValueError, *_ERRORS) as error:
         sys.exit(f"error: {error}")
 

@@ -17,6 +17,7 @@ import experiment
 import jax
 import numpy as np
 from absl import flags
+from etils import epath
 from PIL import Image
 
 from data_pipelines.datasets import open_datasets
@@ -31,6 +32,7 @@ from mimic_video.media import film_strip, write_video
 from mimic_video.models.text import make_text_encoder
 from mimic_video.policy.policy import Policy
 from mimic_video.training import checkpoints, run_directory
+from mimic_video.training.storage import RunError, Spool, run_path
 from mimic_video.vam import VideoActionModel
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory", required=True)
@@ -53,7 +55,7 @@ def chosen_windows(config: ExperimentConfig) -> WindowDataset:
     return datasets[_DATASET.value]
 
 
-def evaluate_video(config: ExperimentConfig, run: pathlib.Path) -> dict:
+def evaluate_video(config: ExperimentConfig, run: epath.Path, out: pathlib.Path) -> dict:
     """Predictions of held-out futures, beside repeating the last observed frame."""
     params, step = checkpoints.load_params(run)
     vam, past = VideoActionModel(config), config.data.past_frames
@@ -71,10 +73,10 @@ def evaluate_video(config: ExperimentConfig, run: pathlib.Path) -> dict:
     mask = np.stack([window["video_mask"] for window in chosen])[:, past:]
     repeated = np.repeat(real[:, past - 1 : past], config.data.future_frames, axis=1)
     for i in range(min(_RECORDED.value, len(chosen))):
-        write_video(run / "videos" / f"{i:02d}.gif", np.concatenate([real[i], predicted[i]], axis=2), config.data.video_hz / 2)
+        write_video(out / "videos" / f"{i:02d}.gif", np.concatenate([real[i], predicted[i]], axis=2), config.data.video_hz / 2)
     strip = Image.fromarray(film_strip(real[:4, past - 1 :: 3], predicted[:4, past - 1 :: 3]))
-    (run / "videos").mkdir(exist_ok=True)
-    strip.resize((strip.width * 2, strip.height * 2), Image.Resampling.NEAREST).save(run / "videos" / "strip.png")
+    (out / "videos").mkdir(exist_ok=True)
+    strip.resize((strip.width * 2, strip.height * 2), Image.Resampling.NEAREST).save(out / "videos" / "strip.png")
     return {
         "checkpoint_step": step,
         "psnr": psnr(predicted[:, past:], real[:, past:], mask).tolist(),
@@ -83,7 +85,7 @@ def evaluate_video(config: ExperimentConfig, run: pathlib.Path) -> dict:
     }
 
 
-def evaluate_policy(config: ExperimentConfig, run: pathlib.Path) -> dict:
+def evaluate_policy(config: ExperimentConfig, run: epath.Path, out: pathlib.Path) -> dict:
     run_directory.require_same_model(run_directory.read_config(run), config, _POLICY_FIELDS, run)
     policy = Policy.load(run, config, _DATASET.value)
     windows = chosen_windows(config)
@@ -95,7 +97,7 @@ def evaluate_policy(config: ExperimentConfig, run: pathlib.Path) -> dict:
     for result in results:
         if result.frames is not None:
             outcome = "success" if result.success else "failure"
-            write_video(run / "rollouts" / f"{result.task}_{result.seed}_{outcome}.gif", result.frames, config.data.control_hz)
+            write_video(out / "rollouts" / f"{result.task}_{result.seed}_{outcome}.gif", result.frames, config.data.control_hz)
     return {"open_loop": open_loop, **closed_loop(results, config)}
 
 
@@ -116,12 +118,13 @@ def closed_loop(results: list[EpisodeResult], config: ExperimentConfig) -> dict:
 
 
 def main(config: ExperimentConfig) -> None:
-    run, start = pathlib.Path(_WORKDIR.value), time.perf_counter()
-    if _EXPERT.value:
-        run.mkdir(parents=True, exist_ok=True)
-        values = evaluate_expert(config)
-    else:
-        values = {"video": evaluate_video, "action": evaluate_policy}[config.stage](config, run)
+    run, start = run_path(_WORKDIR.value), time.perf_counter()
+    with Spool(run) as spool:
+        if _EXPERT.value:
+            values = evaluate_expert(config)
+        else:
+            values = {"video": evaluate_video, "action": evaluate_policy}[config.stage](config, run, spool.path)
+    run.mkdir(parents=True, exist_ok=True)
     run_directory.write_json(run / "evaluation.json", values | {"seconds": time.perf_counter() - start})
     for task, row in values.get("success", {}).items():
         interval = f"95 % interval {row['low']:.2f} to {row['high']:.2f}"
@@ -129,4 +132,4 @@ def main(config: ExperimentConfig) -> None:
 
 
 if __name__ == "__main__":
-    experiment.run(main, (DatasetError, run_directory.RunError))
+    experiment.run(main, (DatasetError, RunError))

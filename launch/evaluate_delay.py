@@ -12,7 +12,6 @@ to.
 
 import dataclasses
 import math
-import pathlib
 import time
 from functools import partial
 from typing import get_args, get_type_hints
@@ -28,6 +27,7 @@ from mimic_video.evaluation.rollouts import EpisodeResult, run_task, success_tab
 from mimic_video.evaluation.smoothness import mean_squared_jerk
 from mimic_video.policy.policy import Policy
 from mimic_video.training import run_directory
+from mimic_video.training.storage import RunError, run_path
 
 STRATEGIES = get_args(get_type_hints(PolicyConfig)["strategy"])
 
@@ -64,7 +64,7 @@ def row(strategy: str, milliseconds: float, steps: int, results: list[EpisodeRes
 
 
 def main(given: ExperimentConfig) -> None:
-    run, start = pathlib.Path(_WORKDIR.value), time.perf_counter()
+    run, start = run_path(_WORKDIR.value), time.perf_counter()
     config = dataclasses.replace(run_directory.read_config(run), policy=given.policy, evaluation=given.evaluation)
     evaluation, delays = config.evaluation, delays_in_steps(config.data.control_hz)
     policy = Policy.load(run, config, _DATASET.value)
@@ -92,4 +92,4 @@ def main(given: ExperimentConfig) -> None:
 
 
 if __name__ == "__main__":
-    experiment.run(main, (run_directory.RunError,))
+    experiment.run(main, (RunError,))

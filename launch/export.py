@@ -21,6 +21,7 @@ import pathlib
 import sys
 
 from absl import app, flags, logging
+from etils import epath
 
 from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.embodiments import Embodiment, choose
@@ -29,7 +30,8 @@ from mimic_video.policy.bundle import new_bundle, write_policy
 from mimic_video.policy.policy import Policy
 from mimic_video.policy.stablehlo import attention_for, write_programs
 from mimic_video.training.checkpoints import load_params
-from mimic_video.training.run_directory import RunError, load_embodiments, read_config
+from mimic_video.training.run_directory import load_embodiments, read_config
+from mimic_video.training.storage import RunError, local_path, run_path
 from mimic_video.vam import Params, VideoActionModel
 from mimic_video.weights.layout import write_networks
 
@@ -45,7 +47,7 @@ _EMBODIMENT = flags.DEFINE_string("embodiment", None, "Robot of StableHLO progra
 _SAFETENSORS = flags.DEFINE_bool("safetensors", False, "Add the networks in the published names")
 
 
-def load(run: pathlib.Path, precision: str | None, weights: str | None) -> tuple[ExperimentConfig, Params, int]:
+def load(run: epath.Path, precision: str | None, weights: str | None) -> tuple[ExperimentConfig, Params, int]:
     """Configuration with the wanted precision and weights, parameters, and their step."""
     trained = read_config(run)
     if trained.stage != "action":
@@ -79,7 +81,7 @@ def policies(config: ExperimentConfig, params: Params, robot: Embodiment) -> dic
 
 
 def export() -> None:
-    run, out = pathlib.Path(_CHECKPOINT.value), pathlib.Path(_OUT.value)
+    run, out = run_path(_CHECKPOINT.value), local_path(_OUT.value)
     unknown = set(_STABLEHLO.value) - set(_PLATFORMS)
     if unknown:
         raise ConfigError(f"--stablehlo={','.join(_STABLEHLO.value)} has {', '.join(sorted(unknown))}; expected {_PLATFORMS}")

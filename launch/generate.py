@@ -10,7 +10,6 @@ several cameras takes an --input of each, in the order of `data.cameras`; the la
 """
 
 import dataclasses
-import pathlib
 
 import experiment
 import jax
@@ -21,6 +20,7 @@ from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.media import MediaError, check_writable, crop_to_shape, read_frames, write_video
 from mimic_video.models.text import make_text_encoder
 from mimic_video.training import checkpoints, run_directory
+from mimic_video.training.storage import RunError, run_path
 from mimic_video.transforms import resize_images, stack_views
 from mimic_video.vam import VideoActionModel
 
@@ -44,7 +44,7 @@ def observed_frames(config: ExperimentConfig) -> np.ndarray:
 
 
 def main(config: ExperimentConfig) -> None:
-    run = pathlib.Path(_WORKDIR.value)
+    run = run_path(_WORKDIR.value)
     run_directory.require_same_model(run_directory.read_config(run), config, run_directory.MODEL_FIELDS, run)
     check_writable(_OUT.value, config.data.frame_size)
     past = observed_frames(config)
@@ -63,4 +63,4 @@ def main(config: ExperimentConfig) -> None:
 
 
 if __name__ == "__main__":
-    experiment.run(main, (MediaError, run_directory.RunError))
+    experiment.run(main, (MediaError, RunError))

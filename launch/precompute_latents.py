@@ -14,7 +14,6 @@ Windows are encoded as training would, `train.batch_size` of them at once over t
 """
 
 import os
-import pathlib
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +34,7 @@ from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.training import checkpoints, run_directory
 from mimic_video.training.sharding import global_batch, make_mesh, require_divisible
 from mimic_video.training.steps import place
+from mimic_video.training.storage import RunError, run_path
 from mimic_video.vam import Params, VideoActionModel
 
 _STRIDE = flags.DEFINE_integer("stride", 1, "Steps of an episode from one window to the next", lower_bound=1)
@@ -97,7 +97,7 @@ def precompute(cache: LatentCache, shards: Sequence[int], windows: WindowDataset
 def main(config: ExperimentConfig) -> None:
     if not config.data.latents:
         raise ConfigError("config field 'data.latents' is empty; expected the folder to fill")
-    (share, shares), backbone = parse_share(_SHARD.value), pathlib.Path(config.backbone_run)
+    (share, shares), backbone = parse_share(_SHARD.value), run_path(config.backbone_run)
     tokenizer_fields = ("tokenizer.kind", "tokenizer.width")
     run_directory.require_same_model(run_directory.read_config(backbone), config, tokenizer_fields, backbone)
     tokenizer = checkpoints.load_tokenizer(backbone, config)
@@ -126,4 +126,4 @@ def main(config: ExperimentConfig) -> None:
 
 
 if __name__ == "__main__":
-    experiment.run(main, (DatasetError, run_directory.RunError))
+    experiment.run(main, (DatasetError, RunError))

@@ -16,7 +16,6 @@ says how the processes find each other, and that all of them end when one fails.
 
 import dataclasses
 import itertools
-import pathlib
 import sys
 from collections.abc import Mapping
 
@@ -24,6 +23,7 @@ import experiment
 import jax
 import numpy as np
 from absl import flags
+from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -44,12 +44,13 @@ from mimic_video.training.metrics import wandb_package
 from mimic_video.training.preemption import EXIT_CODE, PreemptedError
 from mimic_video.training.sharding import batch_rows, make_mesh, named_leaves, shardings
 from mimic_video.training.steps import TRAINED
+from mimic_video.training.storage import RunError, run_path
 from mimic_video.transforms import Normalizer
 from mimic_video.vam import Params, VideoActionModel
 
 Windows = Mapping[str, WindowDataset]
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory, or gs://BUCKET/FOLDER", required=True)
 _PROFILE = flags.DEFINE_string("profile", "", "FIRST:LAST, the steps of which a profiler's trace goes to WORKDIR/profile")
 _BACKBONE_FIELDS = ("data.image_size", "data.past_frames", "data.future_frames", "data.video_hz", *run_directory.MODEL_FIELDS)
 
@@ -74,7 +75,7 @@ def initial_params(config: ExperimentConfig, datasets: Windows, mesh: Mesh) -> P
     tree = jax.eval_shape(vam.init, key)
     shapes, where = named_leaves(tree), named_leaves(shardings(tree, mesh))
     if config.backbone_run:
-        run = pathlib.Path(config.backbone_run)
+        run = run_path(config.backbone_run)
         pretrained, step = checkpoints.load_params(run, checkpoints.START_PRECISION[config.stage], mesh)
         if first:
             print(f"backbone: step {step} of {run}")
@@ -86,7 +87,7 @@ def initial_params(config: ExperimentConfig, datasets: Windows, mesh: Mesh) -> P
     if config.start_run:
         trained = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where[name])
                    for name, leaf in shapes.items() if name.startswith(f"{TRAINED[config.stage]}/")}  # fmt: skip
-        started = checkpoints.load_start(pathlib.Path(config.start_run), config.start_map, trained, mesh)
+        started = checkpoints.load_start(run_path(config.start_run), config.start_map, trained, mesh)
         if first:
             print(f"start: {len(started)} of {len(trained)} arrays of {config.start_run}")
         found |= started
@@ -99,13 +100,13 @@ def initial_params(config: ExperimentConfig, datasets: Windows, mesh: Mesh) -> P
     return jax.tree.structure(tree).unflatten([found[name] for name in shapes])
 
 
-def open_windows(config: ExperimentConfig, split: str, run: pathlib.Path) -> Datasets:
+def open_windows(config: ExperimentConfig, split: str, run: epath.Path) -> Datasets:
     """What training reads of a split: frames, or the latents in their place that fit the tokenizer it uses."""
     datasets = open_datasets(config, split)
     if not config.data.latents:
         return datasets
-    started = (run / "frozen").exists()  # then the run goes on with what it kept, whatever has become of the other
-    tokenizer = checkpoints.load_tokenizer(run if started else pathlib.Path(config.backbone_run), config)
+    started = checkpoints.is_complete(run / "frozen")  # then the run goes on with what it kept, whatever has become of the other
+    tokenizer = checkpoints.load_tokenizer(run if started else run_path(config.backbone_run), config)
     return datasets._replace(windows=with_latents(datasets.windows, config, split, tokenizer))
 
 
@@ -119,7 +120,7 @@ def with_views_of(config: ExperimentConfig, trained: ExperimentConfig) -> Experi
     )  # fmt: skip
 
 
-def find_embodiments(run: pathlib.Path, config: ExperimentConfig, datasets: Windows) -> dict[str, Embodiment]:
+def find_embodiments(run: epath.Path, config: ExperimentConfig, datasets: Windows) -> dict[str, Embodiment]:
     """The robots of a run with the statistics it started with, or of a new run with those of its datasets.
 
     Several hosts compute them together; all have to call this.
@@ -146,13 +147,13 @@ def profiled_steps() -> tuple[int, int] | None:
 
 
 def main(config: ExperimentConfig) -> None:
-    run, profile = pathlib.Path(_WORKDIR.value), profiled_steps()
+    run, profile = run_path(_WORKDIR.value), profiled_steps()
     if config.train.wandb_project:
         wandb_package()
     if config.tokenizer.kind == "wan" and not config.backbone_run:
         raise ConfigError("config field 'backbone_run' is empty; expected a run with the weights of the Wan tokenizer")
     if config.backbone_run:
-        backbone = pathlib.Path(config.backbone_run)
+        backbone = run_path(config.backbone_run)
         trained = with_views_of(config, run_directory.read_config(backbone))
         run_directory.require_same_model(trained, config, _BACKBONE_FIELDS, backbone)
         checkpoints.require_checkpoint(backbone)
@@ -165,7 +166,7 @@ def main(config: ExperimentConfig) -> None:
             sys.exit(EXIT_CODE)
 
 
-def train_in(run: pathlib.Path, config: ExperimentConfig, profile: tuple[int, int] | None) -> None:
+def train_in(run: epath.Path, config: ExperimentConfig, profile: tuple[int, int] | None) -> None:
     """Opens the data, and trains in a directory that is this run's alone."""
     rows = batch_rows(config.train.batch_size, make_mesh(config.mesh))
     datasets, phases = open_windows(config, config.data.train_split, run)
@@ -201,4 +202,4 @@ def train_in(run: pathlib.Path, config: ExperimentConfig, profile: tuple[int, in
 
 
 if __name__ == "__main__":
-    experiment.run(main, (DatasetError, NonFiniteLossError, run_directory.RunError), inside=processes)
+    experiment.run(main, (DatasetError, NonFiniteLossError, RunError), inside=processes)

@@ -25,13 +25,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Float
 
 from mimic_video.config import ConfigError, ExperimentConfig, TextConfig, to_dict
 from mimic_video.embodiments import Embodiment
 from mimic_video.models.text import FeatureCache, TextEncoder, make_text_encoder
-from mimic_video.training.run_directory import RunError, load_embodiments, read_config, save_embodiments, write_json
+from mimic_video.training.run_directory import load_embodiments, read_config, save_embodiments, write_json
+from mimic_video.training.storage import RunError, absolute
 from mimic_video.training.trees import load_tree, tree_args, tree_handler
 from mimic_video.vam import Params, VideoActionModel
 
@@ -78,7 +80,7 @@ class KnownText:
         return self._encoder(instruction)
 
 
-def is_bundle(path: pathlib.Path) -> bool:
+def is_bundle(path: epath.Path) -> bool:
     """Whether the directory is a bundle, perhaps one that lacks its manifest."""
     return (path / _MANIFEST).exists() or (path / "params").is_dir()
 
@@ -123,7 +125,7 @@ def write_policy(
     write_json(folder / "config.json", to_dict(config))
     save_embodiments(folder, embodiments)
     with ocp.Checkpointer(tree_handler()) as checkpointer:
-        checkpointer.save((folder / "params").absolute(), args=tree_args(params))
+        checkpointer.save(absolute(folder / "params"), args=tree_args(params))
     features = FeatureCache(folder / "text")
     for instruction, rows in text.items():
         used = np.flatnonzero(np.any(rows != 0, axis=1))

@@ -1,6 +1,6 @@
 """A trained Video-Action Model as a policy: observations in, action chunks out, in raw units."""
 
-import pathlib
+import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -18,6 +18,7 @@ from mimic_video.policy import bundle
 from mimic_video.policy.execution import Committed
 from mimic_video.policy.program import PolicyProgram
 from mimic_video.training import checkpoints, run_directory
+from mimic_video.training.storage import RunError, local_path, run_path
 from mimic_video.transforms import resize_images, stack_views
 from mimic_video.vam import Params, Prefix
 
@@ -47,7 +48,7 @@ class Policy:
         self._key_data = jax.jit(lambda query: jax.random.key_data(jax.random.fold_in(jax.random.key(seed), query)))
 
     @classmethod
-    def load(cls, path: str | pathlib.Path, config: ExperimentConfig | None = None, embodiment: str | None = None) -> Self:
+    def load(cls, path: str | os.PathLike, config: ExperimentConfig | None = None, embodiment: str | None = None) -> Self:
         """The policy of a bundle (launch/export.py), or of an `action` run's newest checkpoint.
 
         Args:
@@ -59,15 +60,15 @@ class Policy:
             RunError: if `path` is neither a bundle nor a finished or running run of stage `action`.
             ConfigError: listing the embodiments there are, if the named one is not among them.
         """
-        path = pathlib.Path(path)
-        if bundle.is_bundle(path):
-            own, params, embodiments, encode_text = bundle.read_bundle(path)
+        run = run_path(path)
+        if bundle.is_bundle(run):
+            own, params, embodiments, encode_text = bundle.read_bundle(local_path(path))
             return cls(config or own, params, choose(embodiments, embodiment), encode_text=encode_text)
-        trained = run_directory.read_config(path)
+        trained = run_directory.read_config(run)
         if trained.stage != "action":
-            raise run_directory.RunError(f"{path} holds a run of stage '{trained.stage}'; a policy needs stage 'action'")
-        params, _ = checkpoints.load_params(path)
-        return cls(config or trained, params, choose(run_directory.load_embodiments(path), embodiment))
+            raise RunError(f"{run} holds a run of stage '{trained.stage}'; a policy needs stage 'action'")
+        params, _ = checkpoints.load_params(run)
+        return cls(config or trained, params, choose(run_directory.load_embodiments(run), embodiment))
 
     def __call__(
         self,

@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
-import pathlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -13,13 +11,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.embodiments import Embodiment
 from mimic_video.training.fingerprints import json_fingerprint
 from mimic_video.training.run_directory import (
-    RunError,
     agree,
     flat,
     read_config,
@@ -29,6 +27,7 @@ from mimic_video.training.run_directory import (
 )
 from mimic_video.training.sharding import named_leaves, shardings
 from mimic_video.training.steps import TrainState, join_params, split_params
+from mimic_video.training.storage import RunError, absolute, in_bucket, run_path
 from mimic_video.training.trees import DamagedError, load_tree, nearest, tree_args, tree_handler
 from mimic_video.vam import Params, VideoActionModel
 
@@ -46,7 +45,7 @@ class _Manager(ocp.CheckpointManager):
 
 
 @contextlib.contextmanager
-def open_checkpoints(run: pathlib.Path, keep: int, keep_every: int = 0) -> Iterator[_Manager]:
+def open_checkpoints(run: epath.Path, keep: int, keep_every: int = 0) -> Iterator[_Manager]:
     """The manager of a run's checkpoints. Saves are asynchronous and appear under their step only when complete.
 
     Args:
@@ -59,7 +58,7 @@ def open_checkpoints(run: pathlib.Path, keep: int, keep_every: int = 0) -> Itera
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True, lightweight_initialize=True
     )
-    manager = _Manager((run / "checkpoints").absolute(), options=options)
+    manager = _Manager(absolute(run / "checkpoints"), options=options)
     try:
         yield manager
     finally:
@@ -73,7 +72,7 @@ def _saving(manager: _Manager) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        good = _complete(pathlib.Path(manager.directory))
+        good = _complete(manager.directory)
         left = f"the last good checkpoint is that of step {good[-1].name}" if good else "there is no earlier one"
         raise RunError(f"step {manager.saving} could not be saved in {manager.directory}: {' '.join(str(error).split())[:1000]}; "
                        f"{left}, from where the same command continues") from error  # fmt: skip
@@ -117,7 +116,7 @@ def restore(manager: ocp.CheckpointManager, state: TrainState) -> TrainState | N
     """
     run, damaged, restored = manager.directory.parent, {}, None
     for step in sorted(manager.all_steps(), reverse=True):
-        path = pathlib.Path(manager.directory / str(step))
+        path = manager.directory / str(step)
         if not any((path / item).exists() for item in ("train_state", "data")):
             raise RunError(f"{run} holds converted weights without optimizer state, so training cannot continue in it; "
                            f"start from them with --config.backbone_run={run} and another --workdir")  # fmt: skip
@@ -133,12 +132,12 @@ def restore(manager: ocp.CheckpointManager, state: TrainState) -> TrainState | N
         raise RunError(f"no checkpoint of {run} can be used, and nothing was changed: " + "; ".join(damaged.values()))
     for old, problem in damaged.items():
         logging.error("%s. It is moved to %s, and training continues from step %d", problem,
-                      _set_aside(pathlib.Path(manager.directory / str(old))), step)  # fmt: skip
+                      _set_aside(manager.directory / str(old)), step)  # fmt: skip
     manager.reload()
     return restored
 
 
-def _set_aside(path: pathlib.Path) -> pathlib.Path:
+def _set_aside(path: epath.Path) -> epath.Path:
     """Renames checkpoints/N to checkpoints/N.damaged, or N.damaged.2 and so on; process 0 does it for all."""
     aside, count = path.with_name(f"{path.name}.damaged"), 1
     while aside.exists():
@@ -146,7 +145,7 @@ def _set_aside(path: pathlib.Path) -> pathlib.Path:
     problem = agree(None)  # on the name
     if jax.process_index() == 0:
         try:
-            os.rename(path, aside)
+            path.rename(aside)
         except OSError as error:
             problem = f"{path} is damaged, and cannot be moved aside: {error}"
     problem = agree(problem)
@@ -155,7 +154,7 @@ def _set_aside(path: pathlib.Path) -> pathlib.Path:
     return aside
 
 
-def read_data(checkpoint: pathlib.Path) -> dict[str, Any] | None:
+def read_data(checkpoint: epath.Path) -> dict[str, Any] | None:
     """The data that was given to `save`; None for a checkpoint from before there was that.
 
     All processes have to call this.
@@ -166,7 +165,7 @@ def read_data(checkpoint: pathlib.Path) -> dict[str, Any] | None:
     path, problem, stored = checkpoint / "data", None, None
     if path.exists():
         try:
-            stored = ocp.JsonCheckpointHandler().restore(path.absolute())
+            stored = ocp.JsonCheckpointHandler().restore(absolute(path))
             if "fingerprint" in stored and json_fingerprint(stored["data"]) != stored["fingerprint"]:
                 problem = "its fingerprint is not that of what was written"
         except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
@@ -191,7 +190,7 @@ def require_same_data(manager: ocp.CheckpointManager, data: Callable[[int], Mapp
     step = manager.latest_step()
     if step is None:
         return
-    run, stored = manager.directory.parent, read_data(pathlib.Path(manager.directory / str(step)))
+    run, stored = manager.directory.parent, read_data(manager.directory / str(step))
     if stored is None:
         logging.warning("%s does not say what data it was trained on; it continues with the data there are", run)
         return
@@ -202,33 +201,39 @@ def require_same_data(manager: ocp.CheckpointManager, data: Callable[[int], Mapp
                        "another order; bring the data back, or use another --workdir")  # fmt: skip
 
 
-def require_checkpoint(run: pathlib.Path) -> None:
+def require_checkpoint(run: epath.Path) -> None:
     """Raises RunError unless the run has a complete checkpoint."""
     _newest_checkpoint(run)
 
 
-def _complete(folder: pathlib.Path) -> list[pathlib.Path]:
-    return sorted((path for path in folder.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+def _complete(folder: epath.Path) -> list[epath.Path]:
+    steps = [path for path in folder.iterdir() if path.name.isdigit() and is_complete(path)]
+    return sorted(steps, key=lambda path: int(path.name))
 
 
-def _newest_checkpoint(run: pathlib.Path) -> pathlib.Path:
-    folder = pathlib.Path(run) / "checkpoints"
+def is_complete(item: epath.Path) -> bool:
+    """Whether there is all that orbax had to write; in a bucket its last file says so, elsewhere the name."""
+    return bool(ocp.utils.is_checkpoint_finalized(item))
+
+
+def _newest_checkpoint(run: epath.Path) -> epath.Path:
+    folder = epath.Path(run) / "checkpoints"
     complete = _complete(folder) if folder.is_dir() else []
     if not complete:
         raise RunError(f"{run} has no complete checkpoint")
     return complete[-1]
 
 
-def save_frozen(run: pathlib.Path, frozen: Params) -> None:
+def save_frozen(run: epath.Path, frozen: Params) -> None:
     """Keeps the parameters that a stage does not train, once per run."""
-    path = (run / "frozen").absolute()
-    if not path.exists():
+    path = absolute(run / "frozen")
+    if not is_complete(path):
         with ocp.Checkpointer(tree_handler()) as checkpointer:
-            checkpointer.save(path, args=tree_args(frozen))
+            checkpointer.save(path, args=tree_args(frozen), force=True)  # in place of what a kill left in a bucket
 
 
 def save_converted(
-    run: pathlib.Path, config: ExperimentConfig, params: Params, embodiments: Mapping[str, Embodiment] | None = None
+    run: epath.Path, config: ExperimentConfig, params: Params, embodiments: Mapping[str, Embodiment] | None = None
 ) -> None:
     """Writes converted weights as a run directory that everything but the continuation of training reads.
 
@@ -241,7 +246,7 @@ def save_converted(
         RunError: if the directory holds something.
         ValueError: if `embodiments` do not go with the stage.
     """
-    run = pathlib.Path(run)
+    run = run_path(run)
     require_empty(run)
     if (embodiments is None) == (config.stage == "action"):
         raise ValueError(f"embodiments are {'missing' if embodiments is None else 'given'} for stage '{config.stage}'")
@@ -249,20 +254,20 @@ def save_converted(
     trained, frozen = split_params(jax.tree.map(lambda leaf: jax.device_put(leaf, may_alias=True), params), config)
     run.mkdir(parents=True, exist_ok=True)
     save_frozen(run, frozen)
-    with ocp.CheckpointManager((run / "checkpoints").absolute(), item_handlers={"params": tree_handler()}) as manager:
+    with ocp.CheckpointManager(absolute(run / "checkpoints"), item_handlers={"params": tree_handler()}) as manager:
         manager.save(0, args=ocp.args.Composite(params=tree_args(trained)))
     if embodiments is not None:
         save_embodiments(run, embodiments)
     write_config(run, config)  # the last, so that what an interruption leaves is not a run
 
 
-def load_frozen(run: pathlib.Path, precision: Precision = "configured", mesh: Mesh | None = None) -> Params:
+def load_frozen(run: epath.Path, precision: Precision = "configured", mesh: Mesh | None = None) -> Params:
     """What `save_frozen` kept; arguments as for `load_params`. Raises RunError before it has, or if it is damaged."""
     path, config = _frozen_path(run), read_config(run)
     return load_tree(path, _abstract_params(config, precision, mesh)[1], stored_dtype=precision == "stored")
 
 
-def load_tokenizer(run: pathlib.Path, config: ExperimentConfig) -> Params:
+def load_tokenizer(run: epath.Path, config: ExperimentConfig) -> Params:
     """The tokenizer's parameters as NumPy arrays, as the experiment `config` computes with them.
 
     Args:
@@ -277,7 +282,7 @@ def load_tokenizer(run: pathlib.Path, config: ExperimentConfig) -> Params:
     return jax.tree.map(lambda leaf: np.asarray(leaf.astype(dtype)), load_tree(path, target)["tokenizer"])
 
 
-def load_params(run: pathlib.Path, precision: Precision = "configured", mesh: Mesh | None = None) -> tuple[Params, int]:
+def load_params(run: epath.Path, precision: Precision = "configured", mesh: Mesh | None = None) -> tuple[Params, int]:
     """Parameters of a run for inference (the moving average where there is one), and the step they are from.
 
     Args:
@@ -298,7 +303,7 @@ def load_params(run: pathlib.Path, precision: Precision = "configured", mesh: Me
 
 
 def load_start(
-    run: pathlib.Path, start_map: tuple[tuple[str, str], ...], target: Mapping[str, Any], mesh: Mesh
+    run: epath.Path, start_map: tuple[tuple[str, str], ...], target: Mapping[str, Any], mesh: Mesh
 ) -> dict[str, jax.Array]:
     """Parameters of another run to start from, as `load_params` has them.
 
@@ -347,16 +352,17 @@ def _mapped(start_map: tuple[tuple[str, str], ...], names: list[str]) -> dict[st
     return sources
 
 
-def _damage_advice(checkpoint: pathlib.Path, error: DamagedError) -> str:
+def _damage_advice(checkpoint: epath.Path, error: DamagedError) -> str:
     earlier = [path.name for path in _complete(checkpoint.parent) if path != checkpoint]
     if not earlier:
         return f"{error}; there is no earlier checkpoint"
-    return f"{error}; to use that of step {earlier[-1]} instead: mv {checkpoint} {checkpoint}.damaged"
+    move = "gcloud storage mv" if in_bucket(checkpoint) else "mv"
+    return f"{error}; to use that of step {earlier[-1]} instead: {move} {checkpoint} {checkpoint}.damaged"
 
 
-def _frozen_path(run: pathlib.Path) -> pathlib.Path:
-    path = pathlib.Path(run) / "frozen"
-    if not path.exists():
+def _frozen_path(run: epath.Path) -> epath.Path:
+    path = epath.Path(run) / "frozen"
+    if not is_complete(path):
         raise RunError(f"{run} has no {path.name} parameters: its training has not started")
     return path
 

@@ -1,24 +1,25 @@
 """What a run's wall time goes into, and profiles of chosen steps."""
 
 import contextlib
-import os
-import pathlib
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+from etils import epath
 
 from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.training.flops import mfu, step_flops, video_tokens
 from mimic_video.training.metrics import read_metrics
+from mimic_video.training.run_directory import write_json
+from mimic_video.training.storage import Spool
 
 # Metrics that a repeated run does not repeat: everything else is a function of the configuration and the data.
 MEASURED = ("step_seconds", "goodput", "samples_per_second", "tokens_per_second", "model_flops_per_second", "data_wait_fraction",
             "mfu", "hbm_gb", "hbm_gb_peak")  # fmt: skip
 
 
-def first_start(run: pathlib.Path) -> float:
+def first_start(run: epath.Path) -> float:
     """When the run was started for the first time, in seconds since 1970; now, if it has not been.
 
     The file `first_start`, which the first process writes, keeps it, so that all restarts are counted from there.
@@ -27,9 +28,7 @@ def first_start(run: pathlib.Path) -> float:
     if path.exists():
         return float(path.read_text())
     if jax.process_index() == 0:
-        partial = path.with_suffix(".partial")
-        partial.write_text(repr(now))
-        os.replace(partial, path)
+        write_json(path, now)
     return now
 
 
@@ -46,7 +45,7 @@ class StepClock:
         run: its metrics up to the step that it continues from say what the steps before took.
     """
 
-    def __init__(self, config: ExperimentConfig, run: pathlib.Path, started: float):
+    def __init__(self, config: ExperimentConfig, run: epath.Path, started: float):
         records = read_metrics(run)
         self._started, self._counted = started, records[-1].get("step_seconds", 0.0) if records else 0.0
         self._samples, self._tokens = config.train.batch_size, config.train.batch_size * video_tokens(config)
@@ -101,20 +100,21 @@ class ProfilerWindow:
         ConfigError: unless 1 ≤ first ≤ last ≤ the number of steps.
     """
 
-    def __init__(self, run: pathlib.Path, window: tuple[int, int] | None, steps: int):
+    def __init__(self, run: epath.Path, window: tuple[int, int] | None, steps: int):
         if window is not None and not 1 <= window[0] <= window[1] <= steps:
             raise ConfigError(f"steps to profile are {window[0]}:{window[1]}; expected FIRST:LAST within 1:{steps}")
-        self._folder, self._tracing = run / "profile", False
+        self._folder, self._spool = run / "profile", None
         self._window = window if jax.process_index() == 0 else None
 
     def before(self, step: int) -> None:
-        if self._window is not None and not self._tracing and self._window[0] <= step <= self._window[1]:
-            jax.profiler.start_trace(str(self._folder))
-            self._tracing = True
+        if self._window is not None and self._spool is None and self._window[0] <= step <= self._window[1]:
+            self._spool = Spool(self._folder)
+            jax.profiler.start_trace(str(self._spool.path))
 
     def after(self, step: int, result: Any) -> None:
         """Ends the trace after its last step, whose `result` it waits for."""
-        if self._tracing and step == self._window[1]:
+        if self._spool is not None and step == self._window[1]:
             jax.block_until_ready(result)
             jax.profiler.stop_trace()
-            self._tracing = False
+            self._spool.close()
+            self._spool = None

@@ -2,12 +2,12 @@
 
 import contextlib
 import errno
-import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -16,9 +16,10 @@ from mimic_video.training import checkpoints
 from mimic_video.training.clock import ProfilerWindow, StepClock, first_start
 from mimic_video.training.metrics import MetricWriter, device_memory
 from mimic_video.training.preemption import PreemptedError, preemption_notices
-from mimic_video.training.run_directory import RunError, write_config
+from mimic_video.training.run_directory import write_config
 from mimic_video.training.sharding import global_batch, make_mesh, require_divisible
 from mimic_video.training.steps import TrainState, abstract_state, initial_state, make_train_step, place, split_params
+from mimic_video.training.storage import RunError
 from mimic_video.training.validation import make_validation
 from mimic_video.vam import Params, VideoActionModel
 
@@ -31,7 +32,7 @@ class NonFiniteLossError(RuntimeError):
 
 def train(
     config: ExperimentConfig,
-    run: pathlib.Path,
+    run: epath.Path,
     init: Callable[[Mesh], Params],
     batches: Callable[[int], Iterator[NumpyBatch]],
     data: Callable[[int], Mapping[str, Any]],
@@ -70,7 +71,7 @@ def train(
         if start == settings.steps:
             return state
 
-        take_step, validate = make_train_step(vam, mesh, state), make_validation(vam, mesh, validation, run)
+        take_step, validate = make_train_step(vam, mesh, state), make_validation(vam, mesh, validation)
         progress = tqdm(total=settings.steps, initial=start, desc=f"{config.stage} stage", unit="step", mininterval=1.0,
                         disable=jax.process_index() > 0)  # fmt: skip
         with progress, MetricWriter(run, start, config) as writer:
@@ -129,7 +130,7 @@ def _start(config, run, vam, mesh, manager, init, data) -> tuple[TrainState, Par
 
 
 @contextlib.contextmanager
-def _full_disk_explained(run: pathlib.Path) -> Iterator[None]:
+def _full_disk_explained(run: epath.Path) -> Iterator[None]:
     """Metrics are written here too, not only checkpoints."""
     try:
         yield
@@ -139,7 +140,7 @@ def _full_disk_explained(run: pathlib.Path) -> Iterator[None]:
         raise RunError(f"{run} cannot be written: {error}; the same command continues from the last checkpoint") from error
 
 
-def _stop_at_non_finite(values: dict[str, float], first: int, last: int, run: pathlib.Path, manager) -> NoReturn:
+def _stop_at_non_finite(values: dict[str, float], first: int, last: int, run: epath.Path, manager) -> NoReturn:
     manager.wait_until_finished()  # what is being written is from before
     good = manager.latest_step()
     raise NonFiniteLossError(

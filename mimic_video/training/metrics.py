@@ -2,8 +2,6 @@
 
 import importlib
 import json
-import os
-import pathlib
 import re
 import secrets
 import types
@@ -13,11 +11,13 @@ from typing import Any, Self
 import jax
 import numpy as np
 import optax
+from etils import epath
 from jaxtyping import Array, Float, UInt8
 from tensorboardX import SummaryWriter
 
 from mimic_video.config import ConfigError, ExperimentConfig, to_dict
 from mimic_video.training.sharding import path_name
+from mimic_video.training.storage import Spool, in_bucket
 
 # (regex over the '/'-joined path, group); the first match wins.
 _GROUPS = (
@@ -56,21 +56,26 @@ class MetricWriter:
     A context manager; of several processes the first one writes. After a resume, records of steps that will be repeated are
     dropped first. Weights & Biases cannot drop any: there the same run goes on (its id is in the run directory) and keeps what it
     has of those steps.
+
+    Attributes:
+        folder: the run directory or, of one in a bucket, a local one whose files every record takes there with it.
     """
 
-    def __init__(self, run: pathlib.Path, start_step: int, config: ExperimentConfig):
+    def __init__(self, run: epath.Path, start_step: int, config: ExperimentConfig):
         self._first = jax.process_index() == 0
         if not self._first:
             return
-        run.mkdir(parents=True, exist_ok=True)
-        path = run / "metrics.jsonl"
+        self._spool = Spool(run)
+        self.folder = self._spool.path
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "metrics.jsonl"
         kept = [record for record in read_metrics(run) if record["step"] <= start_step]
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(partial, path)
+        partial.replace(path)
         self._wandb = _wandb_run(run, config) if config.train.wandb_project else None
         self._file = path.open("a")
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step + 1 if start_step else None)
 
     def __enter__(self) -> Self:
         return self
@@ -82,6 +87,7 @@ class MetricWriter:
         self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+        self._spool.close()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         if not self._first:
@@ -90,6 +96,7 @@ class MetricWriter:
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+        self._spool.publish()
         self._to_wandb(step, values)
 
     def write_image(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
@@ -114,17 +121,17 @@ def wandb_package() -> types.ModuleType:
                           "pip install 'mimic-video-jax[wandb]'") from error  # fmt: skip
 
 
-def _wandb_run(run: pathlib.Path, config: ExperimentConfig) -> Any:
-    """The run's run at Weights & Biases, which goes on if there is one."""
+def _wandb_run(run: epath.Path, config: ExperimentConfig) -> Any:
+    """The run's run at Weights & Biases, which goes on if there is one. A bucket does not get its files."""
     path = run / "wandb_id"
     if not path.exists():
         path.write_text(secrets.token_hex(8))
-    return wandb_package().init(project=config.train.wandb_project, id=path.read_text(), name=run.name, dir=str(run),
-                                resume="allow", config=to_dict(config))  # fmt: skip
+    return wandb_package().init(project=config.train.wandb_project, id=path.read_text(), name=run.name, resume="allow",
+                                dir=None if in_bucket(run) else str(run), config=to_dict(config))  # fmt: skip
 
 
-def read_metrics(run: pathlib.Path) -> list[dict[str, float]]:
+def read_metrics(run: epath.Path) -> list[dict[str, float]]:
     """Every complete record of a run, oldest first; a last line that a kill cut short is left out."""
-    path = pathlib.Path(run) / "metrics.jsonl"
+    path = epath.Path(run) / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]

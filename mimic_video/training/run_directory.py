@@ -8,6 +8,8 @@
                            drawn from), and ema when it is on; of converted weights, params
     run/checkpoints/N.damaged/  one that could not be read or is not what was written, kept to be looked at
     run/metrics.jsonl, run/tensorboard/, run/samples/, run/first_start, run/wandb_id, run/wandb/, run/profile/
+
+Paths are those of training/storage.py.
 """
 
 import contextlib
@@ -15,7 +17,6 @@ import errno
 import fcntl
 import json
 import os
-import pathlib
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -24,11 +25,13 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 from jax.experimental import multihost_utils
 
 from mimic_video.config import ConfigError, ExperimentConfig, experiment_from, to_dict
 from mimic_video.embodiments import Embodiment, from_table, to_table
 from mimic_video.training.sharding import path_name
+from mimic_video.training.storage import RunError, in_bucket, lease
 
 _MAY_CHANGE = ("train.log_every", "train.wandb_project", "train.validate_every", "train.validation_", "train.checkpoint_every",
                "train.keep_", "train.remat", "train.micro_batches", "attention", "text.model", "text.cache",
@@ -39,11 +42,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 _MESSAGE_BYTES = 1000
 
 
-class RunError(RuntimeError):
-    """A run directory that is missing something, or belongs to another experiment."""
-
-
-def write_config(run: pathlib.Path, config: ExperimentConfig) -> None:
+def write_config(run: epath.Path, config: ExperimentConfig) -> None:
     """Records the configuration, of several hosts the first one; on resume, insists that it is the one the run was started with.
 
     Raises:
@@ -61,15 +60,15 @@ def write_config(run: pathlib.Path, config: ExperimentConfig) -> None:
         write_json(path, to_dict(config))
 
 
-def read_config(run: pathlib.Path) -> ExperimentConfig:
+def read_config(run: epath.Path) -> ExperimentConfig:
     """The configuration of a run. Raises RunError if there is no run."""
-    path = pathlib.Path(run) / "config.json"
+    path = epath.Path(run) / "config.json"
     if not path.exists():
         raise RunError(f"{run} is not a run directory: it has no config.json")
     return experiment_from(json.loads(path.read_text()))
 
 
-def require_same_model(trained: ExperimentConfig, wanted: ExperimentConfig, fields: tuple[str, ...], run: pathlib.Path) -> None:
+def require_same_model(trained: ExperimentConfig, wanted: ExperimentConfig, fields: tuple[str, ...], run: epath.Path) -> None:
     """Checks that two experiments agree on what weights depend on.
 
     Raises:
@@ -82,28 +81,29 @@ def require_same_model(trained: ExperimentConfig, wanted: ExperimentConfig, fiel
         raise ConfigError(f"the weights of {run} do not fit this configuration: config field " + "; ".join(changed))
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
+def write_json(path: epath.Path, value: Any) -> None:
     """Writes JSON so that the file is whole or absent."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path if in_bucket(path) else path.with_name(path.name + ".partial")  # an object is never there in part
     partial.write_text(json.dumps(value, indent=2))
-    os.replace(partial, path)
+    if partial != path:
+        partial.replace(path)
 
 
-def require_empty(run: pathlib.Path) -> None:
+def require_empty(run: epath.Path) -> None:
     """Raises RunError if there is anything in the directory."""
     if run.exists() and any(run.iterdir()):
         raise RunError(f"{run} is not empty; converted weights go to a directory of their own")
 
 
-def save_embodiments(run: pathlib.Path, embodiments: Mapping[str, Embodiment]) -> None:
+def save_embodiments(run: epath.Path, embodiments: Mapping[str, Embodiment]) -> None:
     """Writes the robots of a run of stage `action`; of several hosts the first one does."""
     if jax.process_index() == 0:
         write_json(run / "embodiments.json", to_table(embodiments))
 
 
-def load_embodiments(run: pathlib.Path) -> dict[str, Embodiment]:
+def load_embodiments(run: epath.Path) -> dict[str, Embodiment]:
     """The robots of a run of stage `action`, by name. Raises RunError if it has none, or their file is damaged."""
-    path = pathlib.Path(run) / "embodiments.json"
+    path = epath.Path(run) / "embodiments.json"
     if not path.exists():
         raise RunError(f"{run} has no {path.name}: its training has not started, or it is not of stage 'action'")
     try:
@@ -113,37 +113,43 @@ def load_embodiments(run: pathlib.Path) -> dict[str, Embodiment]:
 
 
 @contextlib.contextmanager
-def locked(run: pathlib.Path) -> Iterator[None]:
+def locked(run: epath.Path) -> Iterator[None]:
     """Keeps other runs out of a run directory until the block ends, and makes the directory if it is not there.
 
     The lock is the kernel's (flock) on `run/lock`, held by process 0, so a killed run leaves none. On NFS it works across
     machines (Linux passes it on to the server). Some network file systems keep it to one machine (Lustre mounted with
-    `localflock`, buckets through FUSE), where two machines can still run into each other; those without any get a warning.
+    `localflock`, buckets through FUSE), where two machines can still run into each other; those without any get a warning. In a
+    bucket it is a lease: after a kill, the next start waits until that is known to be over.
 
     Raises:
         RunError: if another run holds the lock, naming its host and process, or if the directory cannot be written.
     """
     with contextlib.ExitStack() as held:
-        problem = None
+        problem, owner = None, {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%F %T%z")}
         if jax.process_index() == 0:
             try:
-                run.mkdir(parents=True, exist_ok=True)
-                file = held.enter_context((run / "lock").open("a+"))
-                problem = _try_lock(run, file)
-                if problem is None:
-                    file.truncate(0)
-                    json.dump({"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%F %T%z")}, file)
-                    file.flush()
-                    held.callback(file.truncate, 0)
+                if in_bucket(run):
+                    held.enter_context(lease(run / "lock", owner))
+                else:
+                    run.mkdir(parents=True, exist_ok=True)
+                    file = held.enter_context(open(run / "lock", "a+"))
+                    problem = _try_lock(run, file)
+                    if problem is None:
+                        file.truncate(0)
+                        json.dump(owner, file)
+                        file.flush()
+                        held.callback(file.truncate, 0)
             except OSError as error:
                 problem = f"{run} cannot be written: {error}"
+            except RunError as error:
+                problem = str(error)
         problem = agree(problem)
         if problem is not None:
             raise RunError(problem)
         yield
 
 
-def _try_lock(run: pathlib.Path, file: Any) -> str | None:
+def _try_lock(run: epath.Path, file: Any) -> str | None:
     """What keeps this process from locking an open file."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

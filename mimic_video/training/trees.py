@@ -2,7 +2,6 @@
 
 import difflib
 import math
-import pathlib
 import resource
 import time
 from collections.abc import Iterator
@@ -11,10 +10,12 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 
 from mimic_video.training.fingerprints import fingerprints
-from mimic_video.training.run_directory import RunError, agree
+from mimic_video.training.run_directory import agree
 from mimic_video.training.sharding import named_leaves
+from mimic_video.training.storage import RunError, absolute
 
 _GROUP_BYTES = 2**30  # of this process that are read, verified and converted at a time
 # What reading a damaged file raises. Not errors of the machine, such as missing permission, memory or network.
@@ -37,7 +38,7 @@ def tree_args(tree: Any) -> ocp.args.PyTreeSave:
     return ocp.args.PyTreeSave(tree, save_args=pieces, custom_metadata={"fingerprints": fingerprints(tree)})
 
 
-def load_tree(path: pathlib.Path, target: Any, stored_dtype: bool = False) -> Any:
+def load_tree(path: epath.Path, target: Any, stored_dtype: bool = False) -> Any:
     """Reads a tree, or a part of one, straight into the shardings of `target`, and verifies its fingerprints.
 
     No process holds more than its own shards and twice `_GROUP_BYTES`. All processes have to call this.
@@ -76,11 +77,11 @@ def load_tree(path: pathlib.Path, target: Any, stored_dtype: bool = False) -> An
     return structure.unflatten(read)
 
 
-def _read_metadata(path: pathlib.Path) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, int] | None]:
+def _read_metadata(path: epath.Path) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, int] | None]:
     """Shapes, and fingerprints if the tree was written with them."""
     problem = None
     try:
-        metadata = tree_handler().metadata(path.absolute())
+        metadata = tree_handler().metadata(absolute(path))
         shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in named_leaves(metadata.tree).items()}
         expected = (metadata.custom_metadata or {}).get("fingerprints")
     except Exception as error:
@@ -93,13 +94,13 @@ def _read_metadata(path: pathlib.Path) -> tuple[dict[str, jax.ShapeDtypeStruct],
     return shapes, expected
 
 
-def _read(path: pathlib.Path, target: Any) -> Any:
+def _read(path: epath.Path, target: Any) -> Any:
     problem, read = None, None
     arguments = ocp.args.PyTreeRestore(
         target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
     )
     try:  # without an orbax Checkpointer, whose barriers would keep the others waiting for a process that fails
-        read = tree_handler().restore(path.absolute(), args=arguments)
+        read = tree_handler().restore(absolute(path), args=arguments)
     except Exception as error:
         problem = _reason(error)
     problem = agree(problem)
@@ -119,7 +120,7 @@ def _reason(error: Exception) -> str:
     return f"{type(cause).__name__}: {text[:400]}"
 
 
-def _require_shapes(path: pathlib.Path, wanted: dict[str, Any], stored: dict[str, jax.ShapeDtypeStruct]) -> None:
+def _require_shapes(path: epath.Path, wanted: dict[str, Any], stored: dict[str, jax.ShapeDtypeStruct]) -> None:
     misfits = [f"{name} has shape {stored[name].shape} there, {leaf.shape} here" for name, leaf in wanted.items()
                if name in stored and stored[name].shape != leaf.shape]  # fmt: skip
     misfits += [f"{name} is not there{nearest(name, stored)}" for name in wanted if name not in stored]

@@ -1,7 +1,6 @@
 """What a stage gets right on held-out batches, under noise that is the same every time."""
 
 import importlib.util
-import pathlib
 from collections.abc import Callable, Sequence
 
 import jax
@@ -28,7 +27,7 @@ _COLUMNS, _SHOWN_SIZE = 6, 240  # frames of a row, and their size in pixels, at 
 
 
 def make_validation(
-    vam: VideoActionModel, mesh: Mesh, batches: Sequence[dict[str, np.ndarray]], run: pathlib.Path
+    vam: VideoActionModel, mesh: Mesh, batches: Sequence[dict[str, np.ndarray]]
 ) -> Callable[[int, Params, Params, MetricWriter], dict[str, float]]:
     """(step, trained parameters, frozen parameters, writer) → metrics, averaged over the fixed `batches` (this process's rows).
 
@@ -53,7 +52,7 @@ def make_validation(
             videos = sample(params, frozen, parts[0]) if stage == "video" else None
             if jax.process_index() == 0:
                 if videos is not None:
-                    _show_videos(run, step, videos, vam.config.data, writer)
+                    _show_videos(step, videos, vam.config.data, writer)
                 elif importlib.util.find_spec("matplotlib"):
                     writer.write_image(step, "validation_curves", draw_curves(found))
         return values
@@ -163,11 +162,11 @@ def make_video_samples(vam: VideoActionModel, mesh: Mesh) -> Callable[[Params, P
     return MeshFunction(jax.jit(sample, out_shardings=NamedSharding(mesh, PartitionSpec())), mesh)
 
 
-def _show_videos(run: pathlib.Path, step: int, videos: Videos, data: DataConfig, writer: MetricWriter) -> None:
+def _show_videos(step: int, videos: Videos, data: DataConfig, writer: MetricWriter) -> None:
     """Real videos on the left, predicted ones on the right; and a few frames, real above predicted ones."""
     real, predicted = (_smaller(np.asarray(video[:_VIDEOS])) for video in videos)
     pairs = np.concatenate([real, predicted], axis=3)
-    write_video(run / "samples" / f"{step}.gif", np.concatenate(list(pairs), axis=1), data.video_hz)
+    write_video(writer.folder / "samples" / f"{step}.gif", np.concatenate(list(pairs), axis=1), data.video_hz)
     columns = np.linspace(data.past_frames - 1, data.num_frames - 1, _COLUMNS).astype(int)
     writer.write_image(step, "validation_videos", film_strip(real[:, columns], predicted[:, columns]))
 

@@ -13,11 +13,14 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from buckets import emulated_bucket
 
 from data_pipelines.writers import write_rlds
 from mimic_video.training import checkpoints
 from mimic_video.training.distributed import OTHER_FAILED, SILENCE
 from mimic_video.training.metrics import read_metrics
+from mimic_video.training.preemption import EXIT_CODE
+from mimic_video.training.storage import run_path
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS, CHECKPOINT_EVERY = 8, 2
@@ -119,3 +122,28 @@ def test_what_one_process_cannot_read_ends_all_with_its_reason(experiment_file, 
         reason = "dataset directory /nowhere/1.0.0 does not exist"
         assert job.printed(1).strip().endswith(f"error: {reason}") and "Traceback" not in job.printed(1)
         assert f"error: process 1 on {socket.gethostname()} stopped: {reason}" in job.printed(0)
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_continue_in_a_bucket(launch, experiment_file, tmp_path):
+    with emulated_bucket() as bucket:
+        run = run_path(f"{bucket}/run")
+        command = [f"--config={experiment_file}", f"--workdir={run}"]
+        with Processes(tmp_path / "stopped", 2, command) as job:
+            deadline = time.monotonic() + DEADLINE
+            while not (run / "checkpoints").exists():
+                assert [process.poll() for process in job.processes] == [None] * 2, job.printed(0)
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            job.processes[1].terminate()
+            assert job.end() == [EXIT_CODE] * 2, job.printed(0)
+        with Processes(tmp_path / "restarted", 2, command) as job:
+            assert job.end() == [0] * 2, job.printed(0)
+        launch("train", f"--config={experiment_file}", f"--workdir={tmp_path / 'run'}")
+
+        records = [read_metrics(each) for each in (run, tmp_path / "run")]
+        assert [[record["step"] for record in each] for each in records] == [list(range(1, STEPS + 1))] * 2
+        np.testing.assert_allclose(*[[record["loss"] for record in each] for each in records], rtol=5e-7)
+        params = [checkpoints.load_params(each, "stored")[0] for each in (run, tmp_path / "run")]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *params)
+        assert f"step {STEPS} of {run}" in launch("export", f"--checkpoint={run}", f"--out={tmp_path / 'policy'}")

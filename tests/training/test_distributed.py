@@ -11,7 +11,7 @@ import pytest
 
 from mimic_video.config import ConfigError
 from mimic_video.training.distributed import initialize, of_another_process, processes
-from mimic_video.training.run_directory import RunError
+from mimic_video.training.storage import RunError
 
 ROOT = pathlib.Path(__file__).parents[2]
 

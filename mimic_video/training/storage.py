@@ -1,0 +1,159 @@
+"""Where run directories can be: on a file system, or in a bucket of Google Cloud Storage.
+
+`run_path` makes the path of either kind; it has the methods of pathlib.Path, and orbax writes to both. Objects in a bucket appear
+whole or not at all, but cannot grow, and no library but orbax writes them: what does either goes through a `Spool`.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+from absl import logging
+from etils import epath
+
+# etils asks once, with its first path: where TensorFlow is installed, buckets are its business otherwise, and it is imported.
+os.environ.setdefault("EPATH_USE_TF", "false")
+
+_BUCKETS = "gs://"
+_BEAT, _SILENCE, _SETTLING = 10.0, 35.0, 2.0  # seconds
+
+
+class RunError(RuntimeError):
+    """A run directory that is missing something, belongs to another experiment, or cannot be read or written."""
+
+
+def run_path(path: str | os.PathLike) -> epath.Path:
+    """Where a run is: a directory, or `gs://BUCKET/FOLDER`.
+
+    Raises:
+        RunError: if it is a URL of another kind, or the package for buckets is missing.
+    """
+    text = os.fspath(path)
+    if "://" in text and not in_bucket(text):
+        raise RunError(f"{text} is no place for a run; expected a directory or {_BUCKETS}BUCKET/FOLDER")
+    if in_bucket(text):
+        if importlib.util.find_spec("gcsfs") is None:
+            raise RunError(f"{text} is in a bucket, but the package gcsfs is missing; expected after "
+                           "pip install 'mimic-video-jax[gcs]'")  # fmt: skip
+        import fsspec  # only here: gcsfs brings it
+
+        fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False  # other processes write there, too
+    return epath.Path(text)
+
+
+def local_path(path: str | os.PathLike) -> pathlib.Path:
+    """Where a directory is that cannot be in a bucket. Raises RunError if it is a URL."""
+    if "://" in os.fspath(path):
+        raise RunError(f"{os.fspath(path)} is a URL; expected a directory on this machine, to be copied there or from there")
+    return pathlib.Path(path)
+
+
+def in_bucket(path: str | os.PathLike) -> bool:
+    return os.fspath(path).startswith(_BUCKETS)
+
+
+def absolute(path: str | os.PathLike) -> epath.Path:
+    """As orbax wants it. (The path's own method takes a bucket for a directory.)"""
+    return epath.Path(path if in_bucket(path) else os.path.abspath(path))
+
+
+@contextlib.contextmanager
+def _writing(path: os.PathLike) -> Iterator[None]:
+    """Makes RunErrors of what a bucket's client raises, which is of many kinds."""
+    try:
+        yield
+    except Exception as error:
+        raise RunError(f"{path} cannot be written: {error!r}") from error
+
+
+@contextlib.contextmanager
+def lease(lock: epath.Path, owner: Mapping[str, Any]) -> Iterator[None]:
+    """Holds an object of a bucket, where no lock ends with its process: one that is not rewritten all the time is nobody's.
+
+    Args:
+        owner: what the object says of its holder.
+
+    Raises:
+        RunError: if it is somebody else's, or cannot be written. To find out what a killed process left takes `_SILENCE` seconds.
+    """
+    mine = json.dumps(dict(owner))
+    with _writing(lock):
+        found = _content(lock)
+        if found is not None:
+            logging.warning("%s is %s; waiting %.0f s to see whether that process lives", lock, found, _SILENCE)
+            time.sleep(_SILENCE)
+        if _content(lock) in (found, None):
+            lock.write_text(mine)
+            time.sleep(_SETTLING)  # of several that do so now, it is the last one's
+        holder = _content(lock)
+    if holder != mine:
+        raise RunError(f"another run is using {lock.parent}: {holder}; stop it, or use another --workdir")
+    ending = threading.Event()
+
+    def beat() -> None:
+        beats = 0
+        while not ending.wait(_BEAT):
+            beats += 1
+            try:
+                lock.write_text(json.dumps({**owner, "beats": beats}))
+            except Exception as error:  # of a network, which may be back at the next one
+                logging.warning("%s could not be renewed: %r", lock, error)
+
+    thread = threading.Thread(target=beat, name="lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ending.set()
+        thread.join()
+        with _writing(lock):
+            lock.unlink(missing_ok=True)
+
+
+def _content(file: epath.Path) -> str | None:
+    try:
+        return file.read_text()
+    except FileNotFoundError:
+        return None
+
+
+class Spool:
+    """A local directory, `path`, for files that belong in `folder`: that itself or, of a bucket, a temporary one.
+
+    From there `publish`, and the end of the context, copy what is new or has grown.
+    """
+
+    def __init__(self, folder: os.PathLike):
+        self._folder = epath.Path(folder)
+        self.path = pathlib.Path(tempfile.mkdtemp() if in_bucket(folder) else folder)
+        self._published: dict[pathlib.Path, tuple[int, int]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if in_bucket(self._folder):
+            self.publish()
+            shutil.rmtree(self.path)
+
+    def publish(self) -> None:
+        """Raises RunError if the bucket does not take it."""
+        if in_bucket(self._folder):
+            for file in sorted(path for path in self.path.rglob("*") if path.is_file()):
+                stat = file.stat()
+                now = (stat.st_size, stat.st_mtime_ns)
+                if self._published.get(file) != now:
+                    with _writing(self._folder):
+                        (self._folder / file.relative_to(self.path)).write_bytes(file.read_bytes())
+                    self._published[file] = now

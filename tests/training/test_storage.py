@@ -1,0 +1,127 @@
+"""Runs in a bucket: what orbax, gcsfs and tensorstore write to a server that is none of ours."""
+
+import concurrent.futures
+import importlib.util
+import json
+import os
+
+import jax
+import pytest
+import tiny
+from buckets import emulated_bucket
+from run_states import CONFIG, assert_equal_bits, saved, state_of
+
+from mimic_video.training import checkpoints, run_directory, storage
+from mimic_video.training.metrics import MetricWriter, read_metrics
+from mimic_video.training.storage import RunError, Spool, local_path, run_path
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    with emulated_bucket() as url:
+        yield run_path(url)
+
+
+def test_what_is_neither_a_directory_nor_a_bucket_is_refused(tmp_path, monkeypatch):
+    assert str(run_path(tmp_path / "run")) == str(tmp_path / "run")
+    with pytest.raises(RunError, match=r"s3://bucket/run is no place for a run; expected a directory or gs://BUCKET/FOLDER"):
+        run_path("s3://bucket/run")
+    with pytest.raises(RunError, match="gs://bucket/policy is a URL; expected a directory on this machine"):
+        local_path("gs://bucket/policy")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RunError, match=r"the package gcsfs is missing; expected after pip install 'mimic-video-jax\[gcs\]'"):
+        run_path("gs://bucket/run")
+
+
+def test_a_bucket_that_does_not_exist_is_found_out_at_the_start(bucket):
+    with pytest.raises(RunError, match=r"gs://nowhere/run/lock cannot be written: "):
+        run_directory.locked(run_path("gs://nowhere/run")).__enter__()
+
+
+def test_a_run_in_a_bucket_keeps_others_out_until_it_ends_or_is_killed(bucket, monkeypatch):
+    for name, seconds in {"_BEAT": 0.05, "_SILENCE": 0.5, "_SETTLING": 0.1}.items():
+        monkeypatch.setattr(storage, name, seconds)
+    run = bucket / "used"
+    with run_directory.locked(run):
+        with pytest.raises(RunError, match=rf'another run is using {run}: {{"host": .*"beats": \d+}}; stop it'):
+            run_directory.locked(run).__enter__()
+        assert json.loads((run / "lock").read_text())["pid"] == os.getpid()
+    assert not (run / "lock").exists()
+    (run / "lock").write_text("left by a killed process")
+    with run_directory.locked(run):
+        assert json.loads((run / "lock").read_text())["pid"] == os.getpid()
+
+
+def test_of_two_runs_that_start_together_one_has_the_bucket(bucket, monkeypatch):
+    monkeypatch.setattr(storage, "_SETTLING", 0.5)
+
+    def start(number):
+        try:
+            with storage.lease(bucket / "together", {"number": number}):
+                return "has it"
+        except RunError as error:
+            return str(error)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        ends = sorted(pool.map(start, (1, 2)), key=len)
+    assert ends[0] == "has it" and "another run is using gs://bucket" in ends[1]
+
+
+def test_checkpoints_are_those_that_were_saved_and_damaged_ones_are_moved_aside(bucket, template, caplog):
+    run, states = bucket / "checkpoints", [state_of(template, step) for step in (1, 2, 3)]
+    saved(run, states, keep=2)
+    with checkpoints.open_checkpoints(run, keep=2) as manager:
+        assert manager.all_steps() == [2, 3]
+        assert_equal_bits(checkpoints.restore(manager, states[0]), states[2])
+    (run / "checkpoints" / "3" / "params" / "_METADATA").write_text("{")
+    with checkpoints.open_checkpoints(run, keep=2) as manager:
+        assert_equal_bits(checkpoints.restore(manager, states[0]), states[1])
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"2", "3.damaged"}
+    assert "is moved to gs://bucket/checkpoints/checkpoints/3.damaged, and training continues from step 2" in caplog.text
+
+
+def test_what_was_not_written_to_the_end_does_not_count(bucket, template):
+    """A killed save leaves a folder without orbax's last file."""
+    run, frozen = bucket / "killed", template[1]
+    run_directory.write_config(run, CONFIG)
+    checkpoints.save_frozen(run, frozen)
+    saved(run, [state_of(template, 1), state_of(template, 2)])
+    for item in (run / "frozen", run / "checkpoints" / "2"):
+        (item / "commit_success.txt").unlink()
+    with pytest.raises(RunError, match="has no frozen parameters"):
+        checkpoints.load_params(run)
+    checkpoints.save_frozen(run, jax.tree.map(lambda leaf: leaf + 1, frozen))
+    assert checkpoints.load_params(run)[1] == 1
+    assert_equal_bits(checkpoints.load_frozen(run, "stored"), jax.tree.map(lambda leaf: leaf + 1, frozen))
+
+
+def test_metrics_go_on_where_the_last_checkpoint_is(bucket):
+    run, config = bucket / "metrics", tiny.experiment(stage="video")
+    with MetricWriter(run, 0, config) as writer:
+        for step in (1, 2, 3):
+            writer.write(step, {"loss": 1.0 / step})
+        assert [record["step"] for record in read_metrics(run)] == [1, 2, 3]  # as it goes
+    with MetricWriter(run, 2, config) as writer:
+        writer.write(3, {"loss": 7.0})
+        local = writer.folder
+    assert read_metrics(run) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 3, "loss": 7.0}]
+    assert list((run / "tensorboard").iterdir()) and not local.exists()
+
+
+def test_a_spool_copies_what_is_new(bucket):
+    with Spool(bucket / "spool") as spool:
+        (spool.path / "a").mkdir()
+        (spool.path / "a" / "grows").write_text("1")
+        (spool.path / "stays").write_text("1")
+        spool.publish()
+        (bucket / "spool" / "stays").write_text("not again")
+        (spool.path / "a" / "grows").write_text("12")
+    assert (bucket / "spool" / "a" / "grows").read_text() == "12"
+    assert (bucket / "spool" / "stays").read_text() == "not again"
+
+
+def test_a_spool_of_a_directory_is_that_directory(tmp_path):
+    with Spool(tmp_path / "run") as spool:
+        assert spool.path == tmp_path / "run"
+        spool.path.mkdir()
+    assert spool.path.exists()
