@@ -23,7 +23,7 @@ from etils import epath
 os.environ.setdefault("EPATH_USE_TF", "false")
 
 _BUCKETS = "gs://"
-_BEAT, _SILENCE, _SETTLING = 10.0, 35.0, 2.0  # seconds
+_BEAT, _SILENCE, _SETTLING = 5.0, 20.0, 2.0  # seconds; other processes wait meanwhile, gloo no longer than 30
 
 
 class RunError(RuntimeError):
