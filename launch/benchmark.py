@@ -41,9 +41,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from data_pipelines.datasets import open_datasets
-from data_pipelines.loader import Part, make_batches
-from data_pipelines.mixture import Mixture
 from mimic_video.config import ExperimentConfig, LoraConfig
 from mimic_video.models.text import make_text_encoder
 from mimic_video.policy.latency import percentiles
@@ -249,6 +246,11 @@ def _is_pair(node: Any) -> bool:
 
 def real_batch(config: ExperimentConfig, run: pathlib.Path) -> dict[str, np.ndarray]:
     """The first batch of the run's data."""
+    # Only here: what else is measured is measured beside robots, too, where nothing reads data.
+    from data_pipelines.datasets import open_datasets
+    from data_pipelines.loader import Part, make_batches
+    from data_pipelines.mixture import Mixture
+
     datasets, phases = open_datasets(config, config.data.train_split)
     robots = load_embodiments(run)
     parts = [Part(name, windows, robots[name].normalizers(config)) for name, windows in datasets.items()]

@@ -1,7 +1,13 @@
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import pytest
 import tiny
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 SMALL = tiny.experiment(backbone={"num_blocks": 1}, decoder={"num_blocks": 1}, mesh={"fsdp": 2})
 
@@ -29,6 +35,14 @@ def test_more_draws_have_less_variance(launch, config_file):
 
 def test_an_unknown_benchmark(launch):
     assert "there is no benchmark 'trainin'; expected training, draws, policy or cold_start" in launch("benchmark", "trainin")
+
+
+def test_what_reads_data_is_not_needed():
+    code = ("import runpy, sys; sys.modules['grain'] = sys.modules['tensorflow_datasets'] = None; sys.path.insert(0, 'launch')\n"
+            "sys.argv = ['launch/benchmark.py', 'cold_start']; runpy.run_path(sys.argv[0], run_name='__main__')")  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert "error: --policy is missing" in ended.stderr
 
 
 @pytest.mark.slow
