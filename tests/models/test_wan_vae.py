@@ -33,9 +33,7 @@ def split(chunk=1, compat=CompatConfig(), width=WIDTH):
 @functools.cache
 def coder(direction, chunk, compat=CompatConfig()):
     graphdef, _ = split(chunk, compat)
-    # Compiling is most of what these tests cost, and two thirds of it goes to the newer emitters of fused loops.
-    options = {"xla_cpu_use_fusion_emitters": False}
-    return jax.jit(lambda params, x: getattr(nnx.merge(graphdef, nnx.State(params)), direction)(x), compiler_options=options)
+    return jax.jit(lambda params, x: getattr(nnx.merge(graphdef, nnx.State(params)), direction)(x))
 
 
 @pytest.fixture(scope="module")
