@@ -40,6 +40,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from etils import epath
 
 from mimic_video.config import ExperimentConfig, LoraConfig
 from mimic_video.models.text import make_text_encoder
@@ -50,7 +51,7 @@ from mimic_video.training.flops import mfu, step_flops, video_tokens
 from mimic_video.training.run_directory import load_embodiments
 from mimic_video.training.sharding import global_batch, make_mesh, shardings
 from mimic_video.training.steps import TrainState, abstract_state, join_params, make_state, make_train_step, split_params
-from mimic_video.training.storage import RunError
+from mimic_video.training.storage import RunError, run_path
 from mimic_video.vam import Params, VideoActionModel
 
 _SIZE = flags.DEFINE_enum("size", None, ["2b", "small"], "What `training` and `policy` measure, in place of --config")
@@ -197,7 +198,7 @@ def both_stages(config: ExperimentConfig) -> dict[str, Any]:
 def draws(config: ExperimentConfig) -> dict[str, Any]:
     """Variance of the gradient and time of a step, by number of draws."""
     config = dataclasses.replace(config, stage="action")
-    run, mesh = _RUN.value and pathlib.Path(_RUN.value), make_mesh(config.mesh)
+    run, mesh = _RUN.value and run_path(_RUN.value), make_mesh(config.mesh)
     if run:
         params = load_params(run, START_PRECISION["action"])[0]
         trained, frozen = split_params(params, config)
@@ -244,7 +245,7 @@ def _is_pair(node: Any) -> bool:
     return isinstance(node, tuple)
 
 
-def real_batch(config: ExperimentConfig, run: pathlib.Path) -> dict[str, np.ndarray]:
+def real_batch(config: ExperimentConfig, run: epath.Path) -> dict[str, np.ndarray]:
     """The first batch of the run's data."""
     # Only here: what else is measured is measured beside robots, too, where nothing reads data.
     from data_pipelines.datasets import open_datasets

@@ -124,8 +124,8 @@ def main(config: ExperimentConfig) -> None:
             values = evaluate_expert(config)
         else:
             values = {"video": evaluate_video, "action": evaluate_policy}[config.stage](config, run, spool.path)
-    run.mkdir(parents=True, exist_ok=True)
-    run_directory.write_json(run / "evaluation.json", values | {"seconds": time.perf_counter() - start})
+        spool.path.mkdir(parents=True, exist_ok=True)
+        run_directory.write_json(spool.path / "evaluation.json", values | {"seconds": time.perf_counter() - start})
     for task, row in values.get("success", {}).items():
         interval = f"95 % interval {row['low']:.2f} to {row['high']:.2f}"
         print(f"{task}: {row['successes']}/{row['episodes']} = {row['rate']:.2f}, {interval}")

@@ -14,7 +14,7 @@ from absl import app, flags
 
 from mimic_video.config import ConfigError
 from mimic_video.evaluation.report import write_report
-from mimic_video.training.storage import RunError
+from mimic_video.training.storage import RunError, local_path
 
 _OUT = flags.DEFINE_string("out", None, "HTML file to write", required=True)
 _TITLE = flags.DEFINE_string("title", "Video-action model: report", "Heading of the page")
@@ -28,7 +28,7 @@ def parse_policies(arguments: list[str]) -> dict[str, list[pathlib.Path]]:
     policies = {}
     for argument in arguments:
         label, equals, directories = argument.partition("=")
-        runs = [pathlib.Path(directory) for directory in directories.split(",") if directory]
+        runs = [local_path(directory) for directory in directories.split(",") if directory]
         if not (label and equals and runs):
             raise ValueError(f"--policy={argument!r} is not of the form LABEL=DIR[,DIR...]")
         if label in policies:
@@ -41,8 +41,8 @@ def main(_: list[str]) -> None:
     out, expert = pathlib.Path(_OUT.value), _EXPERT.value
     try:
         policies = parse_policies(_POLICIES.value)
-        write_report(out, title=_TITLE.value, video_run=pathlib.Path(_VIDEO.value), policies=policies,
-                     expert=pathlib.Path(expert) if expert else None)  # fmt: skip
+        write_report(out, title=_TITLE.value, video_run=local_path(_VIDEO.value), policies=policies,
+                     expert=local_path(expert) if expert else None)  # fmt: skip
     except (ValueError, RunError, ConfigError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
     print(f"wrote {out}")

@@ -5,7 +5,6 @@ depend. Run as a script, this file is that emulator with both.
 """
 
 import contextlib
-import os
 import socket
 import socketserver
 import subprocess
@@ -14,6 +13,8 @@ import time
 import urllib.error
 import urllib.request
 from http import HTTPStatus
+
+import pytest
 
 
 @contextlib.contextmanager
@@ -26,19 +27,15 @@ def emulated_bucket():
     # of tensorstore, of gcsfs, and against the search for credentials, which asks a server in the network
     settings = {"TENSORSTORE_GCS_HTTP_URL": url, "STORAGE_EMULATOR_HOST": url, "NO_GCE_CHECK": "true",
                 "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
-    before = {name: os.environ.get(name) for name in settings}
-    with subprocess.Popen([sys.executable, __file__, str(port)], stderr=subprocess.DEVNULL) as server:
+    command = [sys.executable, __file__, str(port)]
+    with pytest.MonkeyPatch.context() as patch, subprocess.Popen(command, stderr=subprocess.DEVNULL) as server:
         try:
-            os.environ.update(settings)
+            for name, value in settings.items():
+                patch.setenv(name, value)
             _wait_for(f"{url}/storage/v1/b/bucket", server)
             yield "gs://bucket"
         finally:
             server.kill()
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
 
 
 def _wait_for(url, server, seconds=30):

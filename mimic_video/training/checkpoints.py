@@ -27,7 +27,7 @@ from mimic_video.training.run_directory import (
 )
 from mimic_video.training.sharding import named_leaves, shardings
 from mimic_video.training.steps import TrainState, join_params, split_params
-from mimic_video.training.storage import RunError, absolute, in_bucket, run_path
+from mimic_video.training.storage import RunError, absolute, in_bucket
 from mimic_video.training.trees import DamagedError, load_tree, nearest, tree_args, tree_handler
 from mimic_video.vam import Params, VideoActionModel
 
@@ -246,7 +246,7 @@ def save_converted(
         RunError: if the directory holds something.
         ValueError: if `embodiments` do not go with the stage.
     """
-    run = run_path(run)
+    run = epath.Path(run)
     require_empty(run)
     if (embodiments is None) == (config.stage == "action"):
         raise ValueError(f"embodiments are {'missing' if embodiments is None else 'given'} for stage '{config.stage}'")

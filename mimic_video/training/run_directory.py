@@ -125,22 +125,12 @@ def locked(run: epath.Path) -> Iterator[None]:
         RunError: if another run holds the lock, naming its host and process, or if the directory cannot be written.
     """
     with contextlib.ExitStack() as held:
-        problem, owner = None, {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%F %T%z")}
+        problem = None
         if jax.process_index() == 0:
+            hold = lease if in_bucket(run) else _file_lock
+            owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%F %T%z")}
             try:
-                if in_bucket(run):
-                    held.enter_context(lease(run / "lock", owner))
-                else:
-                    run.mkdir(parents=True, exist_ok=True)
-                    file = held.enter_context(open(run / "lock", "a+"))
-                    problem = _try_lock(run, file)
-                    if problem is None:
-                        file.truncate(0)
-                        json.dump(owner, file)
-                        file.flush()
-                        held.callback(file.truncate, 0)
-            except OSError as error:
-                problem = f"{run} cannot be written: {error}"
+                held.enter_context(hold(run / "lock", owner))
             except RunError as error:
                 problem = str(error)
         problem = agree(problem)
@@ -149,23 +139,40 @@ def locked(run: epath.Path) -> Iterator[None]:
         yield
 
 
-def _try_lock(run: epath.Path, file: Any) -> str | None:
-    """What keeps this process from locking an open file."""
+@contextlib.contextmanager
+def _file_lock(lock: epath.Path, owner: Mapping[str, Any]) -> Iterator[None]:
+    """What `lease` is in a bucket."""
+    run = lock.parent
+    with contextlib.ExitStack() as opened:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            file = opened.enter_context(open(lock, "a+"))
+            _flock(run, file)
+            file.truncate(0)
+            json.dump(owner, file)
+            file.flush()
+        except OSError as error:
+            raise RunError(f"{run} cannot be written: {error}") from error
+        opened.callback(file.truncate, 0)
+        yield
+
+
+def _flock(run: epath.Path, file: Any) -> None:
+    """Locks an open file. Raises RunError if another process has locked it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except BlockingIOError as refused:
         file.seek(0)
         try:
             owner = json.load(file)
         except ValueError:  # it has only just begun
-            return f"another run is using {run}; wait for it to end, or use another --workdir"
-        return (f"process {owner['pid']} on {owner['host']} has been training in {run} since {owner['started']}; "
-                "stop it, or use another --workdir")  # fmt: skip
+            raise RunError(f"another run is using {run}; wait for it to end, or use another --workdir") from refused
+        raise RunError(f"process {owner['pid']} on {owner['host']} has been training in {run} since {owner['started']}; "
+                       "stop it, or use another --workdir") from refused  # fmt: skip
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
         logging.warning("%s is on a file system without locks (%s): nothing keeps a second run out of it", run, error)
-    return None
 
 
 def agree(problem: str | None) -> str | None:

@@ -37,8 +37,6 @@ def run_path(path: str | os.PathLike) -> epath.Path:
         RunError: if it is a URL of another kind, or the package for buckets is missing.
     """
     text = os.fspath(path)
-    if "://" in text and not in_bucket(text):
-        raise RunError(f"{text} is no place for a run; expected a directory or {_BUCKETS}BUCKET/FOLDER")
     if in_bucket(text):
         if importlib.util.find_spec("gcsfs") is None:
             raise RunError(f"{text} is in a bucket, but the package gcsfs is missing; expected after "
@@ -46,6 +44,8 @@ def run_path(path: str | os.PathLike) -> epath.Path:
         import fsspec  # only here: gcsfs brings it
 
         fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False  # other processes write there, too
+    elif "://" in text:
+        raise RunError(f"{text} is no place for a run; expected a directory or {_BUCKETS}BUCKET/FOLDER")
     return epath.Path(text)
 
 
@@ -86,11 +86,12 @@ def lease(lock: epath.Path, owner: Mapping[str, Any]) -> Iterator[None]:
     """
     mine = json.dumps(dict(owner))
     with _writing(lock):
-        found = _content(lock)
+        found = now = _content(lock)
         if found is not None:
             logging.warning("%s is %s; waiting %.0f s to see whether that process lives", lock, found, _SILENCE)
             time.sleep(_SILENCE)
-        if _content(lock) in (found, None):
+            now = _content(lock)
+        if now in (found, None):
             lock.write_text(mine)
             time.sleep(_SETTLING)  # of several that do so now, it is the last one's
         holder = _content(lock)

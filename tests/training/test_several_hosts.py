@@ -24,9 +24,9 @@ from mimic_video.config import MeshConfig
 from mimic_video.training import checkpoints, loop
 from mimic_video.training.preemption import PreemptedError
 from mimic_video.training.run_directory import locked
-from mimic_video.training.storage import RunError
 from mimic_video.training.sharding import make_mesh
 from mimic_video.training.steps import abstract_state
+from mimic_video.training.storage import RunError
 from mimic_video.vam import VideoActionModel
 
 what, run = sys.argv[3], pathlib.Path(sys.argv[4])
