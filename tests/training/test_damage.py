@@ -15,14 +15,14 @@ from mimic_video.training import checkpoints, run_directory
 from mimic_video.training.trees import DamagedError, load_tree
 
 
-def stored_arrays(item):
-    """(file, first byte, number of bytes) of each array of an item but the smallest, which lie beside the names. Not all of the
-    files is read: saving leaves behind what it has replaced."""
+def array_middles(item):
+    """(file, position of the middle byte) of each array of an item but the smallest, which lie beside the names. Not all of
+    their files is read: saving leaves behind what it has replaced."""
     store = tensorstore.KvStore.open(f"file://{item}/").result()
     root = tensorstore.ocdbt.dump(store).result()["versions"][-1]["root"]["location"]
     entries = tensorstore.ocdbt.dump(store, root).result()["entries"]
     places = [entry["indirect_value"].split(":")[1:] for entry in entries if "indirect_value" in entry]
-    return [(item / folder / name, int(first), int(size)) for folder, name, first, size in places]
+    return [(item / folder / name, int(first) + int(size) // 2) for folder, name, first, size in places]
 
 
 def flip(path, where):
@@ -31,25 +31,15 @@ def flip(path, where):
     path.write_bytes(data)
 
 
-def truncate(item):
-    file, first, size = stored_arrays(item)[-1]
-    os.truncate(file, first + size // 2)
-
-
-def flip_array(item):
-    file, first, size = stored_arrays(item)[0]
-    flip(file, first + size // 2)
-
-
 def flip_data(checkpoint):
     text = (checkpoint / "data" / "metadata").read_text()
     (checkpoint / "data" / "metadata").write_text(text.replace('"windows": 9', '"windows": 8'))
 
 
 DAMAGE = {
-    "truncated array file": lambda checkpoint: truncate(checkpoint / "params"),
-    "deleted array file": lambda checkpoint: stored_arrays(checkpoint / "train_state")[0][0].unlink(),
-    "flipped byte": lambda checkpoint: flip_array(checkpoint / "ema"),
+    "truncated array file": lambda checkpoint: os.truncate(*array_middles(checkpoint / "params")[-1]),
+    "deleted array file": lambda checkpoint: array_middles(checkpoint / "train_state")[0][0].unlink(),
+    "flipped byte": lambda checkpoint: flip(*array_middles(checkpoint / "ema")[0]),
     "missing item": lambda checkpoint: shutil.rmtree(checkpoint / "params"),
     "missing train state": lambda checkpoint: shutil.rmtree(checkpoint / "train_state"),
     "damaged metadata": lambda checkpoint: (checkpoint / "params" / "_METADATA").write_text('{"tree'),
@@ -96,18 +86,18 @@ def test_training_continues_from_the_checkpoint_before_a_damaged_one(copied, tem
 def test_no_flipped_byte_is_taken_for_what_was_written(run, tmp_path, template):
     target = state_of(template, 4).ema
     item = shutil.copytree(run / "checkpoints" / "4" / "ema", tmp_path / "ema")
-    arrays = stored_arrays(item)
-    file = arrays[0][0]
-    whole = file.read_bytes()
-    for where in np.random.default_rng(0).integers(0, len(whole), 24).tolist():
+    arrays = array_middles(item)
+    assert len(arrays) > 12
+    for file, middle in arrays:
+        flip(file, middle)
+        with pytest.raises(DamagedError):
+            load_tree(item, target)
+        flip(file, middle)
+    for where in np.random.default_rng(0).integers(0, file.stat().st_size, 24).tolist():
         flip(file, where)
-        if any(path == file and first <= where < first + size for path, first, size in arrays):
-            with pytest.raises(DamagedError):
-                load_tree(item, target)
-        else:  # nothing may depend on it
-            with contextlib.suppress(DamagedError):
-                assert_equal_bits(load_tree(item, target), target)
-        file.write_bytes(whole)
+        with contextlib.suppress(DamagedError):
+            assert_equal_bits(load_tree(item, target), target)  # of a byte that nothing depends on
+        flip(file, where)
 
 
 def test_arrays_that_can_be_read_but_are_others_are_noticed(copied, template):
@@ -163,6 +153,6 @@ def test_inference_names_the_damaged_checkpoint_and_how_to_use_the_one_before(co
 
 
 def test_damaged_frozen_parameters_are_an_error_that_names_them(copied):
-    truncate(copied / "frozen")
+    os.truncate(*array_middles(copied / "frozen")[-1])
     with pytest.raises(run_directory.RunError, match="run/frozen is damaged: "):
         checkpoints.load_frozen(copied)
