@@ -42,12 +42,18 @@ def two_steps(stage, mesh=(1, 1, 1), **train):
     return run_steps(config, make_mesh(MeshConfig(*mesh), devices), [padded_batch(config, seed) for seed in (0, 1)])
 
 
-def assert_same_steps(one, other, tolerance):
+def assert_same_steps(one, other):
+    """Up to rounding.
+
+    Adam's moments show it as the gradients had it. Its update divides a gradient by the gradient's own size, so that of one
+    close to zero the rounding is nearly all there is; parameters may differ by a tenth of the learning rate.
+    """
     for a, b in zip(one[0], other[0], strict=True):
         for name in ("loss", "grad_norm"):
             np.testing.assert_allclose(a[name], b[name], rtol=1e-5)
-    values = (jax.device_get((state.params, state.ema)) for _, state, _ in (one, other))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance), *values)
+    one, other = (jax.device_get(state) for _, state, _ in (one, other))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), one.opt_state, other.opt_state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), (one.params, one.ema), (other.params, other.ema))
 
 
 @pytest.mark.slow
@@ -55,7 +61,7 @@ def assert_same_steps(one, other, tolerance):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_mesh_trains_as_one_device_does(stage, mesh):
     """Of data, fsdp and sequence. Frames have two patches, which four and eight devices cannot divide."""
-    assert_same_steps(two_steps(stage, mesh), two_steps(stage), 1e-5)
+    assert_same_steps(two_steps(stage, mesh), two_steps(stage))
 
 
 @pytest.mark.slow
@@ -76,14 +82,14 @@ def test_parameters_and_moments_are_split_over_fsdp():
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_batch_in_parts_is_the_same_step(stage, mesh):
     """Although the parts have different numbers of padded frames and actions, one of them none that count."""
-    assert_same_steps(two_steps(stage, mesh, micro_batches=2), two_steps(stage), 1e-5)
+    assert_same_steps(two_steps(stage, mesh, micro_batches=2), two_steps(stage))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["attention", "full"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_rematerialisation_changes_nothing(stage, remat):
-    assert_same_steps(two_steps(stage, remat=remat), two_steps(stage), 1e-6)
+    assert_same_steps(two_steps(stage, remat=remat), two_steps(stage))
 
 
 @pytest.mark.parametrize("remat", ["none", "attention", "full"])
