@@ -36,6 +36,7 @@ EXTRAS["test"] = [
     "opencv-python-headless",  # what the loader is measured beside
     "peft",
     "pytest",
+    "pytest-xdist",  # most tests compile, on one core
     "rlds",  # it says whether what we write is RLDS
     "ruff",
     "safetensors",

@@ -24,7 +24,7 @@ from mimic_video.training.storage import run_path
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS, CHECKPOINT_EVERY = 8, 2
-DEADLINE = 300  # seconds that anything may take
+DEADLINE = 600  # seconds that anything may take
 
 
 @pytest.fixture(scope="module")
