@@ -24,7 +24,7 @@ from mimic_video.training.storage import run_path
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS, CHECKPOINT_EVERY = 8, 2
-DEADLINE = 600  # seconds that anything may take
+DEADLINE = 300  # seconds that anything may take
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +108,9 @@ def test_four_processes_train_as_one_even_if_one_of_them_is_killed(launch, exper
     for name in ("loss", "action_mse", "grad_norm"):
         one, four = ([record[name] for record in records[each]] for each in ("one", "four"))
         assert len(set(one)) == STEPS
-        np.testing.assert_allclose(four, one, rtol=1e-6)
+        np.testing.assert_allclose(four, one, rtol=5e-7)
     one, four = (checkpoints.load_params(run, "stored")[0] for run in runs.values())
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), four, one)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), four, one)
 
 
 @pytest.mark.slow
@@ -143,7 +143,7 @@ def test_two_processes_train_and_continue_in_a_bucket(launch, experiment_file, t
 
         records = [read_metrics(each) for each in (run, tmp_path / "run")]
         assert [[record["step"] for record in each] for each in records] == [list(range(1, STEPS + 1))] * 2
-        np.testing.assert_allclose(*[[record["loss"] for record in each] for each in records], rtol=1e-6)
+        np.testing.assert_allclose(*[[record["loss"] for record in each] for each in records], rtol=5e-7)
         params = [checkpoints.load_params(each, "stored")[0] for each in (run, tmp_path / "run")]
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *params)
         assert f"step {STEPS} of {run}" in launch("export", f"--checkpoint={run}", f"--out={tmp_path / 'policy'}")
