@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from mimic_video.config import ExperimentConfig
 from mimic_video.flow import inpainting, matching, solvers
 from mimic_video.models import quantization
-from mimic_video.models.action_decoder import ActionDecoder, Context
+from mimic_video.models.action_decoder import ActionDecoder, Context, each_chunk
 from mimic_video.models.patch_tokenizer import PatchTokenizer
 from mimic_video.models.video_dit import VideoDiT, ViewMask, token_mask
 from mimic_video.models.wan_vae import WanVAE
@@ -208,25 +208,21 @@ class VideoActionModel:
         Returns:
             The loss to differentiate, and metrics: `loss` itself and the unscaled error `action_mse`.
         """
-        robots, actions, video_time = Robots.of(batch), batch["actions"], draws["video_time"]
+        robots, video_time, noise = Robots.of(batch), draws["video_time"], draws["actions"]
         hidden = self.hidden_of_noised_video(params, batch, draws)
         decoder = self.module("decoder", params)
         context = decoder.encode_context(jax.lax.stop_gradient(hidden), self._context_mask(robots.view_mask))
 
-        weights, dims = self._valid(batch["action_mask"]), 1.0
+        weights = self._valid(batch["action_mask"])
         if robots.action_dims is not None:  # the others stay at zero, here and in `decode_actions`
             dims = robots.action_dims[:, None]
-            weights = weights[:, :, None] * dims
-
-        def error(time: Float[Array, " b"], noise: Float[Array, "b a m"], dropped: Bool[Array, " b"]) -> Float[Array, ""]:
-            noise = noise * dims
-            noised = matching.interpolate(actions, noise, time)
-            velocity = self._action_velocity(
-                decoder, batch["proprio"], noised, time, video_time, context, dropped, robots.embodiment
-            )
-            return matching.weighted_mean((velocity - (noise - actions)) ** 2, weights)
-
-        mean = jnp.mean(jax.vmap(error, in_axes=1)(draws["action_time"], draws["actions"], draws["dropped"]))
+            weights, noise = weights[:, :, None] * dims, noise * dims[:, None]
+        # Every draw is a chunk of its own.
+        time, noise, dropped = (x.reshape(-1, *x.shape[2:]) for x in (draws["action_time"], noise, draws["dropped"]))
+        actions = each_chunk(batch["actions"], len(noise))
+        noised = matching.interpolate(actions, noise, time)
+        velocity = self._action_velocity(decoder, batch["proprio"], noised, time, video_time, context, dropped, robots.embodiment)
+        mean = matching.weighted_mean((velocity - (noise - actions)) ** 2, each_chunk(weights, len(noise)))
         mse, loss = Mean(mean, jnp.sum(weights)), Mean(ACTION_LOSS_SCALE * mean, jnp.sum(weights))
         return loss.value, {"loss": loss, "action_mse": mse}
 
@@ -373,18 +369,19 @@ class VideoActionModel:
         noise: Array,
         robots: Robots = ALIKE,
         prefix: Prefix | None = None,
-    ) -> Float[Array, "b a m"]:
-        """`decode_actions` from a context."""
-        decoder = self.module("decoder", params)
-        dims = 1.0 if robots.action_dims is None else robots.action_dims[:, None]
+    ) -> Float[Array, "n a m"]:
+        """`decode_actions` from a context. Noise may be of several chunks a sample, those of a sample next to each other."""
+        decoder, chunks = self.module("decoder", params), len(noise)
+        dims = 1.0 if robots.action_dims is None else each_chunk(robots.action_dims[:, None], chunks)
 
         def velocity(x: Array, time: Float[Array, ""]) -> Array:
-            times = jnp.full(len(x), time)
+            times = jnp.full(chunks, time)
             x = dims * x  # so that guidance does not move the dimensions that a robot lacks
             return dims * self._action_velocity(decoder, proprio, x, times, video_time, context, embodiment=robots.embodiment)
 
         if prefix is not None:
-            velocity = inpainting.guided(velocity, *prefix, self.config.policy.guidance_clip)
+            target, weights = (each_chunk(part, chunks) for part in prefix)
+            velocity = inpainting.guided(velocity, target, weights, self.config.policy.guidance_clip)
         state = jnp.bfloat16 if self.config.compat.bfloat16_action_state else jnp.float32
         return solvers.solve_euler(velocity, dims * noise, self.config.policy.action_steps, state)
 

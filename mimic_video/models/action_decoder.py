@@ -101,13 +101,19 @@ class PairTimeEmbedding(nnx.Module):
         self.shared_proj = linear(rank, 3 * width, rngs)
         self.norm = RMSNorm(rank)
 
-    def __call__(self, times: Float[Array, "b s"], video_time: Float[Array, " b"], dtype: jnp.dtype) -> tuple[Array, Array]:
-        """Normalised embedding (b, s, rank) and the modulation term shared by all blocks (b, s, 3·width)."""
+    def __call__(self, times: Float[Array, "n s"], video_time: Float[Array, " b"], dtype: jnp.dtype) -> tuple[Array, Array]:
+        """Normalised embedding (n, s, rank) and the modulation term shared by all blocks (n, s, 3·width)."""
         width = self.action_proj.in_features
         action = silu(self.action_proj(time_features(times, width).astype(dtype)))
         video = silu(self.video_proj(time_features(video_time[:, None], width).astype(dtype)))
-        z = self.action_rank(action) * self.video_rank(video) - self.action_rank.bias[...] * self.video_rank.bias[...]
+        video_rank = each_chunk(self.video_rank(video), len(action))
+        z = self.action_rank(action) * video_rank - self.action_rank.bias[...] * self.video_rank.bias[...]
         return self.norm(z), self.shared_proj(z)
+
+
+def each_chunk(x: Float[Array, "b ..."], chunks: int) -> Float[Array, "n ..."]:
+    """What samples have, for each of `chunks` action chunks, of which every sample has the same number one after the other."""
+    return jnp.repeat(x, chunks // len(x), axis=0)
 
 
 class ActionBlock(nnx.Module):
@@ -177,14 +183,17 @@ class ActionDecoder(nnx.Module):
     def __call__(
         self,
         proprio: Float[Array, "b o p"],
-        actions: Float[Array, "b a m"],
-        time: Float[Array, " b"],
+        actions: Float[Array, "n a m"],
+        time: Float[Array, " n"],
         video_time: Float[Array, " b"],
         context: Context,
-        drop_proprio: Bool[Array, " b"] | None = None,
+        drop_proprio: Bool[Array, " n"] | None = None,
         embodiment: Int[Array, " b"] | None = None,
-    ) -> Float[Array, "b a m"]:
+    ) -> Float[Array, "n a m"]:
         """The velocity ε − x₀ of every action.
+
+        A sample may have several chunks, which share all that is observed: n is a multiple of b, and those of a sample stand next
+        to each other.
 
         Args:
             proprio: normalised proprioception.
@@ -192,7 +201,7 @@ class ActionDecoder(nnx.Module):
             time: action flow time τ_a in [0, 1].
             video_time: video flow time τ_v at which the hidden states were read.
             context: from `encode_context`.
-            drop_proprio: samples whose proprioception is replaced by the mask token; None for none.
+            drop_proprio: chunks that see the mask token in place of proprioception; None for none.
             embodiment: the robot of each sample; for decoders that have embodiments, and only them.
 
         Raises:
@@ -203,9 +212,9 @@ class ActionDecoder(nnx.Module):
 
     def tokens(
         self, proprio, actions, time, video_time, context, drop_proprio=None, embodiment=None
-    ) -> Float[Array, "b s m"]:
+    ) -> Float[Array, "n s m"]:
         """As `__call__`, for proprioception tokens too."""
-        observed, acted = proprio.shape[1], actions.shape[1]
+        observed, acted, chunks = proprio.shape[1], actions.shape[1], len(actions)
         if (observed, acted) != (self.config.obs_horizon, self.config.action_horizon):
             raise ValueError(f"{observed} proprioception and {acted} action tokens; the decoder was built for "
                              f"{self.config.obs_horizon} and {self.config.action_horizon}")  # fmt: skip
@@ -215,13 +224,14 @@ class ActionDecoder(nnx.Module):
         extra = 0 if embodiment is None else 1  # its token comes first and carries the time of what is observed
         times = jnp.concatenate([jnp.full((len(time), extra + observed), PROPRIO_TIME), jnp.tile(time[:, None], acted)], axis=1)
         embedding, shared = self.time_embedding(times, video_time, actions.dtype)
-        proprio_tokens = self.proprio_embedder(proprio)
+        proprio_tokens = each_chunk(self.proprio_embedder(proprio), chunks)
         if drop_proprio is not None:
             proprio_tokens = jnp.where(drop_proprio[:, None, None], self.proprio_mask_token[...], proprio_tokens)
         x = jnp.concatenate([proprio_tokens, self.action_embedder(actions)], axis=1)
         x = x + self.position_embedding[...]
         if embodiment is not None:
-            x = jnp.concatenate([self.embodiment_tokens[...][embodiment][:, None].astype(x.dtype), x], axis=1)
+            robots = each_chunk(self.embodiment_tokens[...][embodiment][:, None], chunks)
+            x = jnp.concatenate([robots.astype(x.dtype), x], axis=1)
 
         def apply(block: ActionBlock, x: Tokens, keys: Heads, values: Heads) -> Tokens:
             return block(x, embedding, shared, (keys, values), context.mask)

@@ -6,43 +6,69 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from mimic_video.models.layers import SAVED_ATTENTION, RMSNorm, linear
-from mimic_video.models.parallel import BATCH, TOKENS, axis_size, is_spread, platform
+from mimic_video.models.parallel import BATCH, BATCH_AXES, TOKENS, axis_size, compute_capability, is_spread, platform
 
 Backend = Literal["auto", "xla", "cudnn", "splash"]
 Heads = Float[Array, "b *s n k"]  # tokens on one axis, or as video tokens on two: frames and patches of a frame
 
 _SPLASH_BLOCK, _SPLASH_LANES = 1024, 128
+_LOGITS_BYTES = 2**28  # of products of queries and keys that XLA's attention has in memory at a time
 
 
 def attention(q: Heads, k: Heads, v: Heads, mask: Bool[Array, "b k"] | None = None, backend: Backend = "auto") -> Heads:
     """Softmax attention over all tokens, scale 1/√head_dim; softmax in float32.
 
     Video tokens may be spread over the axis `sequence` of the mesh in context. Then, if keys are too, devices exchange parts of
-    the tokens for parts of the heads before and after (all-to-all); the number of patches need not be divisible.
+    the tokens for parts of the heads before and after (all-to-all); the number of patches need not be divisible. Tokens on one
+    axis are whole on every device, which has its part of the batch, and of the heads where `sequence` divides them.
 
     Args:
-        mask: False for keys that no query attends to, over all keys in order; None for none.
-        backend: "xla"; "cudnn" (flash attention on GPU, bfloat16 only); "splash" (flash attention on TPU, elsewhere interpreted,
-            which is slow); "auto" chooses by platform, dtype and size.
+        q: of as many samples as `k`, or with tokens on one axis of a multiple: those that share keys stand next to each other.
+        mask: False for keys that no query attends to, over all keys in order; some key of every sample is attended to. None for
+            all.
+        backend: "xla"; "cudnn" (flash attention on GPU); "splash" (flash attention on TPU, elsewhere interpreted, which is slow);
+            "auto" for the platform's flash attention, and for "xla" where that does not take the arrays, which is logged once.
+
+    Raises:
+        ValueError: if the samples of `q` are no multiple of those of `k`, or the named backend does not take the arrays.
     """
-    if q.ndim == 4 or not is_spread():
+    if q.ndim == 4 and len(q) != len(k):  # more queries of the same keys
+        if len(q) % len(k):
+            raise ValueError(f"queries of {len(q)} samples cannot share the keys of {len(k)}; expected a multiple of them")
+        return attention(q.reshape(len(k), -1, *q.shape[2:]), k, v, mask, backend).reshape(q.shape)
+    if not is_spread():
         return _attend(q, k, v, mask, backend)
-    keys, exchanged = (TOKENS, True) if k.ndim == 5 else (BATCH, False)
-    local = functools.partial(_attend_by_heads, patches=q.shape[2]) if exchanged else _attend
+    if q.ndim == 4:
+        whole = PartitionSpec(BATCH_AXES if len(q) % axis_size(*BATCH_AXES) == 0 else None, None,
+                              "sequence" if q.shape[2] % axis_size("sequence") == 0 else None)  # fmt: skip
+        return _on_devices(_attend, q, k, v, mask, backend, whole, whole)
+    if k.ndim == 4:
+        return _on_devices(_attend, _padded(q), k, v, mask, backend, TOKENS, BATCH)[:, :, : q.shape[2]]
+    exchanging = functools.partial(_attend_by_heads, patches=q.shape[2])
+    padded = (_padded(x) for x in (q, k, v))
+    return _on_devices(exchanging, *padded, mask, backend, TOKENS, TOKENS)[:, :, : q.shape[2]]
+
+
+def _on_devices(
+    attend: Callable, q: Heads, k: Heads, v: Heads, mask: Array | None, backend: Backend, queries: PartitionSpec,
+    keys: PartitionSpec,
+) -> Heads:  # fmt: skip
+    """Attention by every device of the mesh of its part of the arrays: kernels of flash attention are not divided by XLA."""
     masks = () if mask is None else (mask,)
 
-    def attend(q, k, v, *masks):
-        return local(q, k, v, masks[0] if masks else None, backend)
+    def local(q: Heads, k: Heads, v: Heads, *masks: Array) -> Heads:
+        return attend(q, k, v, masks[0] if masks else None, backend)
 
-    spread = jax.shard_map(attend, in_specs=(TOKENS, keys, keys, *[BATCH] * len(masks)), out_specs=TOKENS, check_vma=False)
-    k, v = (_padded(x) if exchanged else x for x in (k, v))
-    return spread(_padded(q), k, v, *masks)[:, :, : q.shape[2]]
+    specs = (queries, keys, keys, *[PartitionSpec(queries[0])] * len(masks))
+    return jax.shard_map(local, in_specs=specs, out_specs=queries, check_vma=False)(q, k, v, *masks)
 
 
 def _padded(x: Float[Array, "b t n h k"], patches: int | None = None) -> Float[Array, "b t n h k"]:
@@ -65,21 +91,88 @@ def _attend(q: Heads, k: Heads, v: Heads, mask: Array | None, backend: Backend) 
     """Attention on one device."""
     shape = q.shape
     q, k, v = (x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in (q, k, v))
-    backend = _fastest(q, k) if backend == "auto" else backend
+    backend = chosen(q, k, backend)
     if backend == "splash":
-        return _splash(q, k, v, mask).reshape(shape)
+        return _splash(q, k, v, mask).reshape(shape)  # it names what it saves itself
+    out = (_cudnn if backend == "cudnn" else _xla)(q, k, v, mask)
+    return checkpoint_name(out.reshape(shape), SAVED_ATTENTION)
+
+
+def chosen(q: Float[Array, "b s n k"], k: Float[Array, "b z n k"], backend: Backend) -> Backend:
+    """The backend that attends on this platform: `backend`, or what stands for "auto". Errors are those of `attention`."""
+    flash: dict[str, tuple[Backend, Callable]] = {"gpu": ("cudnn", _cudnn_refuses), "tpu": ("splash", _splash_refuses)}
+    if backend == "auto":
+        fastest, refuses = flash.get(platform(), ("xla", lambda q, k: ""))
+        if not (reason := refuses(q, k)):
+            return fastest
+        _say_once(f"attention by XLA, as {fastest} does not take {reason}")
+        return "xla"
+    refuses = dict(flash.values()).get(backend)
+    if refuses and (reason := refuses(q, k)):
+        raise ValueError(f"config field 'attention' is {backend!r}, which does not take {reason}; expected 'auto' or 'xla'")
+    return backend
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logging.warning("%s", message)
+
+
+def _cudnn_refuses(q: Float[Array, "b s n k"], k: Array) -> str:
+    """What of the arrays or the GPU cuDNN's flash attention cannot do; empty if nothing."""
+    capability, head_dim = compute_capability(), q.shape[-1]
+    if capability is None:
+        return "GPUs of an unknown compute capability"
+    if capability < (8, 0):
+        slow = ", which has no bfloat16 either: config field 'precision' had better be 'float32'"
+        return f"compute capability {capability[0]}.{capability[1]}{slow if q.dtype == jnp.bfloat16 else ''}"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"{q.dtype} (config field 'precision')"
+    if head_dim % 8 or head_dim > (256 if capability >= (9, 0) else 128):
+        return f"heads of {head_dim}"
+    return ""
+
+
+def _splash_refuses(q: Float[Array, "b s n k"], k: Float[Array, "b z n k"]) -> str:
+    """As `_cudnn_refuses`, of splash attention."""
+    if q.shape[-1] % _SPLASH_LANES:
+        return f"heads of {q.shape[-1]}"
+    if min(q.shape[1], k.shape[1]) < _SPLASH_LANES:
+        return f"fewer than {_SPLASH_LANES} tokens"
+    return ""
+
+
+def _xla(q: Float[Array, "b s n k"], k: Array, v: Array, mask: Bool[Array, "b z"] | None) -> Float[Array, "b s n k"]:
+    """Attention of plain products. If they are many, queries come some after others, and the backward pass does that again."""
     mask = None if mask is None else mask[:, None, None]
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=backend).reshape(shape)
-    return checkpoint_name(out, SAVED_ATTENTION)
+    (size, queries, heads, head_dim), dtype = q.shape, q.dtype
+    at_a_time = max(1, _LOGITS_BYTES // (4 * size * heads * k.shape[1]))
+    if queries <= at_a_time:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
+    at_a_time -= at_a_time % _SPLASH_LANES if at_a_time > _SPLASH_LANES else 0
+    k, v = k.astype(jnp.float32), v.astype(jnp.float32)  # in which their gradients are summed up
+
+    @jax.checkpoint
+    def attend(q: Float[Array, "b c n k"]) -> Float[Array, "b c n k"]:
+        return jax.nn.dot_product_attention(q, k.astype(dtype), v.astype(dtype), mask=mask, implementation="xla")
+
+    q = jnp.pad(q, [(0, 0), (0, -queries % at_a_time), (0, 0), (0, 0)])
+    out = jax.lax.map(attend, q.reshape(size, -1, at_a_time, heads, head_dim).swapaxes(0, 1))
+    return out.swapaxes(0, 1).reshape(q.shape)[:, :queries]
 
 
-def _fastest(q: Float[Array, "b s n k"], k: Float[Array, "b z n k"]) -> Backend:
-    (_, queries, _, head_dim), device = q.shape, platform()
-    if device == "gpu" and q.dtype == jnp.bfloat16 and head_dim % 8 == 0:
-        return "cudnn"
-    if device == "tpu" and head_dim % _SPLASH_LANES == 0 and min(queries, k.shape[1]) >= _SPLASH_LANES:
-        return "splash"
-    return "xla"
+def _cudnn(q: Float[Array, "b s n k"], k: Array, v: Array, mask: Bool[Array, "b z"] | None) -> Float[Array, "b s n k"]:
+    """Flash attention on GPU. It has no gradients of odd numbers of tokens, and no masks but the number of leading keys."""
+    queries, keys, lengths = q.shape[1], k.shape[1], None
+    if mask is not None:
+        order = jnp.argsort(~mask, axis=1, stable=True)  # the attended ones first
+        first = jax.vmap(lambda x, order: x.at[order].get(unique_indices=True, mode="promise_in_bounds"))
+        k, v, lengths = first(k, order), first(v, order), jnp.sum(mask, axis=1, dtype=jnp.int32)
+    elif keys % 2:
+        lengths = jnp.full(len(k), keys, jnp.int32)
+    q, k, v = (jnp.pad(x, [(0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)]) for x in (q, k, v))
+    out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="cudnn")
+    return out[:, :queries]
 
 
 def _splash(q: Float[Array, "b s n k"], k: Array, v: Array, mask: Bool[Array, "b z"] | None) -> Float[Array, "b s n k"]:

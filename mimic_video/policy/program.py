@@ -1,5 +1,6 @@
 """The policy as one pure function, from raw observations to raw actions: what is compiled, measured and exported."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -26,7 +27,8 @@ class PolicyProgram:
 
     def __init__(self, config: ExperimentConfig, embodiment: Embodiment, seed: int = 0):
         """`seed`: of published noise, which no key changes."""
-        self.vam, self.embodiment, self._seed = VideoActionModel(config), embodiment, seed
+        train = dataclasses.replace(config.train, remat="none")  # guidance differentiates a few tokens: nothing to save
+        self.vam, self.embodiment, self._seed = VideoActionModel(dataclasses.replace(config, train=train)), embodiment, seed
         self._decoder, self._cameras, self._bfloat16 = config.decoder, config.data.cameras, config.compat.bfloat16_low_dim
 
     def parameters(self, params: Params) -> Params:
@@ -34,6 +36,21 @@ class PolicyProgram:
         normalizers = self.embodiment.normalizers(self.vam.config)
         scales = {name: ranges(normalizer) for name, normalizer in normalizers.items()}
         return {**self.vam.policy_params(params), "normalizers": scales}
+
+    def input_shapes(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Of what a call takes after the parameters, for `batch` robots."""
+        data, text = self.vam.config.data, self.vam.config.text
+        return {
+            "images": jax.ShapeDtypeStruct((batch, data.past_frames, *data.frame_size, 3), jnp.uint8),
+            "proprio": jax.ShapeDtypeStruct((batch, self.embodiment.proprio_dim), jnp.float32),
+            "text": jax.ShapeDtypeStruct((batch, text.rows, text.width), jnp.float32),
+            "key": jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))),
+        }
+
+    def prefix_shapes(self, batch: int) -> Prefix:
+        """Of what chunks have to continue."""
+        chunk = (batch, self._decoder.action_horizon, self._decoder.action_dim)
+        return Prefix(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (chunk, chunk[:2])))
 
     def __call__(
         self,
@@ -83,12 +100,9 @@ class PolicyProgram:
         prefix: Prefix | None = None, samples: int | None = None,
     ) -> Float[Array, "b *n a w"]:
         """The action flow: the same context for every sample."""
-        robots = self.robots(len(state))
-
-        def solve(noise: Array) -> Array:
-            return self.vam.solve_actions(params, context, time, state, noise, robots, prefix)
-
-        return solve(noise) if samples is None else jax.vmap(solve, in_axes=1, out_axes=1)(noise)
+        flat = noise if samples is None else noise.reshape(-1, *noise.shape[2:])
+        chunks = self.vam.solve_actions(params, context, time, state, flat, self.robots(len(state)), prefix)
+        return chunks.reshape(noise.shape)
 
     def raw_actions(self, params: Params, chunks: Float[Array, "b *n a w"]) -> Float[Array, "b *n a m"]:
         """In the robot's units, and only its dimensions."""

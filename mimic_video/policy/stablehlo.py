@@ -37,7 +37,7 @@ def write_programs(folder: pathlib.Path, policies: dict[Platform, Policy], batch
     names = named_leaves(policy.params)
     weights = {name: np.asarray(_stored(leaf)) for name, leaf in names.items()}
     np.savez(folder / "weights.npz", **weights)  # type: ignore[arg-type]
-    inputs = _inputs(policy, batch)
+    inputs = policy.program.input_shapes(batch)
     for platform, one in policies.items():
         (folder / f"{platform}.bin").write_bytes(export_program(one, platform, batch))
     shapes = {name: {"shape": list(struct.shape), "dtype": struct.dtype.name} for name, struct in inputs.items()}
@@ -53,7 +53,7 @@ def export_program(policy: Policy, platform: Platform, batch: int) -> bytes:
         return policy.program(jax.tree.unflatten(treedef, leaves), images, proprio, text, key)
 
     shapes = {name: jax.eval_shape(_stored, leaf) for name, leaf in kept.items()}
-    exported = jax.export.export(jax.jit(call), platforms=[platform])(shapes, *_inputs(policy, batch).values())
+    exported = jax.export.export(jax.jit(call), platforms=[platform])(shapes, *policy.program.input_shapes(batch).values())
     return bytes(exported.serialize())
 
 
@@ -61,16 +61,6 @@ def attention_for(platform: Platform) -> Literal["auto", "xla"]:
     """The implementation of attention that a program for `platform` can have: the fastest only where this process runs on it."""
     here = {"gpu": "cuda"}.get(present_platform(), present_platform())
     return "auto" if platform == here else "xla"
-
-
-def _inputs(policy: Policy, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
-    data, text = policy.config.data, policy.config.text
-    return {
-        "images": jax.ShapeDtypeStruct((batch, data.past_frames, *data.frame_size, 3), jnp.uint8),
-        "proprio": jax.ShapeDtypeStruct((batch, policy.embodiment.proprio_dim), jnp.float32),
-        "text": jax.ShapeDtypeStruct((batch, text.rows, text.width), jnp.float32),
-        "key": jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))),
-    }
 
 
 def _stored(leaf: jax.Array) -> jax.Array:

@@ -1,23 +1,32 @@
-"""Training steps compiled ahead of time for TPUs that need not be there, and what can be said of them before they run."""
+"""Training steps and policies compiled ahead of time for TPUs, or lowered for GPUs, that need not be there."""
 
+import contextlib
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
 import re
 import time
-from collections.abc import Sequence
+import unittest.mock
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax._src.cudnn import fused_attention_stablehlo
+from jax.extend.core import jaxprs_in_params
 
-from mimic_video.config import ExperimentConfig
-from mimic_video.models.parallel import BATCH
+from mimic_video.config import ExperimentConfig, MeshConfig
+from mimic_video.embodiments import Embodiment
+from mimic_video.models.parallel import BATCH, Capability, assuming
+from mimic_video.policy.program import PolicyProgram
 from mimic_video.training.flops import Chip
 from mimic_video.training.hlo import Program, Work
 from mimic_video.training.sharding import make_mesh, require_divisible, shardings
-from mimic_video.training.steps import abstract_state, make_train_step, split_params
+from mimic_video.training.steps import MeshFunction, abstract_state, make_train_step, split_params
+from mimic_video.transforms import compute_statistics
 from mimic_video.vam import VideoActionModel
 
 
@@ -107,7 +116,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A training step as compiled for one kind of chip."""
+    """A program as compiled for one kind of chip."""
 
     memory: Memory
     work: Work
@@ -115,19 +124,18 @@ class Compiled:
 
 
 class OutOfMemoryError(RuntimeError):
-    """The compiler found no way to run the step in a chip's memory; `required` bytes against `limit`."""
+    """The compiler found no way to run the program in a chip's memory; `required` bytes against `limit`."""
 
     def __init__(self, message: str, required: float, limit: float):
         super().__init__(message)
         self.required, self.limit = required, limit
 
 
-def compile_step(config: ExperimentConfig, devices: Sequence[jax.Device], chip: Chip) -> Compiled:
-    """Compiles the training step of `config.stage` for all of the devices; arrays are never made.
+def step_program(config: ExperimentConfig, devices: Sequence[jax.Device]) -> tuple[MeshFunction, tuple[Any, ...]]:
+    """The training step of `config.stage` for all of the devices, and shapes of its arguments, spread over them.
 
     Raises:
         ConfigError: if the mesh or the batch cannot be laid out on the devices.
-        OutOfMemoryError: if the compiler refuses the program for the chip's memory.
     """
     vam, mesh = VideoActionModel(config), make_mesh(config.mesh, list(devices))
     require_divisible(config.train.batch_size, mesh)
@@ -135,22 +143,123 @@ def compile_step(config: ExperimentConfig, devices: Sequence[jax.Device], chip: 
     frozen = jax.eval_shape(lambda: split_params(vam.init(jax.random.key(0)), config)[1])
     frozen = {name: jax.tree.map(lambda leaf, where, name=name: jax.ShapeDtypeStruct(leaf.shape, vam.dtype(name), sharding=where),
                                  part, shardings({name: part}, mesh)[name]) for name, part in frozen.items()}  # fmt: skip
-    where = jax.sharding.NamedSharding(mesh, BATCH)
-    batch = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where) for name, leaf in batch_shapes(config).items()}
+    batch = _spread(batch_shapes(config), jax.sharding.NamedSharding(mesh, BATCH))
+    return make_train_step(vam, mesh, state), (state, frozen, batch)
+
+
+def policy_program(
+    config: ExperimentConfig, device: jax.Device, batch: int, samples: int | None = None, continuing: bool = False,
+    robot: Embodiment | None = None,
+) -> tuple[MeshFunction, tuple[Any, ...]]:  # fmt: skip
+    """The policy's program for `batch` robots on one device, and shapes of its arguments.
+
+    Args:
+        samples: of chunks that share all but their noise; None for one chunk.
+        continuing: whether chunks have to continue what a robot is executing.
+        robot: by default as wide as the decoder, with all cameras.
+    """
+    program = PolicyProgram(config, robot or widest_robot(config))
+    params = jax.eval_shape(lambda: program.parameters(program.vam.init(jax.random.key(0))))
+    arguments = [params, *program.input_shapes(batch).values()]
+    if continuing:
+        arguments.append(program.prefix_shapes(batch))
+    mesh = make_mesh(MeshConfig(), [device])
+    function = MeshFunction(jax.jit(functools.partial(program, samples=samples)), mesh)
+    return function, tuple(_spread(arguments, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())))
+
+
+def widest_robot(config: ExperimentConfig) -> Embodiment:
+    """One that has all that the model has; its actions and proprioception are normalised by statistics of nothing."""
+    random, decoder = np.random.default_rng(0), config.decoder
+    shapes = {"action": (decoder.action_horizon, decoder.action_dim), "proprio": (1, decoder.proprio_dim)}
+    statistics = {name: compute_statistics(random.normal(size=(100, *shape))) for name, shape in shapes.items()}
+    return Embodiment("widest", 0, statistics, {"action": (), "proprio": ()}, config.data.cameras)
+
+
+def _spread(shapes: Any, where: jax.sharding.NamedSharding) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes)
+
+
+def compile_program(function: MeshFunction, arguments: tuple[Any, ...], chip: Chip) -> Compiled:
+    """Compiles a program for the devices of its mesh; arrays are never made.
+
+    Raises:
+        OutOfMemoryError: if the compiler refuses the program for the chip's memory.
+    """
     start = time.perf_counter()
     try:
-        compiled = make_train_step(vam, mesh, state).lower(state, frozen, batch).compile()
+        compiled = function.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         raise out_of_memory(str(error)) or error from error
     seconds = time.perf_counter() - start
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    resident = sum(_bytes_per_chip(leaf) for leaf in jax.tree.leaves((state, frozen, batch)))
+    slices = len({getattr(device, "slice_index", 0) for device in function.mesh.devices.flat})
     work = Program(compiled.as_text()).work(slices)
-    return Compiled(memory_of(compiled.memory_analysis(), chip.hbm, resident), work, seconds)
+    return Compiled(memory_of(compiled.memory_analysis(), chip.hbm, bytes_per_chip(arguments)), work, seconds)
 
 
-def _bytes_per_chip(leaf: jax.ShapeDtypeStruct) -> int:
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+def bytes_per_chip(tree: Any) -> int:
+    """Of arrays, or of shapes with their shardings."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+@contextlib.contextmanager
+def as_on_gpu(capability: Capability | None) -> Iterator[None]:
+    """Within it, programs are traced and lowered as where there are GPUs of that compute capability, which need not be here.
+
+    The rules of cuDNN's attention on shapes, batching and gradients apply. JAX looks for the library and for the chip on this
+    machine and has no public way to be told of others, so its two questions are answered here.
+    """
+
+    def reaches(least: str) -> bool:
+        return capability is not None and capability >= tuple(map(int, least.split(".")))
+
+    answers = {"check_cudnn_version": lambda: 91_100, "check_compute_capability": reaches}
+    with assuming("gpu", capability), unittest.mock.patch.multiple(fused_attention_stablehlo, **answers):
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """What is known of a program for GPUs without compiling it, which takes one.
+
+    Attributes:
+        arguments: bytes on one device.
+        largest: (bytes, shape and dtype, the operation it comes from) of the largest arrays, whole, the largest first. XLA need
+            not make all of them.
+        flash: number of calls of cuDNN's attention in the program's text, in which loops stand once.
+    """
+
+    arguments: int
+    largest: tuple[tuple[int, str, str], ...]
+    flash: dict[str, int]
+
+
+def lower_for_gpu(function: MeshFunction, arguments: tuple[Any, ...], capability: Capability) -> Lowered:
+    """Traces and lowers a program, which must not have been traced before, for GPUs."""
+    with as_on_gpu(capability):
+        traced = function.trace(*arguments)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    kernels = re.findall(r"@__cudnn\$fmha\w*?(Backward)?\(", text)
+    flash = {"forward": kernels.count(""), "backward": kernels.count("Backward")}
+    return Lowered(bytes_per_chip(arguments), tuple(largest_arrays(traced.jaxpr.jaxpr)), flash)
+
+
+def largest_arrays(jaxpr: Any, number: int = 5) -> list[tuple[int, str, str]]:
+    """As of `Lowered`, those of a program as it was traced."""
+    found: dict[str, tuple[int, str, str]] = {}
+
+    def visit(jaxpr: Any) -> None:
+        for equation in jaxpr.eqns:
+            for variable in equation.outvars:
+                shape = variable.aval.str_short()
+                if hasattr(variable.aval, "dtype"):
+                    size = math.prod(variable.aval.shape) * variable.aval.dtype.itemsize
+                    found.setdefault(shape, (size, shape, equation.primitive.name))
+            for inner in jaxprs_in_params(equation.params):
+                visit(inner)
+
+    visit(jaxpr)
+    return sorted(found.values(), reverse=True)[:number]
 
 
 def memory_of(analysis: Any, limit: float, resident: float) -> Memory:

@@ -39,7 +39,7 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class MeshFunction:
-    """A jitted function that runs, or is lowered, with its mesh in context, from which the networks take how they are spread."""
+    """A jitted function that runs, is traced or lowered with its mesh in context, which tells networks how they are spread."""
 
     function: Any
     mesh: Mesh
@@ -47,6 +47,10 @@ class MeshFunction:
     def __call__(self, *arguments: Any) -> Any:
         with jax.set_mesh(self.mesh):
             return self.function(*arguments)
+
+    def trace(self, *arguments: Any) -> Any:
+        with jax.set_mesh(self.mesh):
+            return self.function.trace(*arguments)
 
     def lower(self, *arguments: Any) -> Any:
         with jax.set_mesh(self.mesh):
