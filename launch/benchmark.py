@@ -151,17 +151,21 @@ def product_rate(dtype: str) -> float:
 
 
 def training(config: ExperimentConfig) -> dict[str, Any]:
-    """Steps of stage 2, with adapters and of everything: in this order, as the peak of memory is that so far."""
+    """Steps of every kind of training."""
     rate = product_rate(config.precision)
+    return {"product_tflops_per_second": round(rate / 1e12, 4), "precision": config.precision,
+            "tokens_per_sample": video_tokens(config),
+            **{name: step_times(kind, rate) for name, kind in training_kinds(config).items()}}  # fmt: skip
+
+
+def training_kinds(config: ExperimentConfig) -> dict[str, ExperimentConfig]:
+    """Stage 2, with adapters and of everything: in this order, as the peak of memory is that so far."""
     adapters = config.lora if config.lora.rank else LoraConfig(rank=config.backbone.width // 8)
-    kinds = {
+    return {
         "action": dataclasses.replace(config, stage="action", lora=LoraConfig()),
         "lora": dataclasses.replace(config, stage="video", lora=adapters),
         "full": dataclasses.replace(config, stage="video", lora=LoraConfig()),
     }
-    return {"product_tflops_per_second": round(rate / 1e12, 4), "precision": config.precision,
-            "tokens_per_sample": video_tokens(config),
-            **{name: step_times(kind, rate) for name, kind in kinds.items()}}  # fmt: skip
 
 
 def one_sample_a_device(config: ExperimentConfig) -> ExperimentConfig:

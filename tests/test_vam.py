@@ -153,6 +153,30 @@ def test_action_loss_of_known_actions(params):
     np.testing.assert_allclose(loss, 10 * metrics["action_mse"].value, rtol=1e-6)
 
 
+@pytest.mark.parametrize("several", [False, True], ids=["one robot", "robots and views"])
+def test_draws_that_share_a_pass_are_as_many_losses(several):
+    """The loss and its gradient are the means over the draws one by one."""
+    changes = {"decoder": {"embodiments": 2, "proprio_dropout": 0.5}, **VIEWS} if several else {}
+    three, one = (tiny.experiment(train={"action_draws": draws}, **changes) for draws in (3, 1))
+    params, batch = tiny.params(three), tiny.batch(three, 4)
+    batch["action_mask"][1, 2:] = False
+    if several:
+        batch |= {"embodiment": np.array([0, 1, 1, 0]), "view_mask": np.array([[True, True], [True, False]] * 2),
+                  "action_dims": np.array([[True, True], [True, False]] * 2)}  # fmt: skip
+    draws = VideoActionModel(three).draw(KEY, 4)
+
+    def each(config):
+        return jax.jit(jax.value_and_grad(lambda decoder, draws: VideoActionModel(config).loss(
+            params | {"decoder": decoder}, batch, draws)[0]))  # fmt: skip
+
+    together = each(three)(params["decoder"], draws)
+    shared, alone = {"video_time", "video"}, each(one)
+    single = [alone(params["decoder"], {name: x if name in shared else x[:, i : i + 1] for name, x in draws.items()})
+              for i in range(3)]  # fmt: skip
+    mean = jax.tree.map(lambda *parts: np.mean(parts, axis=0), *single)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max()), together, mean)
+
+
 def test_proprioception_is_dropped_as_often_as_configured(params):
     """The recording model answers 0 for dropped samples and 10 for the others: errors of 1 and 101."""
     config = tiny.experiment(train={"action_draws": 500}, decoder={"proprio_dropout": 0.25})
@@ -428,6 +452,19 @@ def test_sampled_actions_continue_a_prefix(params, precision):
     assert np.abs(led - target)[[0, 2], :2].max() < 0.3 < np.abs(free - target)[[0, 2], :2].max()
     np.testing.assert_allclose(led[1], free[1], atol=1e-5 if precision == "float32" else 0.05)
     assert not led[2, :, 1].any() and np.isfinite(led).all()
+
+
+def test_chunks_that_share_a_context_are_as_many_plans(params):
+    """Each with its own noise; what they continue, and what a robot lacks, is their sample's."""
+    vam, batch = VideoActionModel(ACTION), tiny.batch(ACTION, 2)
+    hidden, time = jax.random.normal(KEY, (2, 6, 16)), jnp.asarray([1.0, 0.5])
+    noise, robots = jax.random.normal(KEY, (6, 4, 2)), Robots(action_dims=jnp.asarray([[True, True], [True, False]]))
+    prefix = Prefix(jax.random.normal(KEY, (2, 4, 2)), jnp.tile(prefix_weights(4, 2, 3), (2, 1)))
+    context, solve = vam.action_context(params, hidden), compiled(ACTION, "solve_actions")
+    together = solve(params, context, time, batch["proprio"], noise, robots, prefix)
+    for draw in range(3):
+        alone = solve(params, context, time, batch["proprio"], noise[draw::3], robots, prefix)
+        np.testing.assert_allclose(together[draw::3], alone, atol=1e-5)
 
 
 def test_robots_are_told_apart():

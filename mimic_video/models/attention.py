@@ -20,6 +20,7 @@ Backend = Literal["auto", "xla", "cudnn", "splash"]
 Heads = Float[Array, "b *s n k"]  # tokens on one axis, or as video tokens on two: frames and patches of a frame
 
 _SPLASH_BLOCK, _SPLASH_LANES = 1024, 128
+_UNKNOWN = "GPUs of an unknown compute capability"
 _LOGITS_BYTES = 2**28  # of products of queries and keys that XLA's attention has in memory at a time
 
 
@@ -101,28 +102,35 @@ def _attend(q: Heads, k: Heads, v: Heads, mask: Array | None, backend: Backend) 
 def chosen(q: Float[Array, "b s n k"], k: Float[Array, "b z n k"], backend: Backend) -> Backend:
     """The backend that attends on this platform: `backend`, or what stands for "auto". Errors are those of `attention`."""
     flash: dict[str, tuple[Backend, Callable]] = {"gpu": ("cudnn", _cudnn_refuses), "tpu": ("splash", _splash_refuses)}
-    if backend == "auto":
-        fastest, refuses = flash.get(platform(), ("xla", lambda q, k: ""))
-        if not (reason := refuses(q, k)):
-            return fastest
-        _say_once(f"attention by XLA, as {fastest} does not take {reason}")
+    if backend != "auto":
+        refuses = dict(flash.values()).get(backend)
+        if refuses and (reason := refuses(q)) not in ("", _UNKNOWN):  # who names it knows the GPU
+            raise ValueError(f"config field 'attention' is {backend!r}, which does not take {reason}; expected 'auto' or 'xla'")
+        return backend
+    few = platform() == "tpu" and min(q.shape[1], k.shape[1]) < _SPLASH_LANES
+    if platform() not in flash or few:
         return "xla"
-    refuses = dict(flash.values()).get(backend)
-    if refuses and (reason := refuses(q, k)):
-        raise ValueError(f"config field 'attention' is {backend!r}, which does not take {reason}; expected 'auto' or 'xla'")
-    return backend
+    fastest, refuses = flash[platform()]
+    if reason := refuses(q):
+        _say_once(f"{fastest} does not take {reason}")
+        return "xla"
+    return fastest
 
 
-@functools.cache
+REFUSED: list[str] = []  # what flash attention did not take of what this process has traced
+
+
 def _say_once(message: str) -> None:
-    logging.warning("%s", message)
+    if message not in REFUSED:
+        REFUSED.append(message)
+        logging.warning("attention by XLA: %s", message)
 
 
-def _cudnn_refuses(q: Float[Array, "b s n k"], k: Array) -> str:
+def _cudnn_refuses(q: Float[Array, "b s n k"]) -> str:
     """What of the arrays or the GPU cuDNN's flash attention cannot do; empty if nothing."""
     capability, head_dim = compute_capability(), q.shape[-1]
     if capability is None:
-        return "GPUs of an unknown compute capability"
+        return _UNKNOWN
     if capability < (8, 0):
         slow = ", which has no bfloat16 either: config field 'precision' had better be 'float32'"
         return f"compute capability {capability[0]}.{capability[1]}{slow if q.dtype == jnp.bfloat16 else ''}"
@@ -133,13 +141,9 @@ def _cudnn_refuses(q: Float[Array, "b s n k"], k: Array) -> str:
     return ""
 
 
-def _splash_refuses(q: Float[Array, "b s n k"], k: Float[Array, "b z n k"]) -> str:
+def _splash_refuses(q: Float[Array, "b s n k"]) -> str:
     """As `_cudnn_refuses`, of splash attention."""
-    if q.shape[-1] % _SPLASH_LANES:
-        return f"heads of {q.shape[-1]}"
-    if min(q.shape[1], k.shape[1]) < _SPLASH_LANES:
-        return f"fewer than {_SPLASH_LANES} tokens"
-    return ""
+    return f"heads of {q.shape[-1]}" if q.shape[-1] % _SPLASH_LANES else ""
 
 
 def _xla(q: Float[Array, "b s n k"], k: Array, v: Array, mask: Bool[Array, "b z"] | None) -> Float[Array, "b s n k"]:

@@ -50,7 +50,7 @@ class PolicyProgram:
     def prefix_shapes(self, batch: int) -> Prefix:
         """Of what chunks have to continue."""
         chunk = (batch, self._decoder.action_horizon, self._decoder.action_dim)
-        return Prefix(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (chunk, chunk[:2])))
+        return Prefix(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (chunk, chunk[:2])))  # type: ignore[arg-type]
 
     def __call__(
         self,

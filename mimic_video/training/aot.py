@@ -20,6 +20,7 @@ from jax.extend.core import jaxprs_in_params
 
 from mimic_video.config import ExperimentConfig, MeshConfig
 from mimic_video.embodiments import Embodiment
+from mimic_video.models.attention import REFUSED
 from mimic_video.models.parallel import BATCH, Capability, assuming
 from mimic_video.policy.program import PolicyProgram
 from mimic_video.training.flops import Chip
@@ -227,21 +228,24 @@ class Lowered:
         largest: (bytes, shape and dtype, the operation it comes from) of the largest arrays, whole, the largest first. XLA need
             not make all of them.
         flash: number of calls of cuDNN's attention in the program's text, in which loops stand once.
+        refused: what cuDNN's attention does not take, and XLA attends to.
     """
 
     arguments: int
     largest: tuple[tuple[int, str, str], ...]
     flash: dict[str, int]
+    refused: tuple[str, ...]
 
 
 def lower_for_gpu(function: MeshFunction, arguments: tuple[Any, ...], capability: Capability) -> Lowered:
     """Traces and lowers a program, which must not have been traced before, for GPUs."""
+    REFUSED.clear()
     with as_on_gpu(capability):
         traced = function.trace(*arguments)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     kernels = re.findall(r"@__cudnn\$fmha\w*?(Backward)?\(", text)
     flash = {"forward": kernels.count(""), "backward": kernels.count("Backward")}
-    return Lowered(bytes_per_chip(arguments), tuple(largest_arrays(traced.jaxpr.jaxpr)), flash)
+    return Lowered(bytes_per_chip(arguments), tuple(largest_arrays(traced.jaxpr.jaxpr)), flash, tuple(REFUSED))
 
 
 def largest_arrays(jaxpr: Any, number: int = 5) -> list[tuple[int, str, str]]:

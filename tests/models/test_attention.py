@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mimic_video.config import MeshConfig
+from mimic_video.models import attention as module
 from mimic_video.models.attention import attention
 from mimic_video.training.sharding import make_mesh
 
@@ -38,6 +39,83 @@ def test_splash_attention_is_attention(queries, keys, masked):
     mask = jnp.asarray(np.random.default_rng(3).random((2, keys)) > 0.3) if masked else None
     assert_close(*(outputs_and_gradients(lambda *heads, backend=backend: attention(*heads, mask, backend), q, k, v)
                    for backend in ("splash", "xla")))  # fmt: skip
+
+
+# Queries that share keys.
+
+
+@pytest.mark.parametrize("backend", ["xla", pytest.param("splash", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_samples_that_share_keys_attend_as_with_keys_of_their_own(masked, backend):
+    """Outputs, and gradients, which for shared keys are sums."""
+    heads, dim = (2, HEAD_DIM) if backend == "splash" else (2, 8)
+    q, k, v = random(6, 50, heads, dim), random(2, 130, heads, dim, seed=1), random(2, 130, heads, dim, seed=2)
+    mask = jnp.asarray(np.random.default_rng(3).random((2, 130)) > 0.3) if masked else None
+
+    def own(q, k, v):
+        k, v, masks = (x if x is None else jnp.repeat(x, 3, axis=0) for x in (k, v, mask))
+        return attention(q, k, v, masks, "xla")
+
+    shared = outputs_and_gradients(lambda *heads: attention(*heads, mask, backend), q, k, v)
+    assert_close(shared, outputs_and_gradients(own, q, k, v))
+
+
+def test_samples_that_cannot_share_keys():
+    with pytest.raises(ValueError, match="queries of 5 samples cannot share the keys of 2; expected a multiple of them"):
+        attention(random(5, 3, 2, 4), random(2, 3, 2, 4), random(2, 3, 2, 4))
+
+
+@pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 1, 8), (8, 1, 1)], ids=str)
+def test_devices_share_the_samples_and_heads_of_whole_tokens(mesh):
+    """Three samples to a context, and as many contexts as devices divide, or not; heads that `sequence` divides, or not."""
+    for contexts in (8, 3):
+        q, k, v = random(3 * contexts, 5, 4, 8), random(contexts, 7, 4, 8, seed=1), random(contexts, 7, 4, 8, seed=2)
+        mask = jnp.asarray(np.random.default_rng(3).random((contexts, 7)) > 0.3)
+        expected = outputs_and_gradients(lambda *heads, mask=mask: attention(*heads, mask), q, k, v)
+        with jax.set_mesh(make_mesh(MeshConfig(*mesh))):
+            assert_close(outputs_and_gradients(lambda *heads, mask=mask: attention(*heads, mask), q, k, v), expected)
+
+
+# Many products, in parts.
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_in_parts_is_attention(masked, dtype, monkeypatch):
+    """Of 130 queries, which 50 at a time do not divide; of one query at a time, where one alone is too much."""
+    q, k, v = (random(2, tokens, 2, 8, seed=tokens).astype(dtype) for tokens in (130, 70, 70))
+    mask = jnp.asarray(np.random.default_rng(3).random((2, 70)) > 0.3) if masked else None
+
+    def compute():
+        return outputs_and_gradients(lambda *heads: attention(*heads, mask, "xla").astype(jnp.float32), q, k, v)
+
+    whole = compute()
+    for at_a_time in (50, 0):
+        monkeypatch.setattr(module, "_LOGITS_BYTES", at_a_time * 2 * 2 * 70 * 4)
+        parts = compute()
+        assert [x.dtype for x in parts] == [x.dtype for x in whole]
+        bound = 1e-5 if dtype == jnp.float32 else 2**-7  # the gradients' own rounding: of keys, sums in float32 are rounded once
+        for one, other in zip(parts, whole, strict=True):
+            np.testing.assert_allclose(one.astype(jnp.float32), other.astype(jnp.float32), rtol=bound, atol=bound)
+
+
+def test_attention_in_parts_fits_memory_at_the_published_number_of_tokens():
+    """19,200 tokens of one sample and 16 heads: all logits are 23.6 GB in float32, and those of a part an eighth of a gigabyte.
+
+    Forward and backward hold a few arrays of a part's size; beside them the arguments' and results' own, of 0.16 GB in float32.
+    """
+    heads = jax.ShapeDtypeStruct((1, 19_200, 16, 128), jnp.bfloat16)
+
+    def loss(q, k, v):
+        return jnp.sum(attention(q, k, v, backend="xla").astype(jnp.float32))
+
+    for function in (loss, jax.grad(loss, (0, 1, 2))):
+        memory = jax.jit(function).lower(heads, heads, heads).compile().memory_analysis()
+        print(f"{memory.temp_size_in_bytes / 1e9:.2f} GB")
+        assert memory.temp_size_in_bytes < 2.5e9
+
+
+# Video tokens on several devices.
 
 
 @pytest.mark.parametrize("patches", [8, 5, 3], ids=["even", "uneven", "fewer than devices"])

@@ -78,7 +78,7 @@ def test_slices_are_told_apart():
 def test_a_mesh_that_does_not_fit_the_topology():
     devices = aot.topology_devices("v5e:2x2")
     with pytest.raises(ConfigError, match="must multiply to the 4 devices"):
-        aot.compile_step(tiny.experiment(mesh={"data": 3}), devices, flops.CHIPS["TPU v5 lite"])
+        aot.step_program(tiny.experiment(mesh={"data": 3}), devices)
 
 
 def small(**changes):
@@ -96,7 +96,7 @@ def small(**changes):
 @pytest.mark.parametrize(("stage", "slices"), [("video", 1), ("action", 2)])
 def test_a_step_compiled_for_tpus(stage, slices):
     config = small(stage=stage, mesh={"data": slices, "fsdp": 2, "sequence": 2})
-    step = aot.compile_step(config, aot.topology_devices("v5e:2x2", slices), flops.CHIPS["TPU v5 lite"])
+    step = aot.compile_program(*aot.step_program(config, aot.topology_devices("v5e:2x2", slices)), flops.CHIPS["TPU v5 lite"])
     model = flops.step_flops(config)
     assert step.memory.fits and step.memory.free > 0.9 and step.work.unknown_loops == 0
     again = 4 / 3 if stage == "video" else 1.0
@@ -106,3 +106,24 @@ def test_a_step_compiled_for_tpus(stage, slices):
     between = {each.kind for each in step.work.collectives if each.network == "dcn"}
     assert ("all-reduce" in between) == bool(between) == (slices > 1)
     assert np.isfinite(aot.step_bound(step.work, flops.CHIPS["TPU v5 lite"]).seconds)
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v6e:1x1"])
+@pytest.mark.parametrize("form", ["one chunk", "samples", "continuing", "int8", "a missing camera and two robots"])
+def test_a_policy_compiled_for_one_tpu(form, topology):
+    """Of 4 robots, so that three samples of 1 + 15 tokens are more queries than splash attention needs."""
+    changes = {"policy": {"weights": "int8"}} if form == "int8" else {}
+    if "camera" in form:
+        changes = {"data": {"image_size": (128, 128), "cameras": ("primary", "wrist")}, "decoder": {"embodiments": 2}}
+    backbone = {"width": 256, "num_blocks": 2, "text_width": 128, "hidden_block": 1, "views": 1 + ("camera" in form)}
+    config = small(backbone=backbone, **changes)
+    decoder = dataclasses.replace(config.decoder, width=256, action_horizon=60)
+    config = dataclasses.replace(config, decoder=decoder, data=dataclasses.replace(config.data, action_horizon=60))
+    robot = dataclasses.replace(aot.widest_robot(config), cameras=("primary",))
+    arguments = {"samples": 3 if form == "samples" else None, "continuing": form == "continuing", "robot": robot}
+    device = aot.topology_devices(topology)[0]
+    compiled = aot.compile_program(*aot.policy_program(config, device, 4, **arguments), flops.chip_of(device))
+    assert compiled.memory.fits and compiled.work.unknown_loops == 0
+    assert compiled.work.flops > 4 * flops.policy_flops(config).total * 0.9
