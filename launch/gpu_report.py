@@ -1,4 +1,4 @@
-"""What a GPU makes of this repository: does everything run, is it right, how fast is it. Prints one JSON line a part.
+"""What a GPU makes of this repository: does everything run, is it right, how fast is it. Prints lines of JSON.
 
     python launch/gpu_report.py [--parts=forms,attention] [--seconds=480] [--small] [--out=FILE.jsonl]
 
@@ -48,6 +48,7 @@ _SHARE = flags.DEFINE_string("share", None, "Of `forms`, a part of them, such as
 _SECONDS = flags.DEFINE_integer("seconds", 480, "For all parts together", lower_bound=1)
 _SMALL = flags.DEFINE_bool("small", False, "Sizes for machines without a GPU")
 _OUT = flags.DEFINE_string("out", None, "File that the lines are appended to")
+
 
 def emit(part: str, **values: Any) -> None:
     """Prints a line; what is found early survives a part that does not end."""

@@ -1,3 +1,5 @@
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +7,7 @@ import pytest
 
 from mimic_video.config import MeshConfig
 from mimic_video.models import attention as module
+from mimic_video.models import parallel
 from mimic_video.models.attention import attention
 from mimic_video.training.sharding import make_mesh
 
@@ -74,6 +77,38 @@ def test_devices_share_the_samples_and_heads_of_whole_tokens(mesh):
         expected = outputs_and_gradients(lambda *heads, mask=mask: attention(*heads, mask), q, k, v)
         with jax.set_mesh(make_mesh(MeshConfig(*mesh))):
             assert_close(outputs_and_gradients(lambda *heads, mask=mask: attention(*heads, mask), q, k, v), expected)
+
+
+# What cuDNN is given.
+
+
+@pytest.mark.parametrize(("queries", "keys", "masked"), [
+    (64, 128, False), (61, 128, False), (64, 127, False), (64, 128, True), (61, 127, True),
+])  # fmt: skip
+def test_cudnn_is_given_the_same_attention(queries, keys, masked, monkeypatch):
+    """Even numbers of tokens, and lengths in place of masks; XLA, which knows lengths too, computes what the GPU would."""
+    of_jax = jax.nn.dot_product_attention
+
+    def instead(q, k, v, *, implementation, mask=None, key_value_seq_lengths=None):
+        if implementation == "cudnn":
+            assert mask is None and q.shape[1] % 2 == k.shape[1] % 2 == 0
+        return of_jax(q, k, v, mask=mask, key_value_seq_lengths=key_value_seq_lengths, implementation="xla")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
+    q, k, v = random(6, queries, 2, 8), random(2, keys, 2, 8, seed=1), random(2, keys, 2, 8, seed=2)
+    mask = jnp.asarray(np.random.default_rng(3).random((2, keys)) > 0.3) if masked else None
+    assert_close(*(outputs_and_gradients(lambda *heads, backend=backend: attention(*heads, mask, backend), q, k, v)
+                   for backend in ("cudnn", "xla")))  # fmt: skip
+
+
+@pytest.mark.parametrize(("version", "capability", "expected"), [
+    ("PJRT C API\ncuda 13000", "9.0", (9, 0)), ("PJRT C API\ncuda 12090", "12.1", (12, 1)),
+    ("PJRT C API\nrocm 60300", "gfx942", None), ("cpu", None, None),
+])  # fmt: skip
+def test_compute_capability_is_that_of_cuda(version, capability, expected, monkeypatch):
+    device = types.SimpleNamespace(client=types.SimpleNamespace(platform_version=version), compute_capability=capability)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert parallel._own_capability.__wrapped__() == expected
 
 
 # Many products, in parts.
