@@ -33,7 +33,8 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, "Name of the TPU topology, suc
 _SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology, joined by the data centre's network", lower_bound=1)
 _DEVICES = flags.DEFINE_integer("devices", 1, "GPUs that the step is spread over", lower_bound=1)
 _CAPABILITY = flags.DEFINE_string("capability", "9.0", "Compute capability of the GPUs: 9.0 of an H100, 8.0 of an A100")
-_POLICY = flags.DEFINE_integer("policy", 0, "Compiles the policy's program for that many robots in place of the training step")
+_POLICY = flags.DEFINE_integer("policy", 0, "Compiles the policy for that many robots, on one chip, in place of the step",
+                               lower_bound=0)  # fmt: skip
 _OUT = flags.DEFINE_string("out", None, "File for the report")
 flags.FLAGS.set_default("compilation_cache", False)  # what compiling takes is reported
 
@@ -109,7 +110,7 @@ def gpu_summary(values: dict[str, Any]) -> str:
     return "\n".join([
         f"lowers for {values['chips']} GPU{'s' * (values['chips'] > 1)} of compute capability {values['capability']}",
         _what(values),
-        f"arguments of {_gib(values['argument_bytes_per_chip'])} a GPU; largest arrays, of all GPUs together: {largest}",
+        f"arguments of {_gib(values['argument_bytes_per_chip'])} a GPU; largest arrays, before they are spread: {largest}",
         f"attention by cuDNN: {cudnn['forward']} calls forward and {cudnn['backward']} backward in the program's text",
         *(f"attention by XLA: {reason}" for reason in by_xla),
     ])  # fmt: skip
@@ -150,6 +151,11 @@ def _gib(size: float) -> str:
 
 def main(config: ExperimentConfig) -> None:
     jax.config.update("jax_platforms", "cpu")  # whatever this machine has, nothing is run on it
+    other = ("topology", "slices") if _PLATFORM.value == "cuda" else ("devices", "capability")
+    for name in (*other, *(["devices"] if _POLICY.value else [])):
+        if flags.FLAGS[name].present:
+            raise ConfigError(f"--{name} is given, which says nothing for --platform={_PLATFORM.value}"
+                              f"{' --policy, which is for one chip' if name not in other else ''}")  # fmt: skip
     if _PLATFORM.value == "tpu" and not _TOPOLOGY.value:
         raise ConfigError("--topology is missing: the TPU to compile for, such as v5e:16x16, or --platform=cuda for GPUs")
     if _PLATFORM.value == "cuda":

@@ -1,6 +1,6 @@
 """What a GPU makes of this repository: does everything run, is it right, how fast is it. Prints lines of JSON.
 
-    python launch/gpu_report.py [--parts=forms,attention] [--seconds=480] [--small] [--out=FILE.jsonl]
+    python launch/gpu_report.py [--parts=forms,attention] [--seconds=900] [--small] [--out=FILE.jsonl]
 
     device     what it is, and its rates of matrix products and copies
     forms      a training step of every shipped experiment and every form of the policy, once, with narrow networks
@@ -12,8 +12,9 @@
     profile    the kernels that a full finetuning step and a policy spend their time in
 
 Needs the package without extras, and for `policy` what --reference=torch needs; nothing is downloaded. Every part is a process of
-its own with a share of the time, so that one that fails costs only itself. --small is for machines without a GPU: it shows that
-the report runs, and its numbers say nothing.
+its own with a share of the time, so that one that fails costs only itself; with fewer --seconds than their sum, the last ones
+are left out. Exit code: 0 if every part ended and all forms ran. --small is for machines without a GPU: it shows that the report
+runs, and its numbers say nothing.
 """
 
 import collections
@@ -45,7 +46,7 @@ PARTS = {  # seconds
 _PARTS = flags.DEFINE_list("parts", list(PARTS), f"Of {', '.join(PARTS)}")
 _PART = flags.DEFINE_enum("part", None, list(PARTS), "Runs one part in this process")
 _SHARE = flags.DEFINE_string("share", None, "Of `forms`, a part of them, such as 0/8")
-_SECONDS = flags.DEFINE_integer("seconds", 480, "For all parts together", lower_bound=1)
+_SECONDS = flags.DEFINE_integer("seconds", sum(PARTS.values()), "For all parts together", lower_bound=1)
 _SMALL = flags.DEFINE_bool("small", False, "Sizes for machines without a GPU")
 _OUT = flags.DEFINE_string("out", None, "File that the lines are appended to")
 
@@ -69,15 +70,18 @@ def run_forms() -> dict[str, Any]:
     def lines(process: subprocess.Popen) -> list[dict[str, Any]]:
         found = []
         for line in process.stdout or ():
-            sys.stdout.write(line)
-            sys.stdout.flush()
-            found.append(json.loads(line))
+            if line.startswith("{"):
+                sys.stdout.write(line)
+                sys.stdout.flush()
+                found.append(json.loads(line))
         return found
 
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         results = [line for found in pool.map(lines, processes) for line in found if "form" in line]
     failed = [line["form"] for line in results if isinstance(line["first_run_s"], str)]
-    return {"passed": len(results) - len(failed), "failed": failed, "exit_codes": [process.wait() for process in processes]}
+    passed, codes = len(results) - len(failed), [process.wait() for process in processes]
+    failed += [f"share {number}/{workers}: exit code {code}" for number, code in enumerate(codes) if code]
+    return {"passed": passed, "failed": failed}
 
 
 def share_of_forms(number: int, of: int) -> dict[str, Any]:
@@ -329,23 +333,41 @@ FUNCTIONS = {
 }  # fmt: skip
 
 
+def require_gpu() -> None:
+    """Ends this process with a line for people unless there is a GPU, or what is asked for needs none."""
+    # `golden`, `policy` and the shares of `forms` start JAX in processes of their own, beside which this one takes no memory.
+    import jax
+
+    if not _SMALL.value and jax.default_backend() != "gpu":
+        sys.exit("error: JAX finds no GPU here; --small shows on a CPU that the report runs")
+
+
 def run_part(part: str, seconds: float) -> Iterator[str]:
     """The lines of a part in a process of its own, as they come, and what it said last if it failed."""
     flag = ["--small"] if _SMALL.value else []
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false",
                                 "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}  # fmt: skip
-    start = time.perf_counter()
+    start, late = time.perf_counter(), threading.Event()
+
+    def stop() -> None:
+        late.set()
+        os.killpg(process.pid, signal.SIGKILL)
+
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen([sys.executable, __file__, f"--part={part}", *flag], cwd=ROOT, env=environment, text=True,
                                    stdout=subprocess.PIPE, stderr=errors, start_new_session=True)  # fmt: skip
-        late = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
-        late.start()
-        yield from (line.strip() for line in process.stdout or () if line.startswith("{"))
-        code = process.wait()
-        late.cancel()
+        timer = threading.Timer(seconds, stop)
+        timer.start()
+        try:
+            yield from (line.strip() for line in process.stdout or () if line.startswith("{"))
+            code = process.wait()
+        finally:
+            timer.cancel()
+            if process.poll() is None:  # interrupted from the keyboard
+                os.killpg(process.pid, signal.SIGKILL)
         errors.seek(0)
         if code:
-            reason = f"stopped after {seconds:.0f} s" if code == -signal.SIGKILL else f"exit code {code}"
+            reason = f"stopped after {seconds:.0f} s" if late.is_set() else f"exit code {code}"
             yield json.dumps({"part": part, "error": reason, "said": errors.read()[-1500:]})
     yield json.dumps({"part": part, "seconds": round(time.perf_counter() - start, 1)})
 
@@ -356,11 +378,12 @@ def main(_: list[str]) -> None:
         emit("forms", **share_of_forms(number, of))
         return
     if _PART.value:
+        require_gpu()
         emit(_PART.value, **FUNCTIONS[_PART.value]())
         return
     if unknown := set(_PARTS.value) - PARTS.keys():
         sys.exit(f"error: --parts has {', '.join(sorted(unknown))}; expected some of {', '.join(PARTS)}")
-    end = time.monotonic() + _SECONDS.value
+    end, failed = time.monotonic() + _SECONDS.value, False
     for part in _PARTS.value:
         left = end - time.monotonic()
         for line in run_part(part, min(PARTS[part], left)) if left > 0 else (json.dumps({"part": part, "error": "no time"}),):
@@ -368,6 +391,9 @@ def main(_: list[str]) -> None:
             if _OUT.value:
                 with open(_OUT.value, "a") as file:
                     file.write(line + "\n")
+            found = json.loads(line)
+            failed |= bool("error" in found or found.get("failed") or found.get("exit_code"))
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
+from mimic_video.config import ConfigError
 from mimic_video.models.layers import SAVED_ATTENTION, RMSNorm, linear
 from mimic_video.models.parallel import BATCH, BATCH_AXES, TOKENS, axis_size, compute_capability, is_spread, platform
 
@@ -39,7 +40,8 @@ def attention(q: Heads, k: Heads, v: Heads, mask: Bool[Array, "b k"] | None = No
             "auto" for the platform's flash attention, and for "xla" where that does not take the arrays, which is logged once.
 
     Raises:
-        ValueError: if the samples of `q` are no multiple of those of `k`, or the named backend does not take the arrays.
+        ValueError: if the samples of `q` are no multiple of those of `k`.
+        ConfigError: if "cudnn" is named and does not take the arrays, or not on this GPU.
     """
     if q.ndim == 4 and len(q) != len(k):  # more queries of the same keys
         if len(q) % len(k):
@@ -101,20 +103,19 @@ def _attend(q: Heads, k: Heads, v: Heads, mask: Array | None, backend: Backend) 
 
 def chosen(q: Float[Array, "b s n k"], k: Float[Array, "b z n k"], backend: Backend) -> Backend:
     """The backend that attends on this platform: `backend`, or what stands for "auto". Errors are those of `attention`."""
-    flash: dict[str, tuple[Backend, Callable]] = {"gpu": ("cudnn", _cudnn_refuses), "tpu": ("splash", _splash_refuses)}
+    if backend == "cudnn" and (reason := _cudnn_refuses(q)) not in ("", _UNKNOWN):  # who names it knows the GPU
+        raise ConfigError(f"config field 'attention' is 'cudnn', which does not take {reason}; expected 'auto' or 'xla'")
     if backend != "auto":
-        refuses = dict(flash.values()).get(backend)
-        if refuses and (reason := refuses(q)) not in ("", _UNKNOWN):  # who names it knows the GPU
-            raise ValueError(f"config field 'attention' is {backend!r}, which does not take {reason}; expected 'auto' or 'xla'")
         return backend
-    few = platform() == "tpu" and min(q.shape[1], k.shape[1]) < _SPLASH_LANES
-    if platform() not in flash or few:
+    if platform() == "gpu":
+        flash, reason = "cudnn", _cudnn_refuses(q)
+    elif platform() == "tpu" and min(q.shape[1], k.shape[1]) >= _SPLASH_LANES:
+        flash, reason = "splash", f"heads of {q.shape[-1]}" if q.shape[-1] % _SPLASH_LANES else ""
+    else:
         return "xla"
-    fastest, refuses = flash[platform()]
-    if reason := refuses(q):
-        _say_once(f"{fastest} does not take {reason}")
-        return "xla"
-    return fastest
+    if reason:
+        _say_once(f"{flash} does not take {reason}")
+    return "xla" if reason else flash
 
 
 REFUSED: list[str] = []  # what flash attention did not take of what this process has traced
@@ -141,17 +142,12 @@ def _cudnn_refuses(q: Float[Array, "b s n k"]) -> str:
     return ""
 
 
-def _splash_refuses(q: Float[Array, "b s n k"]) -> str:
-    """As `_cudnn_refuses`, of splash attention."""
-    return f"heads of {q.shape[-1]}" if q.shape[-1] % _SPLASH_LANES else ""
-
-
 def _xla(q: Float[Array, "b s n k"], k: Array, v: Array, mask: Bool[Array, "b z"] | None) -> Float[Array, "b s n k"]:
     """Attention of plain products. If they are many, queries come some after others, and the backward pass does that again."""
     mask = None if mask is None else mask[:, None, None]
     (size, queries, heads, head_dim), dtype = q.shape, q.dtype
     at_a_time = max(1, _LOGITS_BYTES // (4 * size * heads * k.shape[1]))
-    if queries <= at_a_time:
+    if queries <= max(at_a_time, 2 * head_dim):  # keys and values in float32 are as large as the logits of that many
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
     at_a_time -= at_a_time % _SPLASH_LANES if at_a_time > _SPLASH_LANES else 0
     k, v = k.astype(jnp.float32), v.astype(jnp.float32)  # in which their gradients are summed up
@@ -169,9 +165,10 @@ def _cudnn(q: Float[Array, "b s n k"], k: Array, v: Array, mask: Bool[Array, "b 
     """Flash attention on GPU. It has no gradients of odd numbers of tokens, and no masks but the number of leading keys."""
     queries, keys, lengths = q.shape[1], k.shape[1], None
     if mask is not None:
-        order = jnp.argsort(~mask, axis=1, stable=True)  # the attended ones first
-        first = jax.vmap(lambda x, order: x.at[order].get(unique_indices=True, mode="promise_in_bounds"))
-        k, v, lengths = first(k, order), first(v, order), jnp.sum(mask, axis=1, dtype=jnp.int32)
+        order, lengths = jnp.argsort(~mask, axis=1, stable=True), jnp.sum(mask, axis=1, dtype=jnp.int32)
+        attended = (jnp.arange(keys) < lengths[:, None])[:, :, None, None]
+        take = jax.vmap(lambda x, order: x.at[order].get(unique_indices=True, mode="promise_in_bounds"))
+        k, v = (jnp.where(attended, take(x, order), 0) for x in (k, v))  # the attended ones first; the others have no gradient
     elif keys % 2:
         lengths = jnp.full(len(k), keys, jnp.int32)
     q, k, v = (jnp.pad(x, [(0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)]) for x in (q, k, v))

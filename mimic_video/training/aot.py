@@ -225,8 +225,8 @@ class Lowered:
 
     Attributes:
         arguments: bytes on one device.
-        largest: (bytes, shape and dtype, the operation it comes from) of the largest arrays, whole, the largest first. XLA need
-            not make all of them.
+        largest: (bytes, shape and dtype, the operation it comes from) of the largest arrays, the largest first: whole, but inside
+            of attention on several devices one device's part. XLA need not make all of them.
         flash: number of calls of cuDNN's attention in the program's text, in which loops stand once.
         refused: what cuDNN's attention does not take, and XLA attends to.
     """

@@ -74,3 +74,7 @@ def test_what_is_missing_is_named(launch, config_file):
     assert "--topology is missing" in launch("compile", f"--config={config}")
     wrong = launch("compile", f"--config={config}", "--platform=cuda", "--capability=nine")
     assert "error: --capability=nine is no compute capability; expected one like 9.0" in wrong
+    wrong = launch("compile", f"--config={config}", "--platform=cuda", "--topology=v5e:2x2")
+    assert "error: --topology is given, which says nothing for --platform=cuda" in wrong
+    wrong = launch("compile", f"--config={config}", "--platform=cuda", "--policy=1", "--devices=2")
+    assert "error: --devices is given, which says nothing for --platform=cuda --policy, which is for one chip" in wrong

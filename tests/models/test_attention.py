@@ -35,10 +35,12 @@ def assert_close(found, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("queries", "keys", "masked"), [(130, 130, False), (128, 256, False), (1100, 200, True)])
-def test_splash_attention_is_attention(queries, keys, masked):
-    """Also where tokens fill no whole blocks, and where keys are masked; in interpret mode."""
-    q, k, v = random(2, queries, 2, HEAD_DIM), random(2, keys, 2, HEAD_DIM, seed=1), random(2, keys, 2, HEAD_DIM, seed=2)
+@pytest.mark.parametrize(("queries", "keys", "masked", "head_dim"), [
+    (130, 130, False, HEAD_DIM), (128, 256, False, HEAD_DIM), (1100, 200, True, HEAD_DIM), (30, 130, False, 32),
+])  # fmt: skip
+def test_splash_attention_is_attention(queries, keys, masked, head_dim):
+    """Also where tokens fill no whole blocks, and where keys are masked; in interpret mode, where heads may be narrower."""
+    q, k, v = random(2, queries, 2, head_dim), random(2, keys, 2, head_dim, seed=1), random(2, keys, 2, head_dim, seed=2)
     mask = jnp.asarray(np.random.default_rng(3).random((2, keys)) > 0.3) if masked else None
     assert_close(*(outputs_and_gradients(lambda *heads, backend=backend: attention(*heads, mask, backend), q, k, v)
                    for backend in ("splash", "xla")))  # fmt: skip
@@ -87,9 +89,10 @@ def test_devices_share_the_samples_and_heads_of_whole_tokens(mesh):
 ])  # fmt: skip
 def test_cudnn_is_given_the_same_attention(queries, keys, masked, monkeypatch):
     """Even numbers of tokens, and lengths in place of masks; XLA, which knows lengths too, computes what the GPU would."""
-    of_jax = jax.nn.dot_product_attention
+    of_jax, asked = jax.nn.dot_product_attention, []
 
     def instead(q, k, v, *, implementation, mask=None, key_value_seq_lengths=None):
+        asked.append(implementation)
         if implementation == "cudnn":
             assert mask is None and q.shape[1] % 2 == k.shape[1] % 2 == 0
         return of_jax(q, k, v, mask=mask, key_value_seq_lengths=key_value_seq_lengths, implementation="xla")
@@ -99,6 +102,7 @@ def test_cudnn_is_given_the_same_attention(queries, keys, masked, monkeypatch):
     mask = jnp.asarray(np.random.default_rng(3).random((2, keys)) > 0.3) if masked else None
     assert_close(*(outputs_and_gradients(lambda *heads, backend=backend: attention(*heads, mask, backend), q, k, v)
                    for backend in ("cudnn", "xla")))  # fmt: skip
+    assert asked == ["cudnn", "xla"]
 
 
 @pytest.mark.parametrize(("version", "capability", "expected"), [
@@ -117,7 +121,10 @@ def test_compute_capability_is_that_of_cuda(version, capability, expected, monke
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_in_parts_is_attention(masked, dtype, monkeypatch):
-    """Of 130 queries, which 50 at a time do not divide; of one query at a time, where one alone is too much."""
+    """Of 130 queries, which 50 at a time do not divide; of one query at a time, where one alone is too much.
+
+    Not of few queries: their logits are smaller than copies of the keys and values in float32, which parts would need.
+    """
     q, k, v = (random(2, tokens, 2, 8, seed=tokens).astype(dtype) for tokens in (130, 70, 70))
     mask = jnp.asarray(np.random.default_rng(3).random((2, 70)) > 0.3) if masked else None
 
@@ -132,6 +139,9 @@ def test_attention_in_parts_is_attention(masked, dtype, monkeypatch):
         bound = 1e-5 if dtype == jnp.float32 else 2**-7  # the gradients' own rounding: of keys, sums in float32 are rounded once
         for one, other in zip(parts, whole, strict=True):
             np.testing.assert_allclose(one.astype(jnp.float32), other.astype(jnp.float32), rtol=bound, atol=bound)
+        for queries, loops in ((130, 1), (16, 0)):
+            program = jax.make_jaxpr(lambda q: attention(q, k, v, mask, "xla"))(q[:, :queries])
+            assert str(program).count("scan") == loops
 
 
 def test_attention_in_parts_fits_memory_at_the_published_number_of_tokens():
