@@ -13,10 +13,10 @@ from mimic_video.training.aot import widest_robot
 from mimic_video.transforms import compute_statistics
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
-EXPERIMENTS = (
+EXPERIMENTS = (  # all that are shipped, but for pods that differ in nothing but the mesh and the batch
     "published:bridge", "published:libero", "published:bridge_video", "published:libero_video", "published:cosmos",
-    "pretrain:video_v5e", "pretrain:action_v5e", "small:half_video", "small:half_action", "small:colab_video",
-    "small:colab_action", "quickstart:video", "quickstart:action",
+    "published:cosmos_14b", "pretrain:video_v5e", "pretrain:action_v5e", "small:half_video", "small:half_action",
+    "small:colab_video", "small:colab_action", "quickstart:video", "quickstart:action",
 )  # fmt: skip
 
 
