@@ -101,22 +101,29 @@ def random_params(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> tuple[Tr
     return jax.jit(make, out_shardings=shardings(jax.eval_shape(make), mesh))()
 
 
-def step_times(config: ExperimentConfig, product_rate: float) -> dict[str, Any]:
-    """Of training steps on one random batch."""
+def random_step(config: ExperimentConfig) -> tuple[Callable[[], Any], float]:
+    """A training step on one random batch, to be called for its metrics, and the seconds that compiling it took."""
     vam, mesh = VideoActionModel(config), make_mesh(config.mesh)
     state, frozen = random_params(config, mesh)
     batch = global_batch(random_batch(config), mesh)
     start = time.perf_counter()
     step = make_train_step(vam, mesh, abstract_state(vam, mesh)).lower(state, frozen, batch).compile()
-    result: dict[str, Any] = {"compile_s": round(time.perf_counter() - start, 2)}
+    seconds = time.perf_counter() - start
 
     def call():
         nonlocal state
         state, metrics = step(state, frozen, batch)
         return metrics
 
+    return call, seconds
+
+
+def step_times(config: ExperimentConfig, product_rate: float) -> dict[str, Any]:
+    """Of training steps on one random batch."""
+    call, compiling = random_step(config)
+    result: dict[str, Any] = {"compile_s": round(compiling, 2)}
     result |= percentiles(call, _REPEATS.value)
-    counted, seconds, devices = step_flops(config), result["p50_ms"] / 1e3, list(mesh.devices.flat)
+    counted, seconds, devices = step_flops(config), result["p50_ms"] / 1e3, jax.devices()
     rate, memory = counted.model / seconds, devices[0].memory_stats() or {}
     return result | {
         "steps_per_second": round(1 / seconds, 3),

@@ -15,12 +15,11 @@ import numpy as np
 import torch_reference
 
 from mimic_video.config import ConfigError, ExperimentConfig
-from mimic_video.embodiments import Embodiment
 from mimic_video.policy.latency import measure
 from mimic_video.policy.policy import Policy
+from mimic_video.training.aot import widest_robot
 from mimic_video.training.flops import policy_flops, video_tokens
 from mimic_video.training.storage import RunError
-from mimic_video.transforms import compute_statistics
 from mimic_video.vam import VideoActionModel
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -48,18 +47,15 @@ def parse_size(image: str) -> tuple[int, int]:
 
 def random_policy(config: ExperimentConfig) -> Policy:
     """With random parameters, in the precision of the policy, and text features that are the same for all instructions."""
-    vam, decoder, random = VideoActionModel(config), config.decoder, np.random.default_rng(0)
+    vam = VideoActionModel(config)
 
     @jax.jit
     def make():
         return {name: jax.tree.map(lambda leaf: leaf.astype(vam.dtype(name)), part)  # noqa: B023
                 for name, part in vam.init(jax.random.key(0)).items()}  # fmt: skip
 
-    statistics = {"action": compute_statistics(random.normal(size=(100, decoder.action_horizon, decoder.action_dim))),
-                  "proprio": compute_statistics(random.normal(size=(100, 1, decoder.proprio_dim)))}  # fmt: skip
-    robot = Embodiment("random", 0, statistics, {"action": (), "proprio": ()}, config.data.cameras)
-    text = random.standard_normal((config.text.rows, config.text.width), np.float32)
-    return Policy(config, make(), robot, encode_text=lambda _: text)
+    text = np.random.default_rng(0).standard_normal((config.text.rows, config.text.width), np.float32)
+    return Policy(config, make(), widest_robot(config), encode_text=lambda _: text)
 
 
 def policy_latency(config: ExperimentConfig, batch: int, repeats: int, rate: float, reference: bool) -> dict[str, Any]:

@@ -253,28 +253,13 @@ def profile() -> dict[str, Any]:
     import jax
     from benchmark_policy import random_policy
 
-    from mimic_video.training.sharding import global_batch, make_mesh
-    from mimic_video.training.steps import abstract_state, make_train_step
-    from mimic_video.vam import VideoActionModel
-
-    results = {}
     config = forms.shipped("published:bridge")
     config = forms.narrow(config) if _SMALL.value else config
-    results["policy"] = _kernels(functools.partial(random_policy(config), *_nothing(config)))
+    chunks = _kernels(functools.partial(random_policy(config), *_nothing(config)))
     config = forms.shipped("published:cosmos")
     config = forms.narrow(config) if _SMALL.value else benchmark.one_sample_a_device(config)
-    vam, mesh = VideoActionModel(config), make_mesh(config.mesh)
-    state, frozen = benchmark.random_params(config, mesh)
-    batch = global_batch(benchmark.random_batch(config), mesh)
-    step = make_train_step(vam, mesh, abstract_state(vam, mesh))
-
-    def call() -> Any:
-        nonlocal state
-        state, metrics = step(state, frozen, batch)
-        return metrics
-
-    results["full step"] = _kernels(call)
-    return results | {"device": jax.devices()[0].device_kind}
+    step, _ = benchmark.random_step(config)
+    return {"policy": chunks, "full step": _kernels(step), "device": jax.devices()[0].device_kind}
 
 
 def _nothing(config: Any) -> tuple[Any, Any, list[str]]:

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src.cudnn import fused_attention_stablehlo
 from jax.extend.core import jaxprs_in_params
 
 from mimic_video.config import ExperimentConfig, MeshConfig
@@ -210,6 +209,7 @@ def as_on_gpu(capability: Capability | None) -> Iterator[None]:
     The rules of cuDNN's attention on shapes, batching and gradients apply. JAX looks for the library and for the chip on this
     machine and has no public way to be told of others, so its two questions are answered here.
     """
+    from jax._src.cudnn import fused_attention_stablehlo  # not public: what needs no GPU does not depend on it
 
     def reaches(least: str) -> bool:
         return capability is not None and capability >= tuple(map(int, least.split(".")))
