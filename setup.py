@@ -6,7 +6,12 @@ EXTRAS = {
     # Reading and writing RLDS. tfds reads ArrayRecord without TensorFlow; simplejpeg decodes faster than Pillow and without the
     # interpreter lock; google-crc32c verifies TFRecord; fsspec opens datasets in buckets.
     "data": [
-        "array_record", "fsspec", "google-crc32c", "grain>=0.2.16", "importlib_resources", "simplejpeg",
+        "array_record",
+        "fsspec",
+        "google-crc32c",
+        "grain>=0.2.16",
+        "importlib_resources",
+        "simplejpeg",
         "tensorflow-datasets>=4.9.9",
     ],
     # Other people's recordings: LIBERO's HDF5, LeRobot's parquet and MP4.
@@ -28,8 +33,11 @@ EXTRAS = {
 EXTRAS["compile"] = EXTRAS["tpu"]  # the compiler, libtpu, in the version that JAX wants; no TPU is needed
 EXTRAS["quickstart"] = EXTRAS["data"] + EXTRAS["sim"] + EXTRAS["report"]
 EXTRAS["test"] = [
-    *(package for extra in ("quickstart", "formats", "convert", "text", "video", "serve", "gcs", "wandb", "compile")
-      for package in EXTRAS[extra]),
+    *(
+        package
+        for extra in ("quickstart", "formats", "convert", "text", "video", "serve", "gcs", "wandb", "compile")
+        for package in EXTRAS[extra]
+    ),
     "gcp-storage-emulator",  # a bucket on this machine
     "diffusers",  # an independent implementation of both video networks, to compare ours with
     "mypy",

@@ -23,9 +23,13 @@ from mimic_video.config import CompatConfig, ExperimentConfig, to_dict
 
 ROTATION_DIMS = tuple(range(3, 9))  # two rows of a rotation matrix, which are never normalised
 TOPOLOGIES = {
-    "bridge": "v5e:16x16", "bridge_video": "v5e:8x8", "libero": "v5e:8x16", "libero_video": "v5e:4x8", "cosmos": "v5e:4x8",
+    "bridge": "v5e:16x16",
+    "bridge_video": "v5e:8x8",
+    "libero": "v5e:8x16",
+    "libero_video": "v5e:4x8",
+    "cosmos": "v5e:4x8",
     "cosmos_14b": "v5p:2x4x4",
-}  # fmt: skip
+}
 
 
 def get_config(name: str = "bridge") -> ml_collections.ConfigDict:

@@ -58,8 +58,9 @@ def open_datasets(config: ExperimentConfig, split: str) -> Datasets:
     return Datasets(windows, phases)
 
 
-def with_latents(windows: Mapping[str, WindowDataset], config: ExperimentConfig, split: str,
-                 tokenizer: Mapping[str, Any]) -> dict[str, WindowDataset]:
+def with_latents(
+    windows: Mapping[str, WindowDataset], config: ExperimentConfig, split: str, tokenizer: Mapping[str, Any]
+) -> dict[str, WindowDataset]:
     """The same datasets with the windows that `data.latents` holds in place of frames.
 
     Args:

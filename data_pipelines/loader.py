@@ -54,8 +54,9 @@ class WindowDataset(Sequence[dict]):
             longest one is shorter than the window.
     """
 
-    def __init__(self, source: RldsSource, config: DataConfig, *, actions: bool,
-                 raw_dims: Mapping[str, tuple[int, ...]] | None = None):
+    def __init__(
+        self, source: RldsSource, config: DataConfig, *, actions: bool, raw_dims: Mapping[str, tuple[int, ...]] | None = None
+    ):
         if actions and (source.action_dim is None or source.proprio_dim is None):
             missing = "action" if source.action_dim is None else "proprio"
             raise DatasetError(f"{source.name} has no {missing}; windows with actions need both action and proprio")
@@ -74,8 +75,9 @@ class WindowDataset(Sequence[dict]):
         _check_horizons(source.name, self.episodes, config, actions)
         steps = [anchors(episode.timestamps, config, actions=actions) for episode in self.episodes]
         if short := sum(not len(each) for each in steps):
-            logging.warning("%d of %d episodes of %s have no window: they end before their first action", short, len(steps),
-                            source.name)  # fmt: skip
+            logging.warning(
+                "%d of %d episodes of %s have no window: they end before their first action", short, len(steps), source.name
+            )
         self._episode_of = np.repeat(np.arange(len(steps)), [len(s) for s in steps])
         self._anchor_of = np.concatenate(steps)
 
@@ -140,9 +142,19 @@ class Part:
             raise ValueError(f"normalizers of {self.name!r} are for {sorted(self.normalizers)}; expected action and proprio")
 
 
-def make_batches(parts: Sequence[Part], mixture: Mixture, *, batch_size: int, start_step: int, text: Callable[[str], np.ndarray],
-                 decoder: ActionDecoderConfig, rows: Sequence[int] | None = None, workers: int = 0,
-                 skip_broken: bool = False, scales: bool = False) -> Iterator[dict]:
+def make_batches(
+    parts: Sequence[Part],
+    mixture: Mixture,
+    *,
+    batch_size: int,
+    start_step: int,
+    text: Callable[[str], np.ndarray],
+    decoder: ActionDecoderConfig,
+    rows: Sequence[int] | None = None,
+    workers: int = 0,
+    skip_broken: bool = False,
+    scales: bool = False,
+) -> Iterator[dict]:
     """This process's rows of an endless stream of batches, made ahead in the background.
 
     The global batch of a step depends on the mixture and the step alone, row for row: not on `start_step` or `workers`, nor on
@@ -204,9 +216,11 @@ def data_state(parts: Sequence[Part], mixture: Mixture, step: int) -> dict[str, 
         "seed": mixture.seed,
         "batch_size": mixture.batch_size,
         "phases": [[phase.first_step, list(phase.weights)] for phase in mixture.phases],
-        "datasets": {part.name: {"number": number, "windows": len(part.windows), "content": part.windows.content}
-                     for number, part in enumerate(parts)},
-    }  # fmt: skip
+        "datasets": {
+            part.name: {"number": number, "windows": len(part.windows), "content": part.windows.content}
+            for number, part in enumerate(parts)
+        },
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,8 +238,15 @@ class _SampleNumber:
 class _Load:
     """Sample number → one row of a batch."""
 
-    def __init__(self, parts: tuple[Part, ...], mixture: Mixture, text: "_Once", decoder: ActionDecoderConfig, skip_broken: bool,
-                 scales: bool):
+    def __init__(
+        self,
+        parts: tuple[Part, ...],
+        mixture: Mixture,
+        text: "_Once",
+        decoder: ActionDecoderConfig,
+        skip_broken: bool,
+        scales: bool,
+    ):
         self._parts, self._mixture, self._text, self._decoder, self._skip = parts, mixture, text, decoder, skip_broken
         self._scales = scales
         self._narrow = any(part.windows.action_dim not in (None, decoder.action_dim) for part in parts)
@@ -349,8 +370,10 @@ def _check_horizons(name: str, episodes: Sequence[Episode], config: DataConfig, 
         spans["data.action_horizon"] = (config.action_horizon, action_times(0.0, config)[-1])
     for field, (value, span) in spans.items():
         if span > longest + TOLERANCE:
-            raise DatasetError(f"config field '{field}' is {value}: its window spans {span:.2f} s, but the longest of "
-                               f"{len(episodes)} episodes of {name} lasts {longest:.2f} s")
+            raise DatasetError(
+                f"config field '{field}' is {value}: its window spans {span:.2f} s, but the longest of "
+                f"{len(episodes)} episodes of {name} lasts {longest:.2f} s"
+            )
 
 
 class _Once:

@@ -39,8 +39,9 @@ def parse_mixture(text: str, field: str) -> tuple[tuple[str, ...], tuple[Phase, 
     for number, phase in enumerate(text.split(";")):
         start, colon, parts = phase.partition(":") if number else ("0", ":", phase)
         if not colon or not start.strip().isdigit() or (phases and int(start) <= phases[-1][0]):
-            raise ConfigError(f"config field '{field}': {phase.strip()!r} does not begin with the step of a later phase, as in "
-                              "'10000:A,B*2'")  # fmt: skip
+            raise ConfigError(
+                f"config field '{field}': {phase.strip()!r} does not begin with the step of a later phase, as in '10000:A,B*2'"
+            )
         weights: dict[str, float] = {}
         for part in parts.split(","):
             name, weight = _parse_part(part, field)

@@ -106,9 +106,14 @@ def latent_key(config: ExperimentConfig, tokenizer: Mapping[str, Any], dataset: 
     for name, leaf in sorted(_leaves(tokenizer, "")):
         weights.update(f"{name} {leaf.dtype} {leaf.shape}\n".encode() + leaf.tobytes())
     data = config.data
-    fields: dict[str, Any] = {"tokenizer.kind": config.tokenizer.kind, "data.image_size": list(data.image_size),
-              "data.cameras": list(data.cameras), "data.past_frames": data.past_frames, "data.future_frames": data.future_frames,
-              "data.video_hz": data.video_hz}  # fmt: skip
+    fields: dict[str, Any] = {
+        "tokenizer.kind": config.tokenizer.kind,
+        "data.image_size": list(data.image_size),
+        "data.cameras": list(data.cameras),
+        "data.past_frames": data.past_frames,
+        "data.future_frames": data.future_frames,
+        "data.video_hz": data.video_hz,
+    }
     if config.tokenizer.kind == "wan":  # the other one knows neither
         fields["precision"] = config.precision
         fields["compat.bfloat16_latent_statistics"] = config.compat.bfloat16_latent_statistics
@@ -120,8 +125,9 @@ def first_rows(lengths: Sequence[int], stride: int) -> np.ndarray:
     return np.cumsum([0, *(-(-length // stride) for length in lengths)])
 
 
-def create_latents(folder: Path, key: Mapping[str, Any], *, stride: int, rows: int, shape: tuple[int, ...],
-                   dtype: str) -> LatentCache:
+def create_latents(
+    folder: Path, key: Mapping[str, Any], *, stride: int, rows: int, shape: tuple[int, ...], dtype: str
+) -> LatentCache:
     """A cache to be filled: that of the folder, or a new one. Arguments are the attributes of `LatentCache`.
 
     Raises:
@@ -130,8 +136,14 @@ def create_latents(folder: Path, key: Mapping[str, Any], *, stride: int, rows: i
     """
     if not (folder / _MANIFEST).exists():
         row_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        manifest = {"key": key, "stride": stride, "rows": rows, "shape": shape, "dtype": dtype,
-                    "shard_rows": max(1, SHARD_BYTES // row_bytes)}  # fmt: skip
+        manifest = {
+            "key": key,
+            "stride": stride,
+            "rows": rows,
+            "shape": shape,
+            "dtype": dtype,
+            "shard_rows": max(1, SHARD_BYTES // row_bytes),
+        }
         folder.mkdir(parents=True, exist_ok=True)
         _write_whole(folder / _MANIFEST, json.dumps(manifest, indent=2).encode())
     cache = _read(folder)
@@ -154,14 +166,19 @@ def open_latents(folder: Path, key: Mapping[str, Any]) -> LatentCache:
     _require_same(cache, key)
     if missing := cache.missing():
         names = ", ".join(f"{shard:05d}.npy" for shard in missing[:5]) + (", …" if len(missing) > 5 else "")
-        raise DatasetError(f"the precomputed latents in {folder} lack {len(missing)} of {cache.num_shards} shards ({names}): "
-                           "launch/precompute_latents.py continues them")  # fmt: skip
+        raise DatasetError(
+            f"the precomputed latents in {folder} lack {len(missing)} of {cache.num_shards} shards ({names}): "
+            "launch/precompute_latents.py continues them"
+        )
     return cache
 
 
 def _require_same(cache: LatentCache, key: Mapping[str, Any]) -> None:
-    differences = [_DIGESTS.get(name, f"config field '{name}' is {key.get(name)!r}, there {cache.key.get(name)!r}")
-                   for name in dict.fromkeys((*key, *cache.key)) if key.get(name) != cache.key.get(name)]  # fmt: skip
+    differences = [
+        _DIGESTS.get(name, f"config field '{name}' is {key.get(name)!r}, there {cache.key.get(name)!r}")
+        for name in dict.fromkeys((*key, *cache.key))
+        if key.get(name) != cache.key.get(name)
+    ]
     if differences:
         raise ConfigError(f"the precomputed latents in {cache.folder} do not fit this experiment: {'; '.join(differences)}")
 

@@ -68,8 +68,14 @@ class Conversion:
             raise ValueError(f"chunk_steps is {self.chunk_steps}; expected at least 1")
 
 
-def convert_rlds(source: str | os.PathLike, directory: str | os.PathLike, conversion: Conversion, *, processes: int = 1,
-                 progress: Callable[[str, int, int], None] = lambda split, done, total: None) -> Path:
+def convert_rlds(
+    source: str | os.PathLike,
+    directory: str | os.PathLike,
+    conversion: Conversion,
+    *,
+    processes: int = 1,
+    progress: Callable[[str, int, int], None] = lambda split, done, total: None,
+) -> Path:
     """Writes `<directory>/<name>/<version>` with the name and version of the dataset at `source`, shard by shard.
 
     Each shard is read back before it counts: its number of records, their checksums, and every value that is not an image against
@@ -101,16 +107,22 @@ def convert_rlds(source: str | os.PathLike, directory: str | os.PathLike, conver
     splits = {split: dataset.shards(split) for split, info in dataset.info.splits.items() if info.num_examples}
     partial.mkdir(parents=True, exist_ok=True)
 
-    jobs = [(split, len(shards), (plan, dataset.file_format, shard, shard_path(partial, name, split, conversion.file_format, i)))
-            for split, shards in splits.items() for i, shard in enumerate(shards)]  # fmt: skip
+    jobs = [
+        (split, len(shards), (plan, dataset.file_format, shard, shard_path(partial, name, split, conversion.file_format, i)))
+        for split, shards in splits.items()
+        for i, shard in enumerate(shards)
+    ]
     written: dict[str, list[Shard]] = {split: [] for split in splits}
     for (split, count, _), shard in zip(jobs, _convert_shards([job for *_, job in jobs], processes), strict=True):
         written[split].append(shard)
         progress(split, len(written[split]), count)
-    sizes = {split: SplitSize([shard.records for shard in shards], sum(shard.size for shard in shards))
-             for split, shards in written.items()}  # fmt: skip
-    write_metadata(partial, name, version, features, sizes, file_format=conversion.file_format,
-                   description=dataset.info.description or "")  # fmt: skip
+    sizes = {
+        split: SplitSize([shard.records for shard in shards], sum(shard.size for shard in shards))
+        for split, shards in written.items()
+    }
+    write_metadata(
+        partial, name, version, features, sizes, file_format=conversion.file_format, description=dataset.info.description or ""
+    )
     partial.rename(path)
     shutil.rmtree(path / _DONE)
     return path
@@ -172,8 +184,10 @@ def _plan(dataset: Dataset, conversion: Conversion) -> tuple[_Plan, tfds.feature
         elif conversion.chunk_steps is None:
             others |= dict.fromkeys(_keys(path, info), None)
         else:
-            raise DatasetError(f"{dataset.directory}: feature '{path}' has a length that varies from step to step, so its "
-                               "episodes cannot be cut: leave out chunk_steps")  # fmt: skip
+            raise DatasetError(
+                f"{dataset.directory}: feature '{path}' has a length that varies from step to step, so its "
+                "episodes cannot be cut: leave out chunk_steps"
+            )
     continues = CONTINUES in specs
     if conversion.chunk_steps is not None and not continues:
         flag = tfds.features.FeaturesDict({"continues": tfds.features.Scalar(np.bool_)}).to_json()["content"]["features"]
@@ -242,8 +256,10 @@ def _pieces(plan: _Plan, source: RecordFile, index: int) -> Iterator[Any]:
             example[key] = value if width is None else value[start * width : piece.stop * width]
         for key, encoded in images.items():
             where = f"shard {source.path}, record {index}: '{key}' of step"
-            example[key] = [_convert_image(image, plan.images[key], plan.conversion, f"{where} {start + k}")
-                            for k, image in enumerate(encoded[piece])]  # fmt: skip
+            example[key] = [
+                _convert_image(image, plan.images[key], plan.conversion, f"{where} {start + k}")
+                for k, image in enumerate(encoded[piece])
+            ]
         if plan.continues or plan.conversion.chunk_steps is not None:
             example[CONTINUES] = np.array([continued or start > 0], np.int64)
         yield tf_example_pb2.Example(features=tf_feature_pb2.Features(feature={k: _feature(v) for k, v in example.items()}))
@@ -308,8 +324,10 @@ def _verify(plan: _Plan, source: RecordFile, written: RecordFile, pieces: list[i
         original, _ = _parse(plan, source, index)
         for key, width in plan.others.items():
             if key in original and not _same(original[key], [features[key] for features in read], width):
-                raise DatasetError(f"shard {written.path}, records {first} to {first + count - 1}: '{key}' differs from record "
-                                   f"{index} of {source.path}")  # fmt: skip
+                raise DatasetError(
+                    f"shard {written.path}, records {first} to {first + count - 1}: '{key}' differs from record "
+                    f"{index} of {source.path}"
+                )
         first += count
 
 

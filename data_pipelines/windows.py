@@ -64,8 +64,9 @@ def video_masks(episode: Episode, anchor: int, config: DataConfig) -> dict[str, 
     return masks if len(config.cameras) == 1 else masks | {"view_mask": np.isin(config.cameras, list(episode.cameras))}
 
 
-def action_windows(episode: Episode, anchors: Sequence[int] | np.ndarray, config: DataConfig,
-                   steps: slice = slice(None)) -> dict[str, np.ndarray]:
+def action_windows(
+    episode: Episode, anchors: Sequence[int] | np.ndarray, config: DataConfig, steps: slice = slice(None)
+) -> dict[str, np.ndarray]:
     """The low-dimensional part of k windows at once, or these steps of their horizon; no frame is decoded.
 
     Returns:

@@ -42,9 +42,17 @@ class _Dims(NamedTuple):
     action_layout: str
 
 
-def write_rlds(directory: str | os.PathLike, name: str, splits: Mapping[str, Iterable[Episode]], *, control_hz: float,
-               image_size: tuple[int, int], jpeg_quality: int = 95, description: str,
-               file_format: FileFormat = "array_record") -> Path:
+def write_rlds(
+    directory: str | os.PathLike,
+    name: str,
+    splits: Mapping[str, Iterable[Episode]],
+    *,
+    control_hz: float,
+    image_size: tuple[int, int],
+    jpeg_quality: int = 95,
+    description: str,
+    file_format: FileFormat = "array_record",
+) -> Path:
     """Writes `<directory>/<name>/1.0.0`, one episode in memory at a time and in the order given.
 
     Frames of every camera are resized to `image_size` (height, width) and stored as JPEG: `observation/image_primary`, and
@@ -88,17 +96,33 @@ def write_rlds(directory: str | os.PathLike, name: str, splits: Mapping[str, Ite
     return path
 
 
-def write_metadata(directory: Path, name: str, version: str, features: tfds.features.FeaturesDict,
-                   splits: Mapping[str, SplitSize], *, file_format: FileFormat, description: str) -> None:
+def write_metadata(
+    directory: Path,
+    name: str,
+    version: str,
+    features: tfds.features.FeaturesDict,
+    splits: Mapping[str, SplitSize],
+    *,
+    file_format: FileFormat,
+    description: str,
+) -> None:
     """Writes what makes a folder of shards, named by `shard_path`, a dataset: `features.json` and `dataset_info.json`."""
     identity = tfds.core.DatasetIdentity(name, tfds.core.Version(version), data_dir=os.fspath(directory), module_name="")
     info = tfds.core.DatasetInfo(builder=identity, features=features, description=description)
     info.set_file_format(file_format)
-    info.set_splits(tfds.core.SplitDict([
-        tfds.core.SplitInfo(name=split, shard_lengths=list(size.shard_lengths), num_bytes=size.num_bytes,
-                            filename_template=_template(directory, name, split, file_format))
-        for split, size in splits.items()
-    ]))  # fmt: skip
+    info.set_splits(
+        tfds.core.SplitDict(
+            [
+                tfds.core.SplitInfo(
+                    name=split,
+                    shard_lengths=list(size.shard_lengths),
+                    num_bytes=size.num_bytes,
+                    filename_template=_template(directory, name, split, file_format),
+                )
+                for split, size in splits.items()
+            ]
+        )
+    )
     info.write_to_directory(os.fspath(directory))
 
 
@@ -110,12 +134,23 @@ def shard_path(directory: Path, name: str, split: str, file_format: FileFormat, 
 def _template(directory: Path, name: str, split: str, file_format: FileFormat) -> tfds.core.ShardedFileTemplate:
     return tfds.core.ShardedFileTemplate(
         template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}",
-        dataset_name=name, data_dir=os.fspath(directory), split=split, filetype_suffix=file_format,
-    )  # fmt: skip
+        dataset_name=name,
+        data_dir=os.fspath(directory),
+        split=split,
+        filetype_suffix=file_format,
+    )
 
 
-def _write(directory: Path, name: str, splits: Mapping[str, Iterable[Episode]], control_hz: float, image_size: tuple[int, int],
-           jpeg_quality: int, description: str, file_format: FileFormat) -> None:
+def _write(
+    directory: Path,
+    name: str,
+    splits: Mapping[str, Iterable[Episode]],
+    control_hz: float,
+    image_size: tuple[int, int],
+    jpeg_quality: int,
+    description: str,
+    file_format: FileFormat,
+) -> None:
     # Not tfds' own writers: these shuffle through memory, and write TFRecord and open large files with TensorFlow.
     dims: Any = None
     sizes = {}
@@ -129,8 +164,9 @@ def _write(directory: Path, name: str, splits: Mapping[str, Iterable[Episode]], 
     write_metadata(directory, name, VERSION, features, sizes, file_format=file_format, description=description)
 
 
-def _records(episodes: Iterable[Episode], dims: _Dims, control_hz: float, image_size: tuple[int, int],
-             jpeg_quality: int) -> Iterator[bytes]:
+def _records(
+    episodes: Iterable[Episode], dims: _Dims, control_hz: float, image_size: tuple[int, int], jpeg_quality: int
+) -> Iterator[bytes]:
     features = _features(dims, image_size)
     serializer = ExampleSerializer(features.get_serialized_info())
     for episode in episodes:
@@ -177,8 +213,10 @@ def _features(dims: _Dims, image_size: tuple[int, int]) -> tfds.features.Feature
     def vector(width: int) -> tfds.features.Tensor:
         return tfds.features.Tensor(shape=(width,), dtype=np.float32)
 
-    observation = {f"image_{camera}": tfds.features.Image(shape=(*image_size, 3), dtype=np.uint8, encoding_format="jpeg")
-                   for camera in ("primary", *dims.cameras)}  # fmt: skip
+    observation = {
+        f"image_{camera}": tfds.features.Image(shape=(*image_size, 3), dtype=np.uint8, encoding_format="jpeg")
+        for camera in ("primary", *dims.cameras)
+    }
     step = {
         "observation": observation,
         "language_instruction": tfds.features.Text(),
@@ -189,16 +227,19 @@ def _features(dims: _Dims, image_size: tuple[int, int]) -> tfds.features.Feature
         observation["proprio"] = vector(dims.proprio)
     if dims.action is not None:
         step["action"] = vector(dims.action)
-    return tfds.features.FeaturesDict({
-        "steps": tfds.features.Dataset(step),
-        "episode_metadata": {"control_hz": tfds.features.Scalar(np.float32), "action_layout": tfds.features.Text()},
-    })
+    return tfds.features.FeaturesDict(
+        {
+            "steps": tfds.features.Dataset(step),
+            "episode_metadata": {"control_hz": tfds.features.Scalar(np.float32), "action_layout": tfds.features.Text()},
+        }
+    )
 
 
 def _example(episode: Episode, control_hz: float, image_size: tuple[int, int], jpeg_quality: int) -> dict[str, Any]:
     cameras = {"primary": episode.frames, **episode.further_cameras}
-    images = {f"image_{camera}": resize_images(frames.take(range(len(episode))), image_size)
-              for camera, frames in cameras.items()}  # fmt: skip
+    images = {
+        f"image_{camera}": resize_images(frames.take(range(len(episode))), image_size) for camera, frames in cameras.items()
+    }
     last = len(episode) - 1
     steps = []
     for k in range(len(episode)):

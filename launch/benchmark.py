@@ -160,9 +160,12 @@ def product_rate(dtype: str) -> float:
 def training(config: ExperimentConfig) -> dict[str, Any]:
     """Steps of every kind of training."""
     rate = product_rate(config.precision)
-    return {"product_tflops_per_second": round(rate / 1e12, 4), "precision": config.precision,
-            "tokens_per_sample": video_tokens(config),
-            **{name: step_times(kind, rate) for name, kind in training_kinds(config).items()}}  # fmt: skip
+    return {
+        "product_tflops_per_second": round(rate / 1e12, 4),
+        "precision": config.precision,
+        "tokens_per_sample": video_tokens(config),
+        **{name: step_times(kind, rate) for name, kind in training_kinds(config).items()},
+    }
 
 
 def training_kinds(config: ExperimentConfig) -> dict[str, ExperimentConfig]:
@@ -202,8 +205,10 @@ def chunks(config: ExperimentConfig, size: int) -> dict[str, float]:
 def both_stages(config: ExperimentConfig) -> dict[str, Any]:
     """What the quickstart's numbers are made of."""
     rate = product_rate(config.precision)
-    return {**{f"{stage}_training": step_times(dataclasses.replace(config, stage=stage), rate) for stage in ("video", "action")},
-            **{f"chunk_for_{size}": chunks(config, int(size)) for size in _BATCH_SIZES.value}}  # fmt: skip
+    return {
+        **{f"{stage}_training": step_times(dataclasses.replace(config, stage=stage), rate) for stage in ("video", "action")},
+        **{f"chunk_for_{size}": chunks(config, int(size)) for size in _BATCH_SIZES.value},
+    }
 
 
 def draws(config: ExperimentConfig) -> dict[str, Any]:
@@ -222,13 +227,20 @@ def draws(config: ExperimentConfig) -> dict[str, Any]:
     for number in map(int, _DRAWS.value):
         each = dataclasses.replace(config, train=dataclasses.replace(config.train, action_draws=number))
         timed = step_times(each, product_rate=1.0)
-        table.append({"draws": number, "variance": gradient_variance(each, trained, frozen, batch, _KEYS.value),
-                      "p50_ms": timed["p50_ms"]})  # fmt: skip
+        table.append(
+            {"draws": number, "variance": gradient_variance(each, trained, frozen, batch, _KEYS.value), "p50_ms": timed["p50_ms"]}
+        )
     for row in table:
-        row |= {"variance_ratio": round(row["variance"] / table[0]["variance"], 3),
-                "time_ratio": round(row["p50_ms"] / table[0]["p50_ms"], 3)}  # fmt: skip
-    return {"parameters": str(run) if run else "random", "data": config.data.action_dataset if there else "random",
-            "keys": _KEYS.value, "draws": table}  # fmt: skip
+        row |= {
+            "variance_ratio": round(row["variance"] / table[0]["variance"], 3),
+            "time_ratio": round(row["p50_ms"] / table[0]["p50_ms"], 3),
+        }
+    return {
+        "parameters": str(run) if run else "random",
+        "data": config.data.action_dataset if there else "random",
+        "keys": _KEYS.value,
+        "draws": table,
+    }
 
 
 def gradient_variance(
@@ -247,8 +259,9 @@ def gradient_variance(
     for key in jax.random.split(jax.random.key(1), keys):
         sums = add(sums, key, trained, frozen, batch)
     pairs = jax.tree.leaves(jax.device_get(sums), is_leaf=_is_pair)
-    total = sum(float(np.sum(squares, dtype=np.float64) - np.sum(first.astype(np.float64) ** 2) / keys)
-                for first, squares in pairs)  # fmt: skip
+    total = sum(
+        float(np.sum(squares, dtype=np.float64) - np.sum(first.astype(np.float64) ** 2) / keys) for first, squares in pairs
+    )
     return total / (keys - 1)
 
 
@@ -267,8 +280,16 @@ def real_batch(config: ExperimentConfig, run: epath.Path) -> dict[str, np.ndarra
     robots = load_embodiments(run)
     parts = [Part(name, windows, robots[name].normalizers(config)) for name, windows in datasets.items()]
     mixture = Mixture([len(windows) for windows in datasets.values()], phases, config.train.batch_size, config.seed)
-    return next(make_batches(parts, mixture, batch_size=config.train.batch_size, start_step=0,
-                             text=make_text_encoder(config.text), decoder=config.decoder))  # fmt: skip
+    return next(
+        make_batches(
+            parts,
+            mixture,
+            batch_size=config.train.batch_size,
+            start_step=0,
+            text=make_text_encoder(config.text),
+            decoder=config.decoder,
+        )
+    )
 
 
 def policy(config: ExperimentConfig) -> dict[str, Any]:
@@ -281,8 +302,11 @@ def policy(config: ExperimentConfig) -> dict[str, Any]:
 
 
 COMMANDS: dict[str | None, Callable[[ExperimentConfig], dict[str, Any]]] = {
-    "training": training, "draws": draws, "policy": policy, None: both_stages,
-}  # fmt: skip
+    "training": training,
+    "draws": draws,
+    "policy": policy,
+    None: both_stages,
+}
 
 
 def main(command: str | None, config: ExperimentConfig) -> None:

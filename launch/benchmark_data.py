@@ -80,16 +80,31 @@ def pictures(count: int, size: Size) -> Iterator[Episode]:
 
 
 def write_pictures(folder: str, name: str, size: Size) -> pathlib.Path:
-    return write_rlds(folder, name, {"train": pictures(_EPISODES.value, size)}, control_hz=_HZ, image_size=size, jpeg_quality=90,
-                      description="Made up.", file_format=_FORMAT.value)  # fmt: skip
+    return write_rlds(
+        folder,
+        name,
+        {"train": pictures(_EPISODES.value, size)},
+        control_hz=_HZ,
+        image_size=size,
+        jpeg_quality=90,
+        description="Made up.",
+        file_format=_FORMAT.value,
+    )
 
 
 def open_stream(source: RldsSource, config: DataConfig) -> Iterator[dict]:
     """Batches of random windows, once every buffer of the loader has been filled for the first time."""
     windows = WholeWindows(source, config, actions=False)
     mixture = Mixture([len(windows)], [Phase(0, (1.0,))], _BATCH, seed=0)
-    stream = make_batches([Part("pictures", windows)], mixture, batch_size=_BATCH, start_step=0, workers=_WORKERS.value,
-                          text=_no_text, decoder=ActionDecoderConfig())  # fmt: skip
+    stream = make_batches(
+        [Part("pictures", windows)],
+        mixture,
+        batch_size=_BATCH,
+        start_step=0,
+        workers=_WORKERS.value,
+        text=_no_text,
+        decoder=ActionDecoderConfig(),
+    )
     drain(stream)
     return stream
 
@@ -119,8 +134,9 @@ def loader_reader(source: RldsSource, config: DataConfig) -> Measure:
     return measure
 
 
-def opencv_reader(encoded: list[list[bytes]], config: DataConfig, resize: Callable[[np.ndarray, Size], np.ndarray] | None,
-                  threads: int) -> Measure:  # fmt: skip
+def opencv_reader(
+    encoded: list[list[bytes]], config: DataConfig, resize: Callable[[np.ndarray, Size], np.ndarray] | None, threads: int
+) -> Measure:
     cv2.setNumThreads(1)
     random = np.random.default_rng(1)
 
@@ -154,8 +170,12 @@ def area(image: np.ndarray, size: Size) -> np.ndarray:
 def tfdata_reader(directory: pathlib.Path, config: DataConfig, threads: int) -> Iterator[Measure]:
     """In a process of its own, as TensorFlow cannot be imported next to JAX."""
     arguments = [directory, config.num_frames, *config.image_size, _BATCH, threads]
-    with subprocess.Popen([sys.executable, pathlib.Path(__file__).with_name("benchmark_tfdata.py"), *map(str, arguments)],
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, pathlib.Path(__file__).with_name("benchmark_tfdata.py"), *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as child:
 
         def measure(windows: int) -> float:
             print(windows, file=child.stdin, flush=True)
@@ -183,8 +203,12 @@ def measure_memory(source: RldsSource, config: DataConfig, windows: int) -> dict
                 samples.append(resident_bytes())
         means.append(np.mean(samples))
     means = means[1:]
-    return {"windows": batches * _BATCH * _POINTS, "first_mb": means[0] / 2**20, "last_over_first": means[-1] / means[0],
-            "largest_over_first": max(means) / means[0]}  # fmt: skip
+    return {
+        "windows": batches * _BATCH * _POINTS,
+        "first_mb": means[0] / 2**20,
+        "last_over_first": means[-1] / means[0],
+        "largest_over_first": max(means) / means[0],
+    }
 
 
 def resident_bytes() -> int:
@@ -206,8 +230,13 @@ def main(_: list[str]) -> None:
     recorded = parse_size(_RECORDED.value)
     size = parse_size(_SIZE.value or _RECORDED.value)
     threads = len(os.sched_getaffinity(0))
-    result: dict[str, Any] = {"recorded": recorded, "size": size, "format": _FORMAT.value, "workers": _WORKERS.value,
-                              "cores": threads}  # fmt: skip
+    result: dict[str, Any] = {
+        "recorded": recorded,
+        "size": size,
+        "format": _FORMAT.value,
+        "workers": _WORKERS.value,
+        "cores": threads,
+    }
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         if _MEMORY_WINDOWS.value:  # first, while the process holds nothing else
             frames = parse_size(_MEMORY_FRAMES.value)
@@ -217,10 +246,14 @@ def main(_: list[str]) -> None:
         directory = write_pictures(folder, "speed", recorded)
         source = RldsSource(directory, "train", image_size=None if size == recorded else size)
         config = DataConfig(image_size=size, frame_cache_mb=0)
-        encoded = [[bytes(file) for file in source.encoded(i, "steps/observation/image_primary", range(_LENGTH))]
-                   for i in range(len(source))]  # fmt: skip
-        readers = {"loader": loader_reader(source, config),
-                   "opencv": opencv_reader(encoded, config, None if size == recorded else area, threads)}  # fmt: skip
+        encoded = [
+            [bytes(file) for file in source.encoded(i, "steps/observation/image_primary", range(_LENGTH))]
+            for i in range(len(source))
+        ]
+        readers = {
+            "loader": loader_reader(source, config),
+            "opencv": opencv_reader(encoded, config, None if size == recorded else area, threads),
+        }
         if size != recorded:
             readers["opencv_pillow"] = opencv_reader(encoded, config, resize_images, threads)
         if _FORMAT.value == "tfrecord" and importlib.util.find_spec("tensorflow"):

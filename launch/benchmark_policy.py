@@ -51,8 +51,10 @@ def random_policy(config: ExperimentConfig) -> Policy:
 
     @jax.jit
     def make():
-        return {name: jax.tree.map(lambda leaf: leaf.astype(vam.dtype(name)), part)  # noqa: B023
-                for name, part in vam.init(jax.random.key(0)).items()}  # fmt: skip
+        return {
+            name: jax.tree.map(lambda leaf: leaf.astype(vam.dtype(name)), part)  # noqa: B023
+            for name, part in vam.init(jax.random.key(0)).items()
+        }
 
     text = np.random.default_rng(0).standard_normal((config.text.rows, config.text.width), np.float32)
     return Policy(config, make(), widest_robot(config), encode_text=lambda _: text)
@@ -64,15 +66,24 @@ def policy_latency(config: ExperimentConfig, batch: int, repeats: int, rate: flo
     stages = measure(policy, batch, repeats)
     for name, flops in dataclasses.asdict(counted).items():
         floor = batch * flops / rate * 1e3
-        stages[name] |= {"gflops": round(batch * flops / 1e9, 3), "floor_ms": round(floor, 3),
-                         "over_floor": round(stages[name]["p50_ms"] / floor, 2)}  # fmt: skip
+        stages[name] |= {
+            "gflops": round(batch * flops / 1e9, 3),
+            "floor_ms": round(floor, 3),
+            "over_floor": round(stages[name]["p50_ms"] / floor, 2),
+        }
     floor = batch * counted.total / rate * 1e3
     result: dict[str, Any] = {
-        "image_size": list(config.data.image_size), "batch": batch, "precision": config.precision,
-        "tokens": video_tokens(config), "policy": dataclasses.asdict(config.policy), "stages": stages,
-        "product_tflops_per_second": round(rate / 1e12, 4), "total_gflops": round(batch * counted.total / 1e9, 3),
-        "floor_ms": round(floor, 3), "over_floor": round(stages["program"]["p50_ms"] / floor, 2),
-    }  # fmt: skip
+        "image_size": list(config.data.image_size),
+        "batch": batch,
+        "precision": config.precision,
+        "tokens": video_tokens(config),
+        "policy": dataclasses.asdict(config.policy),
+        "stages": stages,
+        "product_tflops_per_second": round(rate / 1e12, 4),
+        "total_gflops": round(batch * counted.total / 1e9, 3),
+        "floor_ms": round(floor, 3),
+        "over_floor": round(stages["program"]["p50_ms"] / floor, 2),
+    }
     if reference:
         ours = sum(stages[name]["p50_ms"] for name in ("video", "context", "steps"))
         theirs = torch_reference.times(policy, batch, repeats)
@@ -94,13 +105,16 @@ def cold_start(policy: str, embodiment: str | None) -> dict[str, Any]:
         environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": cache}
         for name in ("empty_cache", "filled_cache"):
             start = time.time()
-            ended = subprocess.run([sys.executable, "-c", START, policy, embodiment or ""], env=environment, capture_output=True,
-                                   text=True)  # fmt: skip
+            ended = subprocess.run(
+                [sys.executable, "-c", START, policy, embodiment or ""], env=environment, capture_output=True, text=True
+            )
             if ended.returncode:
                 raise RunError(f"{policy} cannot be started: {(ended.stderr.strip().splitlines() or ['?'])[-1]}")
             times = json.loads(ended.stdout.splitlines()[-1])
-            result[name] = {"import_s": round(times["imported"] - start, 2),
-                            "load_s": round(times["loaded"] - times["imported"], 2),
-                            "first_action_s": round(times["acted"] - times["loaded"], 2),
-                            "total_s": round(times["acted"] - start, 2)}  # fmt: skip
+            result[name] = {
+                "import_s": round(times["imported"] - start, 2),
+                "load_s": round(times["loaded"] - times["imported"], 2),
+                "first_action_s": round(times["acted"] - times["loaded"], 2),
+                "total_s": round(times["acted"] - start, 2),
+            }
     return result

@@ -55,9 +55,13 @@ def main(config: ExperimentConfig) -> None:
             "val": episodes(config, dataset, "val", _VALIDATION.value),
         }
         write_rlds(
-            _OUT.value, dataset, splits, control_hz=config.data.control_hz, image_size=config.data.image_size,
+            _OUT.value,
+            dataset,
+            splits,
+            control_hz=config.data.control_hz,
+            image_size=config.data.image_size,
             description=f"Scripted experts of Meta-World: {', '.join(config.evaluation.tasks)}",
-        )  # fmt: skip
+        )
 
 
 if __name__ == "__main__":

@@ -33,8 +33,9 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, "Name of the TPU topology, suc
 _SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology, joined by the data centre's network", lower_bound=1)
 _DEVICES = flags.DEFINE_integer("devices", 1, "GPUs that the step is spread over", lower_bound=1)
 _CAPABILITY = flags.DEFINE_string("capability", "9.0", "Compute capability of the GPUs: 9.0 of an H100, 8.0 of an A100")
-_POLICY = flags.DEFINE_integer("policy", 0, "Compiles the policy for that many robots, on one chip, in place of the step",
-                               lower_bound=0)  # fmt: skip
+_POLICY = flags.DEFINE_integer(
+    "policy", 0, "Compiles the policy for that many robots, on one chip, in place of the step", lower_bound=0
+)
 _OUT = flags.DEFINE_string("out", None, "File for the report")
 flags.FLAGS.set_default("compilation_cache", False)  # what compiling takes is reported
 
@@ -47,16 +48,22 @@ def program(config: ExperimentConfig, devices: list[jax.Device]) -> tuple[Any, t
     if _POLICY.value:
         needed = flops.policy_flops(config)
         return *aot.policy_program(config, devices[0], _POLICY.value), {
-            "program": "policy", "batch_size": _POLICY.value, "tokens_per_sample": tokens,
+            "program": "policy",
+            "batch_size": _POLICY.value,
+            "tokens_per_sample": tokens,
             "model_flops_per_chip": _POLICY.value * (needed.total - needed.encode),
             "tokenizer_flops_per_chip": _POLICY.value * needed.encode,
-        }  # fmt: skip
+        }
     model = flops.step_flops(config)
     return *aot.step_program(config, devices), {
-        "program": "step", "stage": config.stage, "batch_size": config.train.batch_size, "tokens_per_sample": tokens,
-        "mesh": dataclasses.asdict(config.mesh), "model_flops_per_chip": model.model / len(devices),
+        "program": "step",
+        "stage": config.stage,
+        "batch_size": config.train.batch_size,
+        "tokens_per_sample": tokens,
+        "mesh": dataclasses.asdict(config.mesh),
+        "model_flops_per_chip": model.model / len(devices),
         "tokenizer_flops_per_chip": model.tokenizer / len(devices),
-    }  # fmt: skip
+    }
 
 
 def tpu_report(config: ExperimentConfig, topology: str, slices: int) -> dict[str, Any]:
@@ -98,29 +105,39 @@ def gpu_report(config: ExperimentConfig, devices: int, capability: str) -> dict[
     function, arguments, described = program(config, jax.devices()[: 1 if _POLICY.value else devices])
     lowered = aot.lower_for_gpu(function, arguments, (major, minor))
     largest = [dict(zip(("bytes", "array", "operation"), each, strict=True)) for each in lowered.largest]
-    return {"platform": "cuda", "capability": capability, "chips": function.mesh.size, **described,
-            "argument_bytes_per_chip": lowered.arguments, "largest_arrays": largest,
-            "attention": {"cudnn": lowered.flash, "by_xla": lowered.refused}}  # fmt: skip
+    return {
+        "platform": "cuda",
+        "capability": capability,
+        "chips": function.mesh.size,
+        **described,
+        "argument_bytes_per_chip": lowered.arguments,
+        "largest_arrays": largest,
+        "attention": {"cudnn": lowered.flash, "by_xla": lowered.refused},
+    }
 
 
 def gpu_summary(values: dict[str, Any]) -> str:
     """A few lines for people."""
     cudnn, by_xla = values["attention"]["cudnn"], values["attention"]["by_xla"]
     largest = ", ".join(f"{each['array']} {_gib(each['bytes'])}" for each in values["largest_arrays"][:3])
-    return "\n".join([
-        f"lowers for {values['chips']} GPU{'s' * (values['chips'] > 1)} of compute capability {values['capability']}",
-        _what(values),
-        f"arguments of {_gib(values['argument_bytes_per_chip'])} a GPU; largest arrays, before they are spread: {largest}",
-        f"attention by cuDNN: {cudnn['forward']} calls forward and {cudnn['backward']} backward in the program's text",
-        *(f"attention by XLA: {reason}" for reason in by_xla),
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            f"lowers for {values['chips']} GPU{'s' * (values['chips'] > 1)} of compute capability {values['capability']}",
+            _what(values),
+            f"arguments of {_gib(values['argument_bytes_per_chip'])} a GPU; largest arrays, before they are spread: {largest}",
+            f"attention by cuDNN: {cudnn['forward']} calls forward and {cudnn['backward']} backward in the program's text",
+            *(f"attention by XLA: {reason}" for reason in by_xla),
+        ]
+    )
 
 
 def _what(values: dict[str, Any]) -> str:
     """The program, and its work."""
     kind = "a step of {} samples" if values["program"] == "step" else "a policy's plan for {} robots"
-    return (f"{kind.format(values['batch_size'])} of {values['tokens_per_sample']} tokens: "
-            f"{values['model_flops_per_chip'] / 1e12:.1f} TFLOP a chip of the model")  # fmt: skip
+    return (
+        f"{kind.format(values['batch_size'])} of {values['tokens_per_sample']} tokens: "
+        f"{values['model_flops_per_chip'] / 1e12:.1f} TFLOP a chip of the model"
+    )
 
 
 def tpu_summary(values: dict[str, Any]) -> str:
@@ -134,12 +151,14 @@ def tpu_summary(values: dict[str, Any]) -> str:
         f"{'fits' if values['fits'] else 'does not fit'} {place}: {_gib(hbm['peak'])} of {_gib(hbm['limit'])} a chip, "
         f"{hbm['free_share']:.0%} free ({kinds})",
         f"{_what(values)}, {values['program_flops_per_chip'] / 1e12:.1f} as compiled",
-        *(f"{each['kind']} over {each['network']}: {each['count']} times, {_gib(each['bytes'])} a chip"
-          for each in values["collectives_per_chip"]),
+        *(
+            f"{each['kind']} over {each['network']}: {each['count']} times, {_gib(each['bytes'])} a chip"
+            for each in values["collectives_per_chip"]
+        ),
         f"at least {bound['step']:.3g} s, bound by {bound['binding']} (compute {bound['compute']:.3g}, hbm {bound['hbm']:.3g}, "
         f"ici {bound['ici']:.3g}, dcn {bound['dcn']:.3g} s): MFU of {values['mfu_at_most']:.0%} at most",
         f"compiled in {values['compile_seconds']:.0f} s",
-    ]  # fmt: skip
+    ]
     if values["loops_of_unknown_length"]:
         lines.append(f"{values['loops_of_unknown_length']} loops of unknown length are counted as if run once")
     return "\n".join(lines)
@@ -154,8 +173,10 @@ def main(config: ExperimentConfig) -> None:
     other = ("topology", "slices") if _PLATFORM.value == "cuda" else ("devices", "capability")
     for name in (*other, *(["devices"] if _POLICY.value else [])):
         if flags.FLAGS[name].present:
-            raise ConfigError(f"--{name} is given, which says nothing for --platform={_PLATFORM.value}"
-                              f"{' --policy, which is for one chip' if name not in other else ''}")  # fmt: skip
+            raise ConfigError(
+                f"--{name} is given, which says nothing for --platform={_PLATFORM.value}"
+                f"{' --policy, which is for one chip' if name not in other else ''}"
+            )
     if _PLATFORM.value == "tpu" and not _TOPOLOGY.value:
         raise ConfigError("--topology is missing: the TPU to compile for, such as v5e:16x16, or --platform=cuda for GPUs")
     if _PLATFORM.value == "cuda":

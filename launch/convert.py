@@ -141,8 +141,11 @@ def read_statistics(path: pathlib.Path, config: ExperimentConfig) -> dict[str, S
         raise WeightsError(f"{path} is not a dataset statistics file: {error}") from error
     decoder = config.decoder
     expected = {"action": (decoder.action_horizon, decoder.action_dim), "proprio": (decoder.obs_horizon, decoder.proprio_dim)}
-    wrong = [f"'{key}' has shape {statistics[key].mean.shape}; the decoder expects {shape}" for key, shape in expected.items()
-             if statistics[key].mean.shape != shape]  # fmt: skip
+    wrong = [
+        f"'{key}' has shape {statistics[key].mean.shape}; the decoder expects {shape}"
+        for key, shape in expected.items()
+        if statistics[key].mean.shape != shape
+    ]
     if wrong:
         raise WeightsError(f"the statistics of {path} are of other windows: " + "; ".join(wrong))
     return statistics

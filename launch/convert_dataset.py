@@ -58,10 +58,20 @@ def camera_keys(spec: registry.DatasetSpec | None) -> tuple[str, ...] | None:
 
 def convert() -> None:
     spec = registry.find(_DATASET.value) if _DATASET.value else None
-    conversion = Conversion(file_format=_FORMAT.value, cameras=camera_keys(spec), image_size=image_size(),
-                            jpeg_quality=_QUALITY.value, chunk_steps=_CHUNK.value)  # fmt: skip
-    path = convert_rlds(_SOURCE.value, _OUT.value, conversion, processes=_WORKERS.value,
-                        progress=lambda split, done, total: print(f"{split}: {done} of {total} shards", flush=True))  # fmt: skip
+    conversion = Conversion(
+        file_format=_FORMAT.value,
+        cameras=camera_keys(spec),
+        image_size=image_size(),
+        jpeg_quality=_QUALITY.value,
+        chunk_steps=_CHUNK.value,
+    )
+    path = convert_rlds(
+        _SOURCE.value,
+        _OUT.value,
+        conversion,
+        processes=_WORKERS.value,
+        progress=lambda split, done, total: print(f"{split}: {done} of {total} shards", flush=True),
+    )
     dataset = open_dataset(path)
     print(f"wrote {path}")
     for split in dataset.info.splits:

@@ -91,8 +91,9 @@ def evaluate_policy(config: ExperimentConfig, run: epath.Path, out: pathlib.Path
     windows = chosen_windows(config)
     samples = [windows[index] for index in range(0, len(windows), 4)]
     open_loop = action_errors(policy, samples, config.data.past_frames, policy.normalizers["action"])
-    factory = functools.partial(MetaworldFactory, image_size=config.data.image_size, layout=config.evaluation.layout,
-                                cameras=config.data.cameras)  # fmt: skip
+    factory = functools.partial(
+        MetaworldFactory, image_size=config.data.image_size, layout=config.evaluation.layout, cameras=config.data.cameras
+    )
     results = run_rollouts(policy, factory, config, record=_RECORDED.value)
     for result in results:
         if result.frames is not None:

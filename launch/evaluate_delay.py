@@ -53,14 +53,17 @@ def row(strategy: str, milliseconds: float, steps: int, results: list[EpisodeRes
     hz, layout = config.data.control_hz, config.evaluation.layout
     succeeded = [result.steps / hz for result in results if result.success]
     return {
-        "strategy": strategy, "delay_ms": milliseconds, "delay_steps": steps, "success": success_table(results),
+        "strategy": strategy,
+        "delay_ms": milliseconds,
+        "delay_steps": steps,
+        "success": success_table(results),
         "seconds_to_success": sum(succeeded) / len(succeeded) if succeeded else None,
         "jerk": math.sqrt(mean_squared_jerk([result.proprio[:, :3] for result in results], hz)),
         "commanded_jerk": math.sqrt(
             mean_squared_jerk([metaworld.commanded_positions(result.actions, layout) for result in results], hz)
         ),
         "episodes": [{"task": r.task, "seed": r.seed, "success": r.success, "steps": r.steps} for r in results],
-    }  # fmt: skip
+    }
 
 
 def main(given: ExperimentConfig) -> None:
@@ -80,15 +83,22 @@ def main(given: ExperimentConfig) -> None:
                 successes = sum(episode.success for episode in episodes[-len(seeds) :])
                 print(f"{task}, {strategy}, {milliseconds:g} ms: {successes} of {len(seeds)}", flush=True)
     rows = [row(strategy, ms, delays[ms], episodes, config) for (strategy, ms), episodes in results.items()]
-    values = {"rows": rows, "policy": dataclasses.asdict(config.policy), "evaluation": dataclasses.asdict(evaluation),
-              "device": jax.devices()[0].device_kind, "seconds": time.perf_counter() - start}  # fmt: skip
+    values = {
+        "rows": rows,
+        "policy": dataclasses.asdict(config.policy),
+        "evaluation": dataclasses.asdict(evaluation),
+        "device": jax.devices()[0].device_kind,
+        "seconds": time.perf_counter() - start,
+    }
     run_directory.write_json(run / "delays.json", values)
     print(f"\n{'strategy':<20}{'delay ms':>9}{'success':>9}  {'95 % interval':<14}{'seconds':>8}{'jerk':>8}{'commanded':>11}")
     for r in rows:
         overall, seconds = r["success"]["overall"], r["seconds_to_success"]
-        print(f"{r['strategy']:<20}{r['delay_ms']:>9g}{overall['successes']:>5}/{overall['episodes']:<3}  "
-              f"{overall['low']:.2f} to {overall['high']:.2f}  {'-' if seconds is None else format(seconds, '.2f'):>8}"
-              f"{r['jerk']:>8.1f}{r['commanded_jerk']:>11.1f}")  # fmt: skip
+        print(
+            f"{r['strategy']:<20}{r['delay_ms']:>9g}{overall['successes']:>5}/{overall['episodes']:<3}  "
+            f"{overall['low']:.2f} to {overall['high']:.2f}  {'-' if seconds is None else format(seconds, '.2f'):>8}"
+            f"{r['jerk']:>8.1f}{r['commanded_jerk']:>11.1f}"
+        )
 
 
 if __name__ == "__main__":

@@ -47,8 +47,9 @@ def require_same_layout(metadata: dict, config: ExperimentConfig) -> None:
 
 def evaluate(config: ExperimentConfig) -> None:
     connect, start = functools.partial(PolicyClient, _SERVER.value, _TOKEN.value, timeout=600.0), time.perf_counter()
-    factory = functools.partial(MetaworldFactory, image_size=config.data.image_size, layout=config.evaluation.layout,
-                                cameras=config.data.cameras)  # fmt: skip
+    factory = functools.partial(
+        MetaworldFactory, image_size=config.data.image_size, layout=config.evaluation.layout, cameras=config.data.cameras
+    )
     with connect() as client:
         require_same_layout(client.metadata, config)
         per_episode = ConnectionPerEpisodePlan(connect, config.policy.execute_steps / config.data.control_hz)
@@ -63,8 +64,10 @@ def evaluate(config: ExperimentConfig) -> None:
     values = {"success": table, "episodes": episodes, "seconds": time.perf_counter() - start}
     (out / "evaluation.json").write_text(json.dumps(values, indent=1))
     for task, row in table.items():
-        print(f"{task}: {row['successes']}/{row['episodes']} = {row['rate']:.2f}, "
-              f"95 % interval {row['low']:.2f} to {row['high']:.2f}")  # fmt: skip
+        print(
+            f"{task}: {row['successes']}/{row['episodes']} = {row['rate']:.2f}, "
+            f"95 % interval {row['low']:.2f} to {row['high']:.2f}"
+        )
 
 
 def main(_: list[str]) -> None:

@@ -76,8 +76,10 @@ def known_text(config: ExperimentConfig) -> dict:
 
 def policies(config: ExperimentConfig, params: Params, robot: Embodiment) -> dict:
     """The policy as each platform of --stablehlo can have it."""
-    return {platform: Policy(dataclasses.replace(config, attention=attention_for(platform)), params, robot)
-            for platform in _STABLEHLO.value}  # fmt: skip
+    return {
+        platform: Policy(dataclasses.replace(config, attention=attention_for(platform)), params, robot)
+        for platform in _STABLEHLO.value
+    }
 
 
 def export() -> None:

@@ -14,10 +14,21 @@ from mimic_video.transforms import compute_statistics
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 EXPERIMENTS = (  # all that are shipped, but for pods that differ in nothing but the mesh and the batch
-    "published:bridge", "published:libero", "published:bridge_video", "published:libero_video", "published:cosmos",
-    "published:cosmos_14b", "pretrain:video_v5e", "pretrain:action_v5e", "small:half_video", "small:half_action",
-    "small:colab_video", "small:colab_action", "quickstart:video", "quickstart:action",
-)  # fmt: skip
+    "published:bridge",
+    "published:libero",
+    "published:bridge_video",
+    "published:libero_video",
+    "published:cosmos",
+    "published:cosmos_14b",
+    "pretrain:video_v5e",
+    "pretrain:action_v5e",
+    "small:half_video",
+    "small:half_action",
+    "small:colab_video",
+    "small:colab_action",
+    "quickstart:video",
+    "quickstart:action",
+)
 
 
 def shipped(name: str) -> ExperimentConfig:
@@ -37,19 +48,32 @@ def narrow(config: ExperimentConfig) -> ExperimentConfig:
         return min(width // heads, 128)
 
     backbone, decoder = config.backbone, config.decoder
-    backbone = dataclasses.replace(backbone, width=2 * head(backbone.width, backbone.num_heads), num_heads=2, num_blocks=2,
-                                   hidden_block=1, text_width=64, adaln_lora_dim=16)  # fmt: skip
-    decoder = dataclasses.replace(decoder, width=2 * head(decoder.width, decoder.num_heads), num_heads=2, num_blocks=2,
-                                  adaln_lora_dim=16, time_rank=32)  # fmt: skip
+    backbone = dataclasses.replace(
+        backbone,
+        width=2 * head(backbone.width, backbone.num_heads),
+        num_heads=2,
+        num_blocks=2,
+        hidden_block=1,
+        text_width=64,
+        adaln_lora_dim=16,
+    )
+    decoder = dataclasses.replace(
+        decoder, width=2 * head(decoder.width, decoder.num_heads), num_heads=2, num_blocks=2, adaln_lora_dim=16, time_rank=32
+    )
     data = dataclasses.replace(config.data, image_size=(64, 96), future_frames=8, latents="precomputed")
     micro = config.train.micro_batches
     kept = dataclasses.replace(config.train, batch_size=2 * micro, warmup_steps=0)
     return dataclasses.replace(
-        config, backbone=backbone, decoder=decoder, data=data, train=kept, backbone_run="any",
+        config,
+        backbone=backbone,
+        decoder=decoder,
+        data=data,
+        train=kept,
+        backbone_run="any",
         text=dataclasses.replace(config.text, kind="hash", rows=16, width=64),
         tokenizer=dataclasses.replace(config.tokenizer, width=16),
         lora=dataclasses.replace(config.lora, rank=min(config.lora.rank, 8)),
-    )  # fmt: skip
+    )
 
 
 def policy_forms(config: ExperimentConfig) -> Iterator[tuple[str, ExperimentConfig, dict[str, Any]]]:
@@ -57,8 +81,10 @@ def policy_forms(config: ExperimentConfig) -> Iterator[tuple[str, ExperimentConf
 
     def changed(**parts: Any) -> ExperimentConfig:
         """With fields of parts of the experiment changed, or fields of its own."""
-        values = {name: dataclasses.replace(getattr(config, name), **value) if isinstance(value, dict) else value
-                  for name, value in parts.items()}  # fmt: skip
+        values = {
+            name: dataclasses.replace(getattr(config, name), **value) if isinstance(value, dict) else value
+            for name, value in parts.items()
+        }
         return dataclasses.replace(config, **values)
 
     views = changed(data={"cameras": ("primary", "wrist")}, backbone={"views": 2})

@@ -41,8 +41,15 @@ from absl import app, flags
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PARTS = {  # seconds
-    "device": 40, "attention": 90, "forms": 120, "training": 240, "policy": 240, "golden": 60, "precision": 90, "profile": 150,
-}  # fmt: skip
+    "device": 40,
+    "attention": 90,
+    "forms": 120,
+    "training": 240,
+    "policy": 240,
+    "golden": 60,
+    "precision": 90,
+    "profile": 150,
+}
 _PARTS = flags.DEFINE_list("parts", list(PARTS), f"Of {', '.join(PARTS)}")
 _PART = flags.DEFINE_enum("part", None, list(PARTS), "Runs one part in this process")
 _SHARE = flags.DEFINE_string("share", None, "Of `forms`, a part of them, such as 0/8")
@@ -64,8 +71,10 @@ def run_forms() -> dict[str, Any]:
     workers = 1 if _SMALL.value else max(1, min(8, (os.cpu_count() or 1) // 2))
     environment = os.environ | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"}
     command = [sys.executable, __file__, "--part=forms", *(["--small"] if _SMALL.value else [])]
-    processes = [subprocess.Popen([*command, f"--share={n}/{workers}"], env=environment, stdout=subprocess.PIPE, text=True)
-                 for n in range(workers)]  # fmt: skip
+    processes = [
+        subprocess.Popen([*command, f"--share={n}/{workers}"], env=environment, stdout=subprocess.PIPE, text=True)
+        for n in range(workers)
+    ]
 
     def lines(process: subprocess.Popen) -> list[dict[str, Any]]:
         found = []
@@ -109,9 +118,11 @@ def share_of_forms(number: int, of: int) -> dict[str, Any]:
     chip = jax.devices()[0]
     makes: list[tuple[str, Callable[[], Any]]] = [
         *((f"step of {name}", functools.partial(step_program, config, [chip])) for name, config in forms.step_forms()),
-        *((f"policy: {name}", functools.partial(policy_program, config, chip, **arguments))
-          for name, config, arguments in forms.policy_forms(forms.narrow(forms.shipped("published:bridge")))),
-    ]  # fmt: skip
+        *(
+            (f"policy: {name}", functools.partial(policy_program, config, chip, **arguments))
+            for name, config, arguments in forms.policy_forms(forms.narrow(forms.shipped("published:bridge")))
+        ),
+    ]
     if _SMALL.value:
         makes = [(name, make) for name, make in makes if name in ("step of quickstart:action", "policy: two robots")]
     for name, make in makes[number::of]:
@@ -153,15 +164,25 @@ def attention() -> dict[str, Any]:
         forward = seconds(functools.partial(attend, mask=mask, backend=backend), q, k, v)
         both = seconds(jax.grad(loss, (0, 1, 2)), q, k, v)
         peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-        emit("attention", name=name, tokens=tokens, forward_ms=round(forward * 1e3, 2),
-             forward_tflops=round(work / forward / 1e12, 1), with_backward_ms=round(both * 1e3, 2),
-             with_backward_tflops=round(3.5 * work / both / 1e12, 1), peak_bytes=peak)  # fmt: skip
+        emit(
+            "attention",
+            name=name,
+            tokens=tokens,
+            forward_ms=round(forward * 1e3, 2),
+            forward_tflops=round(work / forward / 1e12, 1),
+            with_backward_ms=round(both * 1e3, 2),
+            with_backward_tflops=round(3.5 * work / both / 1e12, 1),
+            peak_bytes=peak,
+        )
 
     inputs = {}
     for name, samples, queries, keys, masked in (
-        ("even", 2, 512, 1024, False), ("odd", 2, 61, 1001, False), ("four draws", 8, 61, 1024, False),
-        ("masked", 2, 512, 1024, True), ("masked, odd", 4, 17, 1001, True),
-    ):  # fmt: skip
+        ("even", 2, 512, 1024, False),
+        ("odd", 2, 61, 1001, False),
+        ("four draws", 8, 61, 1024, False),
+        ("masked", 2, 512, 1024, True),
+        ("masked, odd", 4, 17, 1001, True),
+    ):
         q, k, v = normal(1, samples, queries, 4, 128), normal(2, 2, keys, 4, 128), normal(3, 2, keys, 4, 128)
         inputs[name] = (q, k, v), jax.random.bernoulli(jax.random.key(4), 0.6, (2, keys)) if masked else None
 
@@ -182,10 +203,18 @@ def attention() -> dict[str, Any]:
 
     exact = all_of("xla", jnp.float32)
     found = {backend: all_of(backend, jnp.bfloat16) for backend in (flash, "xla")}
-    return {"errors_of_output_and_gradients": {
-        name: {backend: [round(float(jnp.abs(one - other).max() / jnp.abs(other).max()), 5)
-                         for one, other in zip(results[name], exact[name], strict=True)] for backend, results in found.items()}
-        for name in inputs}}  # fmt: skip
+    return {
+        "errors_of_output_and_gradients": {
+            name: {
+                backend: [
+                    round(float(jnp.abs(one - other).max() / jnp.abs(other).max()), 5)
+                    for one, other in zip(results[name], exact[name], strict=True)
+                ]
+                for backend, results in found.items()
+            }
+            for name in inputs
+        }
+    }
 
 
 def precision() -> dict[str, Any]:
@@ -207,9 +236,13 @@ def precision() -> dict[str, Any]:
             chunks[name] = policy(images, np.zeros((2, config.decoder.proprio_dim), np.float32), [""] * 2)
         del policy
     exact = chunks.pop("float32")
-    return {name: {"rms_over_std": round(float(np.sqrt(np.mean((chunk - exact) ** 2)) / exact.std()), 5),
-                   "max_over_std": round(float(np.abs(chunk - exact).max() / exact.std()), 5)}
-            for name, chunk in chunks.items()}  # fmt: skip
+    return {
+        name: {
+            "rms_over_std": round(float(np.sqrt(np.mean((chunk - exact) ** 2)) / exact.std()), 5),
+            "max_over_std": round(float(np.abs(chunk - exact).max() / exact.std()), 5),
+        }
+        for name, chunk in chunks.items()
+    }
 
 
 def _command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -229,8 +262,14 @@ def policy() -> dict[str, Any]:
         compared = batch == "1" and importlib.util.find_spec("diffusers") and importlib.util.find_spec("torch")
         arguments = [f"--size={'small' if _SMALL.value else '2b'}", f"--image={image}", f"--batch={batch}", "--repeats=10"]
         ended = _command("launch/benchmark.py", "policy", *arguments, *(["--reference=torch"] if compared else []))
-        emit("policy", **(json.loads(ended.stdout.splitlines()[-1]) if not ended.returncode else
-                          {"image": image, "batch": batch, "error": ended.stderr.strip()[-1500:]}))  # fmt: skip
+        emit(
+            "policy",
+            **(
+                json.loads(ended.stdout.splitlines()[-1])
+                if not ended.returncode
+                else {"image": image, "batch": batch, "error": ended.stderr.strip()[-1500:]}
+            ),
+        )
     return {"measured": [f"{image}, batch {batch}" for image, batch in settings]}
 
 
@@ -282,15 +321,21 @@ def _kernels(call: Callable[[], Any]) -> dict[str, Any]:
         with gzip.open(file) as stream:
             events = json.load(stream)["traceEvents"]
     devices = {event["pid"] for event in events if event.get("name") == "process_name" and "GPU" in event["args"]["name"]}
-    streams = {(event["pid"], event["tid"]) for event in events if event.get("name") == "thread_name" and event["pid"] in devices
-               and event["args"]["name"].startswith("Stream")}  # fmt: skip
+    streams = {
+        (event["pid"], event["tid"])
+        for event in events
+        if event.get("name") == "thread_name" and event["pid"] in devices and event["args"]["name"].startswith("Stream")
+    }
     times: collections.Counter[str] = collections.Counter()
     for event in events:
         if event.get("ph") == "X" and (event["pid"], event["tid"]) in streams:
             times[event["name"].rstrip("0123456789_")] += event["dur"]
     total = sum(times.values())
-    return {"wall_ms": round(wall * 1e3, 2), "kernels_ms": round(total / 1e3, 2),
-            "top": [[name, round(each / 1e3, 2), round(each / total, 3)] for name, each in times.most_common(12)]}  # fmt: skip
+    return {
+        "wall_ms": round(wall * 1e3, 2),
+        "kernels_ms": round(total / 1e3, 2),
+        "top": [[name, round(each / 1e3, 2), round(each / total, 3)] for name, each in times.most_common(12)],
+    }
 
 
 def device() -> dict[str, Any]:
@@ -307,15 +352,27 @@ def device() -> dict[str, Any]:
         times.append(time.perf_counter() - start)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     chip = jax.devices()[0]
-    return {"device": chip.device_kind, "capability": getattr(chip, "compute_capability", None), "jax": jax.__version__,
-            "commit": commit, "python": sys.version.split()[0], "copy_gb_per_s": round(2 * size / min(times) / 1e9),
-            "product_tflops": round(benchmark.product_rate("bfloat16") / 1e12, 1)}  # fmt: skip
+    return {
+        "device": chip.device_kind,
+        "capability": getattr(chip, "compute_capability", None),
+        "jax": jax.__version__,
+        "commit": commit,
+        "python": sys.version.split()[0],
+        "copy_gb_per_s": round(2 * size / min(times) / 1e9),
+        "product_tflops": round(benchmark.product_rate("bfloat16") / 1e12, 1),
+    }
 
 
 FUNCTIONS = {
-    "device": device, "attention": attention, "forms": run_forms, "training": training, "policy": policy, "golden": golden,
-    "precision": precision, "profile": profile,
-}  # fmt: skip
+    "device": device,
+    "attention": attention,
+    "forms": run_forms,
+    "training": training,
+    "policy": policy,
+    "golden": golden,
+    "precision": precision,
+    "profile": profile,
+}
 
 
 def require_gpu() -> None:
@@ -330,8 +387,10 @@ def require_gpu() -> None:
 def run_part(part: str, seconds: float) -> Iterator[str]:
     """The lines of a part in a process of its own, as they come, and what it said last if it failed."""
     flag = ["--small"] if _SMALL.value else []
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-                                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}  # fmt: skip
+    environment = os.environ | {
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
     start, late = time.perf_counter(), threading.Event()
 
     def stop() -> None:
@@ -339,8 +398,15 @@ def run_part(part: str, seconds: float) -> Iterator[str]:
         os.killpg(process.pid, signal.SIGKILL)
 
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen([sys.executable, __file__, f"--part={part}", *flag], cwd=ROOT, env=environment, text=True,
-                                   stdout=subprocess.PIPE, stderr=errors, start_new_session=True)  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, __file__, f"--part={part}", *flag],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            start_new_session=True,
+        )
         timer = threading.Timer(seconds, stop)
         timer.start()
         try:

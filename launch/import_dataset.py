@@ -253,11 +253,15 @@ def import_dataset() -> None:
     job = Import(source, hz, list(options.get("cameras", ())), _SKIP_DAMAGED.value)
     try:
         path = write_rlds(
-            _OUT.value, name,
+            _OUT.value,
+            name,
             {split: job.episodes(split, indices) for split, indices in split_episodes(len(source), _VALIDATION.value).items()},
-            control_hz=hz, image_size=chosen_size(source), jpeg_quality=_JPEG_QUALITY.value, file_format=_FILE_FORMAT.value,
+            control_hz=hz,
+            image_size=chosen_size(source),
+            jpeg_quality=_JPEG_QUALITY.value,
+            file_format=_FILE_FORMAT.value,
             description=f"Imported from {_FORMAT.value}: {pathlib.Path(_SOURCE.value).name}",
-        )  # fmt: skip
+        )
     finally:
         job.report_skipped()
     counts = ", ".join(f"{episodes} episodes of {steps} steps in {split}" for split, (episodes, steps) in job.written.items())

@@ -80,8 +80,10 @@ def draw_windows(source: Sequence[Episode], count: int) -> tuple[Image.Image, li
             pictures = [thumbnail(frame) for frame in frames.take(steps.tolist())]
             strips.append(np.concatenate([pictures[row] for row in rows], axis=1))
             first, last = times[[0, -1]] - episode.timestamps[anchor]
-            captions.append(f"episode {number}, {camera}, {first:+.1f} to {last:+.1f} s around step {anchor} of {len(episode)}: "
-                            f"{episode.instruction!r}")  # fmt: skip
+            captions.append(
+                f"episode {number}, {camera}, {first:+.1f} to {last:+.1f} s around step {anchor} of {len(episode)}: "
+                f"{episode.instruction!r}"
+            )
     width = max(strip.shape[1] for strip in strips)
     return Image.fromarray(np.concatenate([np.pad(s, ((0, 2), (0, width - s.shape[1]), (0, 0))) for s in strips])), captions
 
@@ -122,8 +124,9 @@ def inspect_dataset(directory: pathlib.Path, spec: DatasetSpec | None, out: path
     picture.save(out / "windows.png")
     print(f"wrote {out / 'windows.png'}; its rows are", *captions, sep="\n  ")
 
-    actions = [episode.actions for number in spread(len(source), _EPISODES.value)
-               if (episode := source[number]).actions is not None]  # fmt: skip
+    actions = [
+        episode.actions for number in spread(len(source), _EPISODES.value) if (episode := source[number]).actions is not None
+    ]
     if not actions:
         print("no actions: no histograms")
         return

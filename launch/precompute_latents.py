@@ -78,8 +78,13 @@ def read_batches(windows: WindowDataset, config: ExperimentConfig, rows: Sequenc
     return iter(grain.MapDataset.source(padded).map(read).to_iter_dataset(ahead).batch(size))
 
 
-def precompute(cache: LatentCache, shards: Sequence[int], windows: WindowDataset, config: ExperimentConfig,
-               encode: Callable[[np.ndarray], np.ndarray]) -> None:
+def precompute(
+    cache: LatentCache,
+    shards: Sequence[int],
+    windows: WindowDataset,
+    config: ExperimentConfig,
+    encode: Callable[[np.ndarray], np.ndarray],
+) -> None:
     """Fills in shards, with a progress bar. Of windows that `data.skip_broken` skips the latents are NaN."""
     rows = [row for shard in shards for row in cache.rows_of(shard)]
 
@@ -108,21 +113,32 @@ def main(config: ExperimentConfig) -> None:
     for split in splits:
         for name, windows in open_datasets(config, split).windows.items():
             rows = int(first_rows(list(map(len, windows.episodes)), _STRIDE.value)[-1])
-            cache = create_latents(latents_folder(config, name, split), latent_key(config, tokenizer, windows.identity),
-                                   stride=_STRIDE.value, rows=rows, shape=shape, dtype=dtype.name)  # fmt: skip
+            cache = create_latents(
+                latents_folder(config, name, split),
+                latent_key(config, tokenizer, windows.identity),
+                stride=_STRIDE.value,
+                rows=rows,
+                shape=shape,
+                dtype=dtype.name,
+            )
             shards = [shard for shard in cache.missing() if shard % shares == share]
             work.append((cache, shards, windows))
             size = int(np.prod(shape)) * dtype.itemsize
-            print(f"{cache.folder}: {rows} windows of {size / 1e6:.3g} MB, {rows * size / 1e9:.3g} GB in {cache.num_shards} "
-                  f"shards, of which {len(shards)} are to be made here", flush=True)  # fmt: skip
+            print(
+                f"{cache.folder}: {rows} windows of {size / 1e6:.3g} MB, {rows * size / 1e9:.3g} GB in {cache.num_shards} "
+                f"shards, of which {len(shards)} are to be made here",
+                flush=True,
+            )
 
     encode, start = make_encoder(config, tokenizer), time.perf_counter()
     for cache, shards, windows in work:
         if shards:
             precompute(cache, shards, windows, config, encode)
     left = sum(len(cache.missing()) for cache, *_ in work)
-    print(f"made {sum(len(shards) for _, shards, _ in work)} shards in {time.perf_counter() - start:.0f} s; "
-          + (f"{left} are missing, of other parts of the work" if left else "the latents are complete"))  # fmt: skip
+    print(
+        f"made {sum(len(shards) for _, shards, _ in work)} shards in {time.perf_counter() - start:.0f} s; "
+        + (f"{left} are missing, of other parts of the work" if left else "the latents are complete")
+    )
 
 
 if __name__ == "__main__":

@@ -53,8 +53,10 @@ def find_prompts(config: ExperimentConfig) -> list[str]:
     stages = {"video": config.data.video_dataset, "action": config.data.action_dataset}
     configs = [dataclasses.replace(config, stage=stage) for stage, datasets in stages.items() if datasets]
     if not configs and not _PROMPTS.value:
-        raise ConfigError("there is nothing to embed: config fields 'data.video_dataset' and 'data.action_dataset' are empty and "
-                          "--prompts is not given")  # fmt: skip
+        raise ConfigError(
+            "there is nothing to embed: config fields 'data.video_dataset' and 'data.action_dataset' are empty and "
+            "--prompts is not given"
+        )
     if _PROMPTS.value:
         prompts |= dict.fromkeys(file_prompts(pathlib.Path(_PROMPTS.value)))
     places = {place.directory: place for each in configs for place in find_datasets(each)[0].values()}

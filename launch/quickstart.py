@@ -31,9 +31,16 @@ SEEDS = (0, 1)  # of stage 2, for either backbone
 EPISODES = {"videos": 100, "demonstrations": 20, "validation": 10}  # per task
 SMOKE_EPISODES = {"videos": 3, "demonstrations": 2, "validation": 1}
 SMOKE_SETTINGS = {
-    "train.steps": 6, "train.warmup_steps": 2, "train.log_every": 2, "train.validate_every": 3, "train.checkpoint_every": 3,
-    "tokenizer.fit_windows": 32, "evaluation.episodes_per_task": 2, "evaluation.max_steps": 6, "policy.video_steps": 4,
-}  # fmt: skip
+    "train.steps": 6,
+    "train.warmup_steps": 2,
+    "train.log_every": 2,
+    "train.validate_every": 3,
+    "train.checkpoint_every": 3,
+    "tokenizer.fit_windows": 32,
+    "evaluation.episodes_per_task": 2,
+    "evaluation.max_steps": 6,
+    "policy.video_steps": 4,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +78,10 @@ def phases(work: pathlib.Path, smoke: bool) -> list[Phase]:
             result.append(Phase(f"stage 2: train the action decoder ({name})", 150, script("train", "action", run, **start)))
             result.append(Phase(f"act in the simulator ({name})", 30, script("evaluate", "action", run, **start)))
     result.append(Phase("act in the simulator (scripted expert)", 10, script("evaluate", "action", work / "expert", "--expert")))
-    policies = [f"--policy={backbone} backbone=" + ",".join(str(policy_run(work, backbone, seed)) for seed in seeds(smoke))
-                for backbone in BACKBONES]  # fmt: skip
+    policies = [
+        f"--policy={backbone} backbone=" + ",".join(str(policy_run(work, backbone, seed)) for seed in seeds(smoke))
+        for backbone in BACKBONES
+    ]
     places = [f"--out={work / 'report.html'}", f"--video={work / 'video'}", f"--expert={work / 'expert'}"]
     result.append(Phase("write the report", 3, ["launch/report.py", *places, *policies]))
     return result
@@ -117,10 +126,14 @@ def summarise(work: pathlib.Path, smoke: bool) -> dict:
         successes, episodes = (sum(run["success"]["overall"][key] for run in runs) for key in ("successes", "episodes"))
         low, high = wilson_interval(successes, episodes)
         return {
-            "success_rate": successes / episodes, "low": low, "high": high, "successes": successes, "episodes": episodes,
+            "success_rate": successes / episodes,
+            "low": low,
+            "high": high,
+            "successes": successes,
+            "episodes": episodes,
             "per_training_seed": [run["success"] for run in runs],
             "open_loop_rmse": [run["open_loop"]["rmse"] for run in runs],
-        }  # fmt: skip
+        }
 
     results = {f"{backbone}_backbone": pooled(backbone) for backbone in BACKBONES}
     trained = results["trained_backbone"]
@@ -140,9 +153,11 @@ def main(_: list[str]) -> None:
     run_phases(work, smoke)
     results = summarise(work, smoke)
     write_json(work / "results.json", results)
-    print(f"\nsuccess on unseen seeds: {results['success_rate']:.2f} with the trained backbone, "
-          f"{results['untrained_backbone']['success_rate']:.2f} with an untrained one, "
-          f"{results['scripted_expert']['overall']['rate']:.2f} by the scripted expert")  # fmt: skip
+    print(
+        f"\nsuccess on unseen seeds: {results['success_rate']:.2f} with the trained backbone, "
+        f"{results['untrained_backbone']['success_rate']:.2f} with an untrained one, "
+        f"{results['scripted_expert']['overall']['rate']:.2f} by the scripted expert"
+    )
     print(f"results: {work / 'results.json'}\nreport:  {work / 'report.html'}")
 
 

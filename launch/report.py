@@ -41,8 +41,13 @@ def main(_: list[str]) -> None:
     out, expert = pathlib.Path(_OUT.value), _EXPERT.value
     try:
         policies = parse_policies(_POLICIES.value)
-        write_report(out, title=_TITLE.value, video_run=local_path(_VIDEO.value), policies=policies,
-                     expert=local_path(expert) if expert else None)  # fmt: skip
+        write_report(
+            out,
+            title=_TITLE.value,
+            video_run=local_path(_VIDEO.value),
+            policies=policies,
+            expert=local_path(expert) if expert else None,
+        )
     except (ValueError, RunError, ConfigError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
     print(f"wrote {out}")

@@ -66,9 +66,15 @@ def main(_: list[str]) -> None:
     token = os.environ.get("MIMIC_VIDEO_TOKEN", "") if _TOKEN.value is None else _TOKEN.value
     try:
         options = ServerOptions(
-            host=_HOST.value, port=_PORT.value, token=token, batch_sizes=tuple(_BATCH_SIZES.value), max_queue=_MAX_QUEUE.value,
-            max_message_bytes=_MAX_MESSAGE.value * 2**20, deadline=_DEADLINE.value, renames=parse_renames(_RENAMES.value),
-        )  # fmt: skip
+            host=_HOST.value,
+            port=_PORT.value,
+            token=token,
+            batch_sizes=tuple(_BATCH_SIZES.value),
+            max_queue=_MAX_QUEUE.value,
+            max_message_bytes=_MAX_MESSAGE.value * 2**20,
+            deadline=_DEADLINE.value,
+            renames=parse_renames(_RENAMES.value),
+        )
         policy = Policy.load(_POLICY.value, embodiment=_EMBODIMENT.value)
     except (ValueError, RunError, ConfigError) as error:
         sys.exit(f"error: {error}")

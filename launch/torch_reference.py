@@ -32,8 +32,12 @@ def times(policy: Policy, batch: int, repeats: int) -> dict[str, Any]:
     import torch
 
     config, device = policy.config, "cuda" if jax.default_backend() == "gpu" else "cpu"
-    fields = {"policy.stop_step": config.policy.stop_step, "policy.stop_time": config.policy.stop_time,
-              "decoder.embodiments": config.decoder.embodiments, "backbone.views": config.backbone.views - 1}  # fmt: skip
+    fields = {
+        "policy.stop_step": config.policy.stop_step,
+        "policy.stop_time": config.policy.stop_time,
+        "decoder.embodiments": config.decoder.embodiments,
+        "backbone.views": config.backbone.views - 1,
+    }
     for field, value in fields.items():
         if value:
             raise ConfigError(f"config field '{field}' is set; --reference=torch has no counterpart for it")
@@ -59,12 +63,14 @@ def times(policy: Policy, batch: int, repeats: int) -> dict[str, Any]:
     expected = np.asarray(ours(policy.params, past, text, noise))
     stop = float(matching.flow_time(solvers.karras_sigmas(config.policy.video_steps)[0]))
     mask = np.arange(noise["video"].shape[1]) < past.shape[1]
-    latents = jnp.where(mask[:, None, None, None], jnp.pad(past, [(0, 0), (0, len(mask) - past.shape[1])] + [(0, 0)] * 3),
-                        stop * noise["video"])  # fmt: skip
+    latents = jnp.where(
+        mask[:, None, None, None], jnp.pad(past, [(0, 0), (0, len(mask) - past.shape[1])] + [(0, 0)] * 3), stop * noise["video"]
+    )
     frame_times = tensor(np.where(mask, matching.CONDITION_TIME, stop))
     backbone = _Backbone(policy, tensor, device, dtype)
-    decoder = _Decoder(config, {name: tensor(value).to(dtype) for name, value in
-                                export_params(policy.params["decoder"], ACTION_DECODER_NAMES)})  # fmt: skip
+    decoder = _Decoder(
+        config, {name: tensor(value).to(dtype) for name, value in export_params(policy.params["decoder"], ACTION_DECODER_NAMES)}
+    )
     video = (tensor(latents).movedim(-1, 1).to(dtype), frame_times, tensor(text).to(dtype), tensor(mask))
     actions = (tensor(proprio).to(dtype), tensor(noise["actions"]), torch.full((batch, 1), stop, device=device))
 
@@ -81,11 +87,13 @@ def times(policy: Policy, batch: int, repeats: int) -> dict[str, Any]:
         chunk = decoder.sample(hidden, *actions, cached=True)
         error = float(np.abs(chunk.float().cpu().numpy() - expected).max() / expected.std())
         return {
-            "version": torch.__version__, "device": device, "chunk_error_over_std": round(error, 6),
+            "version": torch.__version__,
+            "device": device,
+            "chunk_error_over_std": round(error, 6),
             "video": timed(lambda: backbone(*video)),
             "recomputed": timed(lambda: decoder.sample(hidden, *actions, cached=False)),
             "cached": timed(lambda: decoder.sample(hidden, *actions, cached=True)),
-        }  # fmt: skip
+        }
 
 
 class _Backbone:
@@ -103,11 +111,18 @@ class _Backbone:
         net = policy.config.backbone
         with torch.device("meta"):
             self._net = transformer_cosmos.CosmosTransformer3DModel(
-                in_channels=net.latent_channels + 1, out_channels=net.latent_channels, num_attention_heads=net.num_heads,
-                attention_head_dim=net.width // net.num_heads, num_layers=net.hidden_block, mlp_ratio=net.mlp_ratio,
-                text_embed_dim=net.text_width, adaln_lora_dim=net.adaln_lora_dim, patch_size=net.patch, rope_scale=net.rope_ratio,
+                in_channels=net.latent_channels + 1,
+                out_channels=net.latent_channels,
+                num_attention_heads=net.num_heads,
+                attention_head_dim=net.width // net.num_heads,
+                num_layers=net.hidden_block,
+                mlp_ratio=net.mlp_ratio,
+                text_embed_dim=net.text_width,
+                adaln_lora_dim=net.adaln_lora_dim,
+                patch_size=net.patch,
+                rope_scale=net.rope_ratio,
                 extra_pos_embed_type=None,
-            )  # fmt: skip
+            )
         params = dict(policy.params["backbone"])
         params["blocks"] = jax.tree.map(lambda leaf: leaf[: net.hidden_block], params["blocks"])
         state = {name: tensor(value).to(dtype) for name, value in export_params(params, DIFFUSERS_DIT_NAMES)}
@@ -128,9 +143,13 @@ class _Backbone:
         b, _, t, h, w = latents.shape
         condition = mask.reshape(1, 1, t, 1, 1).expand(b, 1, t, h, w).to(latents.dtype)
         self._net(
-            hidden_states=latents, timestep=frame_times.reshape(1, 1, t, 1, 1).expand(b, 1, t, 1, 1), encoder_hidden_states=text,
-            condition_mask=condition, padding_mask=self._padding, return_dict=False,
-        )  # fmt: skip
+            hidden_states=latents,
+            timestep=frame_times.reshape(1, 1, t, 1, 1).expand(b, 1, t, 1, 1),
+            encoder_hidden_states=text,
+            condition_mask=condition,
+            padding_mask=self._padding,
+            return_dict=False,
+        )
         return self._hidden.reshape(b, -1, self._hidden.shape[-1])
 
 

@@ -85,8 +85,11 @@ def initial_params(config: ExperimentConfig, datasets: Windows, mesh: Mesh) -> P
         tokenizer = fit_tokenizer(config, datasets) if first else blank
         found = named_leaves({"tokenizer": multihost_utils.broadcast_one_to_all(tokenizer)})
     if config.start_run:
-        trained = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where[name])
-                   for name, leaf in shapes.items() if name.startswith(f"{TRAINED[config.stage]}/")}  # fmt: skip
+        trained = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where[name])
+            for name, leaf in shapes.items()
+            if name.startswith(f"{TRAINED[config.stage]}/")
+        }
         started = checkpoints.load_start(run_path(config.start_run), config.start_map, trained, mesh)
         if first:
             print(f"start: {len(started)} of {len(trained)} arrays of {config.start_run}")
@@ -115,9 +118,10 @@ def with_views_of(config: ExperimentConfig, trained: ExperimentConfig) -> Experi
     if trained.backbone.views > 1:
         return trained
     return dataclasses.replace(
-        trained, data=dataclasses.replace(trained.data, cameras=config.data.cameras),
+        trained,
+        data=dataclasses.replace(trained.data, cameras=config.data.cameras),
         backbone=dataclasses.replace(trained.backbone, views=config.backbone.views),
-    )  # fmt: skip
+    )
 
 
 def find_embodiments(run: epath.Path, config: ExperimentConfig, datasets: Windows) -> dict[str, Embodiment]:
@@ -127,11 +131,15 @@ def find_embodiments(run: epath.Path, config: ExperimentConfig, datasets: Window
     """
     hosts = Hosts(jax.process_index(), jax.process_count(), multihost_utils.process_allgather)
     if not hosts.gather(np.array((run / "embodiments.json").exists())).all():  # asked together: none goes ahead and writes it
-        run_directory.save_embodiments(run, {
-            name: Embodiment(name, index, cached_statistics(windows.episodes, config.data, hosts), windows.raw_dims,
-                             windows.cameras)
-            for index, (name, windows) in enumerate(datasets.items())
-        })  # fmt: skip
+        run_directory.save_embodiments(
+            run,
+            {
+                name: Embodiment(
+                    name, index, cached_statistics(windows.episodes, config.data, hosts), windows.raw_dims, windows.cameras
+                )
+                for index, (name, windows) in enumerate(datasets.items())
+            },
+        )
         multihost_utils.sync_global_devices("embodiments")
     return run_directory.load_embodiments(run)
 
@@ -171,8 +179,10 @@ def train_in(run: epath.Path, config: ExperimentConfig, profile: tuple[int, int]
     rows = batch_rows(config.train.batch_size, make_mesh(config.mesh))
     datasets, phases = open_windows(config, config.data.train_split, run)
     if config.decoder.embodiments and config.stage == "action" and len(datasets) != config.decoder.embodiments:
-        raise ConfigError(f"config field 'decoder.embodiments' is {config.decoder.embodiments}; expected {len(datasets)}, the "
-                          "number of datasets")  # fmt: skip
+        raise ConfigError(
+            f"config field 'decoder.embodiments' is {config.decoder.embodiments}; expected {len(datasets)}, the "
+            "number of datasets"
+        )
     encode_text = make_text_encoder(config.text)
     for instruction in {episode.instruction for windows in datasets.values() for episode in windows.episodes}:
         encode_text(instruction)  # so that one that does not fit is an error now
@@ -187,9 +197,17 @@ def train_in(run: epath.Path, config: ExperimentConfig, profile: tuple[int, int]
 
     def batches(parts: list[Part], mixture: Mixture, start_step: int, scales: bool = False):
         return make_batches(
-            parts, mixture, batch_size=config.train.batch_size, start_step=start_step, text=encode_text, decoder=config.decoder,
-            rows=rows, workers=config.data.workers, skip_broken=config.data.skip_broken, scales=scales,
-        )  # fmt: skip
+            parts,
+            mixture,
+            batch_size=config.train.batch_size,
+            start_step=start_step,
+            text=encode_text,
+            decoder=config.decoder,
+            rows=rows,
+            workers=config.data.workers,
+            skip_broken=config.data.skip_broken,
+            scales=scales,
+        )
 
     validation = []
     if config.train.validate_every:
@@ -197,8 +215,15 @@ def train_in(run: epath.Path, config: ExperimentConfig, profile: tuple[int, int]
         stream = batches(*parts, 0, scales=config.train.validation_curves)
         validation = [next(stream) for _ in range(config.train.validation_batches)]
     data = mixed(datasets, config.seed)
-    train(config, run, lambda mesh: initial_params(config, datasets, mesh), lambda step: batches(*data, step),
-          lambda step: data_state(*data, step), validation, profile)  # fmt: skip
+    train(
+        config,
+        run,
+        lambda mesh: initial_params(config, datasets, mesh),
+        lambda step: batches(*data, step),
+        lambda step: data_state(*data, step),
+        validation,
+        profile,
+    )
 
 
 if __name__ == "__main__":

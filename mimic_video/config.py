@@ -63,8 +63,12 @@ class DataConfig:
         _require(self.future_frames % 4 == 0, "data.future_frames", self.future_frames, "a multiple of 4 (tokenizer groups)")
         _require(self.workers >= 0, "data.workers", self.workers, "0 (threads) or a number of processes")
         _require(self.action_delay >= 0, "data.action_delay", self.action_delay, "zero or more seconds")
-        _require(self.cameras[:1] == ("primary",) and len(self.cameras) == len(set(self.cameras)), "data.cameras", self.cameras,
-                 "'primary', and maybe others after it")
+        _require(
+            self.cameras[:1] == ("primary",) and len(self.cameras) == len(set(self.cameras)),
+            "data.cameras",
+            self.cameras,
+            "'primary', and maybe others after it",
+        )
         for size in self.image_size:
             _require(size > 0 and size % 16 == 0, "data.image_size", self.image_size, "multiples of 16 pixels (latents, patches)")
 
@@ -134,15 +138,24 @@ class VideoDiTConfig:
     views: int = 1  # cameras of a sample; several are told apart by a learned embedding, which published weights do not have
 
     def __post_init__(self):
-        _require_positive(self, "width", "num_blocks", "num_heads", "mlp_ratio", "text_width", "adaln_lora_dim",
-                          "latent_channels", "views")
+        _require_positive(
+            self, "width", "num_blocks", "num_heads", "mlp_ratio", "text_width", "adaln_lora_dim", "latent_channels", "views"
+        )
         _require(self.width % self.num_heads == 0, "backbone.width", self.width, f"a multiple of num_heads={self.num_heads}")
         head_dim = self.width // self.num_heads
-        _require(head_dim % 2 == 0 and head_dim >= 6, "backbone.num_heads", self.num_heads,
-                 f"an even head dimension of 6 or more, not {head_dim}")
+        _require(
+            head_dim % 2 == 0 and head_dim >= 6,
+            "backbone.num_heads",
+            self.num_heads,
+            f"an even head dimension of 6 or more, not {head_dim}",
+        )
         _require(self.patch[0] == 1, "backbone.patch", self.patch, "a temporal patch of 1 (timesteps are per latent frame)")
-        _require(0 <= self.hidden_block <= self.num_blocks, "backbone.hidden_block", self.hidden_block,
-                 f"0 to num_blocks={self.num_blocks}")
+        _require(
+            0 <= self.hidden_block <= self.num_blocks,
+            "backbone.hidden_block",
+            self.hidden_block,
+            f"0 to num_blocks={self.num_blocks}",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,8 +176,19 @@ class ActionDecoderConfig:
     embodiments: int = 0  # robots that a learned token tells apart; 0 for no such token, as published
 
     def __post_init__(self):
-        _require_positive(self, "width", "num_blocks", "num_heads", "mlp_ratio", "adaln_lora_dim", "time_rank",
-                          "obs_horizon", "action_horizon", "proprio_dim", "action_dim")
+        _require_positive(
+            self,
+            "width",
+            "num_blocks",
+            "num_heads",
+            "mlp_ratio",
+            "adaln_lora_dim",
+            "time_rank",
+            "obs_horizon",
+            "action_horizon",
+            "proprio_dim",
+            "action_dim",
+        )
         _require(self.width % self.num_heads == 0, "decoder.width", self.width, f"a multiple of num_heads={self.num_heads}")
         _require(self.embodiments >= 0, "decoder.embodiments", self.embodiments, "0 (no token) or a number of robots")
         _require(0 <= self.proprio_dropout < 1, "decoder.proprio_dropout", self.proprio_dropout, "a probability below 1")
@@ -236,23 +260,51 @@ class TrainConfig:
     keep_every: int = 0  # and for good those of every so many steps; 0 for none
 
     def __post_init__(self):
-        _require_positive(self, "steps", "batch_size", "learning_rate", "clip_norm", "action_draws", "log_every",
-                          "micro_batches", "validation_batches", "checkpoint_every", "keep_checkpoints")
+        _require_positive(
+            self,
+            "steps",
+            "batch_size",
+            "learning_rate",
+            "clip_norm",
+            "action_draws",
+            "log_every",
+            "micro_batches",
+            "validation_batches",
+            "checkpoint_every",
+            "keep_checkpoints",
+        )
         _require(0 <= self.warmup_steps < self.steps, "train.warmup_steps", self.warmup_steps, f"0 to steps-1={self.steps - 1}")
         _require(all(0 <= beta < 1 for beta in self.betas), "train.betas", self.betas, "two decays of at least 0 and below 1")
         _require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "zero or more")
         end = self.schedule_steps or self.steps
-        _require(self.warmup_steps < end, "train.schedule_steps", self.schedule_steps,
-                 f"0, or more than warmup_steps={self.warmup_steps}")
+        _require(
+            self.warmup_steps < end,
+            "train.schedule_steps",
+            self.schedule_steps,
+            f"0, or more than warmup_steps={self.warmup_steps}",
+        )
         wsd = self.schedule == "wsd"
-        _require(0 < self.decay_steps <= end - self.warmup_steps if wsd else not self.decay_steps, "train.decay_steps",
-                 self.decay_steps, f"1 to {end - self.warmup_steps} steps of decay" if wsd else "0, since schedule is not 'wsd'")
-        _require(self.batch_size % self.micro_batches == 0, "train.micro_batches", self.micro_batches,
-                 f"a divisor of batch_size={self.batch_size}")
-        _require(self.spike_factor == 0 or self.spike_factor > 1, "train.spike_factor", self.spike_factor,
-                 "0 (off) or more than 1")
-        _require(self.keep_every % self.checkpoint_every == 0, "train.keep_every", self.keep_every,
-                 f"0 (off) or a multiple of checkpoint_every={self.checkpoint_every}")
+        _require(
+            0 < self.decay_steps <= end - self.warmup_steps if wsd else not self.decay_steps,
+            "train.decay_steps",
+            self.decay_steps,
+            f"1 to {end - self.warmup_steps} steps of decay" if wsd else "0, since schedule is not 'wsd'",
+        )
+        _require(
+            self.batch_size % self.micro_batches == 0,
+            "train.micro_batches",
+            self.micro_batches,
+            f"a divisor of batch_size={self.batch_size}",
+        )
+        _require(
+            self.spike_factor == 0 or self.spike_factor > 1, "train.spike_factor", self.spike_factor, "0 (off) or more than 1"
+        )
+        _require(
+            self.keep_every % self.checkpoint_every == 0,
+            "train.keep_every",
+            self.keep_every,
+            f"0 (off) or a multiple of checkpoint_every={self.checkpoint_every}",
+        )
         _require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "0 (off) or a decay below 1")
         _require(0 <= self.ema_std < 0.28, "train.ema_std", self.ema_std, "0 (off) or a share below 0.28")
         _require(not (self.ema_decay and self.ema_std), "train.ema_std", self.ema_std, "0, since ema_decay is set too")
@@ -275,11 +327,22 @@ class LoraConfig:
     rank: int = 0  # 0 trains all of the network itself
     alpha: float = 32.0  # adapters are scaled by alpha/rank
     targets: tuple[str, ...] = (
-        "q_proj", "k_proj", "v_proj", "out_proj", "mlp/up", "mlp/down", "patch_proj", "time_in", "time_out",
-    )  # fmt: skip
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "out_proj",
+        "mlp/up",
+        "mlp/down",
+        "patch_proj",
+        "time_in",
+        "time_out",
+    )
     trained: tuple[str, ...] = (  # fully, beside the adapters
-        "self_attn_modulation", "cross_attn_modulation", "mlp_modulation", "final_modulation",
-    )  # fmt: skip
+        "self_attn_modulation",
+        "cross_attn_modulation",
+        "mlp_modulation",
+        "final_modulation",
+    )
 
     def __post_init__(self):
         _require(self.rank >= 0, "lora.rank", self.rank, "0 (off) or a rank")
@@ -300,8 +363,9 @@ class MeshConfig:
 
     def __post_init__(self):
         sizes = (self.data, self.fsdp, self.sequence)
-        _require(all(s == -1 or s > 0 for s in sizes) and sizes.count(-1) <= 1, "mesh", sizes,
-                 "positive sizes, at most one of them -1")
+        _require(
+            all(s == -1 or s > 0 for s in sizes) and sizes.count(-1) <= 1, "mesh", sizes, "positive sizes, at most one of them -1"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,8 +388,9 @@ class PolicyConfig:
     def __post_init__(self):
         _require_positive(self, "video_steps", "action_steps", "execute_steps", "guidance_clip")
         _require(self.ensemble_decay >= 0, "policy.ensemble_decay", self.ensemble_decay, "zero or more")
-        _require(0 <= self.stop_step <= self.video_steps, "policy.stop_step", self.stop_step,
-                 f"0 to video_steps={self.video_steps}")
+        _require(
+            0 <= self.stop_step <= self.video_steps, "policy.stop_step", self.stop_step, f"0 to video_steps={self.video_steps}"
+        )
         _require(0 <= self.stop_time <= 1, "policy.stop_time", self.stop_time, "a flow time in (0, 1], or 0 for stop_step")
         _require(not (self.stop_step and self.stop_time), "policy.stop_time", self.stop_time, "0, since stop_step is set too")
 
@@ -380,33 +445,70 @@ class ExperimentConfig:
     def __post_init__(self):
         _require(self.seed >= 0, "seed", self.seed, "zero or more")
         _require(self.decoder.obs_horizon == 1, "decoder.obs_horizon", self.decoder.obs_horizon, "1, what a window has")
-        _require(self.backbone.latent_channels == 16, "backbone.latent_channels", self.backbone.latent_channels,
-                 "16, the tokenizer's")
+        _require(
+            self.backbone.latent_channels == 16, "backbone.latent_channels", self.backbone.latent_channels, "16, the tokenizer's"
+        )
         _, rows, columns = self.backbone.patch
         height, width = (size // 8 for size in self.data.image_size)
-        _require(height % rows == 0 and width % columns == 0, "backbone.patch", self.backbone.patch,
-                 f"a divisor of the {height}x{width} latent pixels")
-        _require(self.backbone.views == len(self.data.cameras), "backbone.views", self.backbone.views,
-                 f"{len(self.data.cameras)}, the number of data.cameras")
-        _require(not self.data.latents or bool(self.backbone_run), "data.latents", self.data.latents,
-                 "no folder, since 'backbone_run', whose tokenizer makes the latents, is empty")
-        _require(self.mesh.sequence == -1 or self.backbone.num_heads % self.mesh.sequence == 0, "mesh.sequence",
-                 self.mesh.sequence, f"a divisor of backbone.num_heads={self.backbone.num_heads}")
+        _require(
+            height % rows == 0 and width % columns == 0,
+            "backbone.patch",
+            self.backbone.patch,
+            f"a divisor of the {height}x{width} latent pixels",
+        )
+        _require(
+            self.backbone.views == len(self.data.cameras),
+            "backbone.views",
+            self.backbone.views,
+            f"{len(self.data.cameras)}, the number of data.cameras",
+        )
+        _require(
+            not self.data.latents or bool(self.backbone_run),
+            "data.latents",
+            self.data.latents,
+            "no folder, since 'backbone_run', whose tokenizer makes the latents, is empty",
+        )
+        _require(
+            self.mesh.sequence == -1 or self.backbone.num_heads % self.mesh.sequence == 0,
+            "mesh.sequence",
+            self.mesh.sequence,
+            f"a divisor of backbone.num_heads={self.backbone.num_heads}",
+        )
         _require(bool(self.start_run) or not self.start_map, "start_map", self.start_map, "nothing, since 'start_run' is empty")
-        _require(self.text.width == self.backbone.text_width, "text.width", self.text.width,
-                 f"backbone.text_width={self.backbone.text_width}")
+        _require(
+            self.text.width == self.backbone.text_width,
+            "text.width",
+            self.text.width,
+            f"backbone.text_width={self.backbone.text_width}",
+        )
         for name, width in (("action", self.decoder.action_dim), ("proprio", self.decoder.proprio_dim)):
             dims = getattr(self.data, f"raw_{name}_dims")
-            _require(all(0 <= dim < width for dim in dims), f"data.raw_{name}_dims", dims,
-                     f"dimensions below decoder.{name}_dim={width}")
-        _require(self.decoder.action_horizon == self.data.action_horizon, "decoder.action_horizon", self.decoder.action_horizon,
-                 f"data.action_horizon={self.data.action_horizon}")
-        _require(self.policy.execute_steps <= self.decoder.action_horizon, "policy.execute_steps", self.policy.execute_steps,
-                 f"at most decoder.action_horizon={self.decoder.action_horizon}")
+            _require(
+                all(0 <= dim < width for dim in dims),
+                f"data.raw_{name}_dims",
+                dims,
+                f"dimensions below decoder.{name}_dim={width}",
+            )
+        _require(
+            self.decoder.action_horizon == self.data.action_horizon,
+            "decoder.action_horizon",
+            self.decoder.action_horizon,
+            f"data.action_horizon={self.data.action_horizon}",
+        )
+        _require(
+            self.policy.execute_steps <= self.decoder.action_horizon,
+            "policy.execute_steps",
+            self.policy.execute_steps,
+            f"at most decoder.action_horizon={self.decoder.action_horizon}",
+        )
         overlapping = self.policy.strategy in ("asynchronous", "real_time_chunking")
-        _require(not overlapping or self.policy.execute_steps < self.decoder.action_horizon, "policy.execute_steps",
-                 self.policy.execute_steps, f"less than decoder.action_horizon={self.decoder.action_horizon}, so that there is "
-                 f"something left to execute while policy.strategy={self.policy.strategy!r} plans")
+        _require(
+            not overlapping or self.policy.execute_steps < self.decoder.action_horizon,
+            "policy.execute_steps",
+            self.policy.execute_steps,
+            f"less than decoder.action_horizon={self.decoder.action_horizon}, so that there is "
+            f"something left to execute while policy.strategy={self.policy.strategy!r} plans",
+        )
 
 
 def experiment_from(values: Mapping[str, Any]) -> ExperimentConfig:

@@ -54,8 +54,12 @@ def to_table(embodiments: Mapping[str, Embodiment]) -> list[dict[str, Any]]:
     """JSON form of a model's embodiments, in their order. `from_table` inverts it exactly."""
     ordered = sorted(embodiments.values(), key=lambda embodiment: embodiment.index)
     return [
-        {"name": e.name, "cameras": list(e.cameras), "raw_dims": {key: list(dims) for key, dims in e.raw_dims.items()},
-         "statistics": to_json(e.statistics)}
+        {
+            "name": e.name,
+            "cameras": list(e.cameras),
+            "raw_dims": {key: list(dims) for key, dims in e.raw_dims.items()},
+            "statistics": to_json(e.statistics),
+        }
         for e in ordered
     ]
 
@@ -65,11 +69,14 @@ def from_table(table: list[dict[str, Any]]) -> dict[str, Embodiment]:
     try:
         return {
             entry["name"]: Embodiment(
-                entry["name"], index, from_json(entry["statistics"]),
-                {key: tuple(entry["raw_dims"][key]) for key in ("action", "proprio")}, tuple(entry.get("cameras", ("primary",))),
+                entry["name"],
+                index,
+                from_json(entry["statistics"]),
+                {key: tuple(entry["raw_dims"][key]) for key in ("action", "proprio")},
+                tuple(entry.get("cameras", ("primary",))),
             )
             for index, entry in enumerate(table)
-        }  # fmt: skip
+        }
     except (KeyError, TypeError) as error:
         raise ValueError(f"not a table of embodiments: {error!r}") from error
 

@@ -66,8 +66,9 @@ def compute_statistics(samples: np.ndarray) -> Statistics:
     if samples.ndim != 3 or len(samples) == 0:
         raise ValueError(f"statistics need samples of shape (N, H, d) with N > 0; got {samples.shape}")
     if not np.isfinite(samples).all():
-        raise ValueError(f"statistics need finite samples; first bad index (sample, step, dim) is "
-                         f"{_first(~np.isfinite(samples))}")
+        raise ValueError(
+            f"statistics need finite samples; first bad index (sample, step, dim) is {_first(~np.isfinite(samples))}"
+        )
     mean = samples.mean(axis=0, dtype=np.float64)
     percentiles = np.percentile(samples, PERCENTILES, axis=0)
     clamp_min = mean + _CLAMP_MARGIN * (percentiles[_P2] - mean)
@@ -104,8 +105,10 @@ def from_json(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Statistics]:
 def _statistics_from_lists(key: str, fields: Mapping[str, Any]) -> Statistics:
     expected = {field.name for field in dataclasses.fields(Statistics)}
     if set(fields) != expected:
-        raise ValueError(f"statistics of '{key}': missing fields {sorted(expected - set(fields))}, "
-                         f"unknown fields {sorted(set(fields) - expected)}")
+        raise ValueError(
+            f"statistics of '{key}': missing fields {sorted(expected - set(fields))}, "
+            f"unknown fields {sorted(set(fields) - expected)}"
+        )
     try:
         arrays = {name: np.asarray(value, np.float32) for name, value in fields.items()}
     except (TypeError, ValueError) as error:
@@ -136,12 +139,15 @@ def statistics_from_published(values: Mapping[str, Mapping[str, Any]]) -> dict[s
     keys = {robot: {key for parts in entries.values() for key in parts} for robot, entries in PUBLISHED_STATISTICS.items()}
     robot = max(keys, key=lambda robot: len(keys[robot] & set(values)))
     if set(values) != keys[robot]:
-        raise ValueError(f"published statistics, taken for those of '{robot}': missing keys {sorted(keys[robot] - set(values))}, "
-                         f"unknown keys {sorted(set(values) - keys[robot])}")
+        raise ValueError(
+            f"published statistics, taken for those of '{robot}': missing keys {sorted(keys[robot] - set(values))}, "
+            f"unknown keys {sorted(set(values) - keys[robot])}"
+        )
     entries = from_json(values)
     problems = [
         f"'{key}' has shape {entries[key].mean.shape}, expected ({len(entries[parts[0]].mean)}, {width})"
-        for parts in PUBLISHED_STATISTICS[robot].values() for key, width in zip(parts, _POSE_PARTS, strict=True)
+        for parts in PUBLISHED_STATISTICS[robot].values()
+        for key, width in zip(parts, _POSE_PARTS, strict=True)
         if entries[key].mean.shape != (len(entries[parts[0]].mean), width)
     ]
     if problems:
@@ -194,7 +200,11 @@ class Normalizer:
 
     @classmethod
     def from_statistics(
-        cls, statistics: Statistics, mode: NormalizerMode, key: str = "values", raw_dims: Sequence[int] = (),
+        cls,
+        statistics: Statistics,
+        mode: NormalizerMode,
+        key: str = "values",
+        raw_dims: Sequence[int] = (),
         dtype: DTypeLike = np.float32,
     ) -> Self:
         """Parameters of one mode, computed in float32 and then rounded to `dtype`.
@@ -234,8 +244,10 @@ class Normalizer:
 
     def _fitting(self, values: np.ndarray) -> np.ndarray:
         if np.shape(values)[-2:] != self.shift.shape:
-            raise ValueError(f"'{self.key}' has shape {np.shape(values)}; the normaliser expects (..., H, d) = (..., "
-                             f"{', '.join(map(str, self.shift.shape))})")
+            raise ValueError(
+                f"'{self.key}' has shape {np.shape(values)}; the normaliser expects (..., H, d) = (..., "
+                f"{', '.join(map(str, self.shift.shape))})"
+            )
         return np.asarray(values, np.float32).astype(self.shift.dtype)
 
 
@@ -338,15 +350,17 @@ def _gram_schmidt(name: str, rot6d: np.ndarray) -> np.ndarray:
     height = np.linalg.norm(second, axis=-1)
     bad = (lengths < _SHORTEST).any(-1) | (height < _PARALLEL)
     if bad.any():
-        raise ValueError(f"'{name}' has a degenerate rotation at index {_first(bad)}: {rot6d[_first(bad)].tolist()}; "
-                         "expected two rows that span a plane")
+        raise ValueError(
+            f"'{name}' has a degenerate rotation at index {_first(bad)}: {rot6d[_first(bad)].tolist()}; "
+            "expected two rows that span a plane"
+        )
     second = second / height[..., None]
     return np.stack([first, second, np.cross(first, second)], axis=-2)
 
 
 def _finite(name: str, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     values = np.asarray(values, np.float64)
-    if values.shape[-len(shape):] != shape:
+    if values.shape[-len(shape) :] != shape:
         raise ValueError(f"'{name}' has shape {values.shape}; expected (..., {', '.join(map(str, shape))})")
     if not np.isfinite(values).all():
         raise ValueError(f"'{name}' is not finite at index {_first(~np.isfinite(values))}")

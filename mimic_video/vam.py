@@ -79,8 +79,9 @@ class VideoActionModel:
         make = {
             "tokenizer": lambda rngs: WanVAE(config.tokenizer, rngs, config.compat) if wan else PatchTokenizer(),
             "backbone": lambda rngs: VideoDiT(config.backbone, rngs, config.compat, config.attention, config.train.remat),
-            "decoder": lambda rngs: ActionDecoder(config.decoder, config.backbone.width, rngs, config.attention,
-                                                  config.train.remat),
+            "decoder": lambda rngs: ActionDecoder(
+                config.decoder, config.backbone.width, rngs, config.attention, config.train.remat
+            ),
         }
         self._make, self._draw_noise = make, jax.jit(self.draw_noise, static_argnums=1)
         self._graphdefs = {name: nnx.split(nnx.eval_shape(make[name], nnx.Rngs(0)))[0] for name in make}
@@ -273,8 +274,14 @@ class VideoActionModel:
         return self.decode_video(params, self.sample_latents(params, past, text, noise, negative_text, guidance, view_mask))
 
     def sample_latents(
-        self, params: Params, past: Latents, text: Array, noise: Latents, negative_text: Array | None = None,
-        guidance: float = 0.0, view_mask: ViewMask | None = None,
+        self,
+        params: Params,
+        past: Latents,
+        text: Array,
+        noise: Latents,
+        negative_text: Array | None = None,
+        guidance: float = 0.0,
+        view_mask: ViewMask | None = None,
     ) -> Latents:
         """`sample_video` from and to latents."""
         sigmas = solvers.karras_sigmas(self.config.policy.video_steps)
@@ -435,7 +442,13 @@ class VideoActionModel:
         return clean, matching.condition_mask(jnp.full(len(past), past.shape[1]), frames)
 
     def _denoiser(
-        self, params: Params, clean: Latents, mask: Array, text: Array, negative_text: Array | None = None, guidance: float = 0.0,
+        self,
+        params: Params,
+        clean: Latents,
+        mask: Array,
+        text: Array,
+        negative_text: Array | None = None,
+        guidance: float = 0.0,
         view_mask: ViewMask | None = None,
     ) -> Callable[[Latents, Float[Array, ""]], Latents]:
         """(x, σ) → x̂₀, with the observed frames given (SPEC 4.1)."""

@@ -133,8 +133,16 @@ def _connect(stack: contextlib.ExitStack, uri: str, token: str | None, wait: flo
     deadline = time.monotonic() + wait
     while True:
         try:
-            return stack.enter_context(connect(uri, compression=None, max_size=None, additional_headers=headers,
-                                               open_timeout=timeout, close_timeout=_CLOSE_SECONDS))  # fmt: skip
+            return stack.enter_context(
+                connect(
+                    uri,
+                    compression=None,
+                    max_size=None,
+                    additional_headers=headers,
+                    open_timeout=timeout,
+                    close_timeout=_CLOSE_SECONDS,
+                )
+            )
         except InvalidURI as error:
             raise ServerUnavailable(f"{uri!r} is not a server's address; expected ws://HOST:PORT") from error
         except InvalidStatus as error:

@@ -21,17 +21,17 @@ def resample_actions(actions: np.ndarray, control_hz: float, robot_hz: float) ->
         ValueError: for a chunk of no actions, or a rate that is not positive.
     """
     if actions.ndim != 2 or len(actions) == 0 or min(control_hz, robot_hz) <= 0:
-        raise ValueError(f"actions have shape {actions.shape} at {control_hz:g} Hz, wanted at {robot_hz:g} Hz; expected (a, m) "
-                         "at positive rates")
+        raise ValueError(
+            f"actions have shape {actions.shape} at {control_hz:g} Hz, wanted at {robot_hz:g} Hz; expected (a, m) "
+            "at positive rates"
+        )
     duration = (len(actions) - 1) / control_hz
     times = np.arange(int(duration * robot_hz + 1e-6) + 1) / robot_hz
     known = np.arange(len(actions)) / control_hz
     return np.stack([np.interp(times, known, column) for column in actions.T], axis=1)
 
 
-def limit_step(
-    action: np.ndarray, last: np.ndarray, limits: np.ndarray | float, excess: Literal["error", "limit"]
-) -> np.ndarray:
+def limit_step(action: np.ndarray, last: np.ndarray, limits: np.ndarray | float, excess: Literal["error", "limit"]) -> np.ndarray:
     """The action (m,), which may differ from the `last` command by at most `limits` (m,) or one number in each joint.
 
     Args:
@@ -44,8 +44,10 @@ def limit_step(
     action, last = np.asarray(action, np.float64), np.asarray(last, np.float64)
     bounds = np.asarray(limits, np.float64)
     if action.shape != last.shape or bounds.size not in (1, action.size) or not (bounds > 0).all():
-        raise ValueError(f"an action of shape {action.shape} after one of {last.shape} with limits {limits}; expected equal "
-                         "shapes, and one positive limit or one for each joint")
+        raise ValueError(
+            f"an action of shape {action.shape} after one of {last.shape} with limits {limits}; expected equal "
+            "shapes, and one positive limit or one for each joint"
+        )
     bounds = np.broadcast_to(bounds, action.shape)
     if not np.isfinite(action).all():
         raise ActionTooFar(f"action {action.tolist()} is not finite")

@@ -62,9 +62,13 @@ def unpack(data: bytes) -> dict[Any, Any]:
 
     try:
         value = msgpack.unpackb(
-            data, object_hook=lambda fields: _decode(count(fields)), list_hook=count, max_array_len=_MAX_ITEMS,
-            max_map_len=_MAX_ITEMS, max_ext_len=0,
-        )  # fmt: skip
+            data,
+            object_hook=lambda fields: _decode(count(fields)),
+            list_hook=count,
+            max_array_len=_MAX_ITEMS,
+            max_map_len=_MAX_ITEMS,
+            max_ext_len=0,
+        )
     except ProtocolError:
         raise
     except Exception as error:  # msgpack has no class of its own for all that can be wrong

@@ -70,8 +70,13 @@ class LoopSettings:
 
 
 def run_robot(
-    client: PolicyClient, robot: Robot, task: str, settings: LoopSettings, seconds: float,
-    clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep,
+    client: PolicyClient,
+    robot: Robot,
+    task: str,
+    settings: LoopSettings,
+    seconds: float,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> None:
     """One episode of at most `seconds`.
 

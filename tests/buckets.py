@@ -25,8 +25,12 @@ def emulated_bucket():
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     # of tensorstore, of gcsfs, and against the search for credentials, which asks a server in the network
-    settings = {"TENSORSTORE_GCS_HTTP_URL": url, "STORAGE_EMULATOR_HOST": url, "NO_GCE_CHECK": "true",
-                "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+    settings = {
+        "TENSORSTORE_GCS_HTTP_URL": url,
+        "STORAGE_EMULATOR_HOST": url,
+        "NO_GCE_CHECK": "true",
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+    }
     command = [sys.executable, __file__, str(port)]
     with pytest.MonkeyPatch.context() as patch, subprocess.Popen(command, stderr=subprocess.DEVNULL) as server:
         try:

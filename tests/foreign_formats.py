@@ -35,8 +35,9 @@ def state(episode: int, length: int) -> np.ndarray:
     return (100 * episode + np.arange(length)[:, None] + np.array([0.0, 0.25, 0.5])).astype(np.float32)
 
 
-def encode(path: Path, images: np.ndarray, fps, codec: str = "libx264", options: Mapping[str, str] | None = None,
-           faststart: bool = False) -> None:
+def encode(
+    path: Path, images: np.ndarray, fps, codec: str = "libx264", options: Mapping[str, str] | None = None, faststart: bool = False
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     flags = {"movflags": "faststart"} if faststart else {}
     with av.open(str(path), "w", options=flags) as container:
@@ -48,30 +49,54 @@ def encode(path: Path, images: np.ndarray, fps, codec: str = "libx264", options:
         container.mux(stream.encode())
 
 
-def write_lerobot(directory: Path, version: str, lengths: Sequence[int] = (9, 12, 7), *, fps=10, cameras: Sequence[str] = CAMERAS,
-                  stored_as: str = "video", codec: str = "libx264", options: Mapping[str, str] | None = None,
-                  faststart: bool = False, task_index_name: str | None = "task") -> Path:
+def write_lerobot(
+    directory: Path,
+    version: str,
+    lengths: Sequence[int] = (9, 12, 7),
+    *,
+    fps=10,
+    cameras: Sequence[str] = CAMERAS,
+    stored_as: str = "video",
+    codec: str = "libx264",
+    options: Mapping[str, str] | None = None,
+    faststart: bool = False,
+    task_index_name: str | None = "task",
+) -> Path:
     """Episode e has task e modulo 2, state `state(e, n)` and actions of state + 0.5; v3.0 has two episodes a file."""
     features = {
         "observation.state": {"dtype": "float32", "shape": [3], "names": ["x", "y", "z"]},
         "action": {"dtype": "float32", "shape": [3], "names": {"motors": ["x", "y", "z"]}},
         **{key: {"dtype": stored_as, "shape": [*SIZE, 3], "names": ["height", "width", "channels"]} for key in cameras},
-        "observation.images.depth": {"dtype": "video", "shape": [*SIZE, 1], "names": ["height", "width", "channels"],
-                                     "info": {"video.is_depth_map": True}},
+        "observation.images.depth": {
+            "dtype": "video",
+            "shape": [*SIZE, 1],
+            "names": ["height", "width", "channels"],
+            "info": {"video.is_depth_map": True},
+        },
         "timestamp": {"dtype": "float32", "shape": [1], "names": None},
-        **{key: {"dtype": "int64", "shape": [1], "names": None}
-           for key in ("frame_index", "episode_index", "index", "task_index")},
-    }  # fmt: skip
+        **{
+            key: {"dtype": "int64", "shape": [1], "names": None}
+            for key in ("frame_index", "episode_index", "index", "task_index")
+        },
+    }
     v3 = version == "v3.0"
     info = {
-        "codebase_version": version, "robot_type": "so100", "total_episodes": len(lengths), "total_frames": sum(lengths),
-        "total_tasks": len(TASKS), "chunks_size": 1000, "fps": fps, "splits": {"train": f"0:{len(lengths)}"},
+        "codebase_version": version,
+        "robot_type": "so100",
+        "total_episodes": len(lengths),
+        "total_frames": sum(lengths),
+        "total_tasks": len(TASKS),
+        "chunks_size": 1000,
+        "fps": fps,
+        "splits": {"train": f"0:{len(lengths)}"},
         "features": features,
-        "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet" if v3
+        "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+        if v3
         else "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
-        "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4" if v3
+        "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+        if v3
         else "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
-    }  # fmt: skip
+    }
     meta = directory / "meta"
     meta.mkdir(parents=True)
     (meta / "info.json").write_text(json.dumps(info, indent=4))
@@ -96,10 +121,13 @@ def write_lerobot(directory: Path, version: str, lengths: Sequence[int] = (9, 12
         arrays["task_index"] = pa.array(np.repeat([e % 2 for e in episodes], [lengths[e] for e in episodes]))
         if stored_as == "image":
             for number, key in enumerate(cameras):
-                arrays[key] = pa.array([
-                    encoded(frame, f"frame-{k:06d}.png")
-                    for e in episodes for k, frame in enumerate(frames(e, lengths[e], number))
-                ])  # fmt: skip
+                arrays[key] = pa.array(
+                    [
+                        encoded(frame, f"frame-{k:06d}.png")
+                        for e in episodes
+                        for k, frame in enumerate(frames(e, lengths[e], number))
+                    ]
+                )
         return pa.table(arrays)
 
     def write_data(path: str, episodes: Sequence[int]) -> None:
@@ -143,8 +171,9 @@ def write_lerobot(directory: Path, version: str, lengths: Sequence[int] = (9, 12
     return directory
 
 
-def write_libero(path: Path, demos: Mapping[str, np.ndarray], *, kind: str = "published", size=SIZE,
-                 success: bool = True) -> Path:
+def write_libero(
+    path: Path, demos: Mapping[str, np.ndarray], *, kind: str = "published", size=SIZE, success: bool = True
+) -> Path:
     """One file of demonstrations by their actions (n, 7); row k of any observation tells k.
 
     `kind`: "libero", "openvla" or "published", by whom such a file was written. Pixels are brighter from left to right and from
@@ -172,8 +201,17 @@ def write_libero(path: Path, demos: Mapping[str, np.ndarray], *, kind: str = "pu
     return path
 
 
-def write_bridge(root: Path, task: str = "toykitchen1/pick", *, trajectory: str = "raw/traj_group0/traj0", length: int = 6,
-                 label: str | None = "put the pot left\nconfidence: 1", cameras=("images0",), size=SIZE, changes=None) -> Path:
+def write_bridge(
+    root: Path,
+    task: str = "toykitchen1/pick",
+    *,
+    trajectory: str = "raw/traj_group0/traj0",
+    length: int = 6,
+    label: str | None = "put the pot left\nconfidence: 1",
+    cameras=("images0",),
+    size=SIZE,
+    changes=None,
+) -> Path:
     """One trajectory folder; state k has its position at (k, 0.1, 0.2) m, turned by 0.1·k rad about z, and time 100 + 0.2·k s."""
     folder = root / task / "00" / "2023-01-01_00-00-00" / trajectory
     folder.mkdir(parents=True)
@@ -183,8 +221,14 @@ def write_bridge(root: Path, task: str = "toykitchen1/pick", *, trajectory: str 
     poses[:, :3, 3] = np.stack([steps, np.full(length, 0.1), np.full(length, 0.2)], -1)
     full, desired = np.zeros((length, 7)), np.zeros((length, 7))
     full[:, 6], desired[:, 6] = 1.05 - 0.1 * steps, steps % 2
-    record = {"eef_transform": poses, "full_state": full, "desired_state": desired, "time_stamp": (100 + 0.2 * steps).tolist(),
-              "qpos": np.zeros((length, 6)), "env_done": np.zeros(length, bool)} | (changes or {})
+    record = {
+        "eef_transform": poses,
+        "full_state": full,
+        "desired_state": desired,
+        "time_stamp": (100 + 0.2 * steps).tolist(),
+        "qpos": np.zeros((length, 6)),
+        "env_done": np.zeros(length, bool),
+    } | (changes or {})
     (folder / "obs_dict.pkl").write_bytes(pickle.dumps(record, protocol=4))
     (folder / "policy_out.pkl").write_bytes(pickle.dumps([{"actions": np.zeros(7)}] * (length - 1)))
     for number, name in enumerate(cameras):

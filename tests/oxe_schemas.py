@@ -41,7 +41,10 @@ _GOOGLE_ACTION = {
 }
 
 SCHEMAS: dict[str, dict[str, str]] = {
-    "bridge": _FLAGS | _REWARD | _RTX_TEXT | {
+    "bridge": _FLAGS
+    | _REWARD
+    | _RTX_TEXT
+    | {
         "episode_id": "tensor string",
         "steps/action/open_gripper": "tensor bool",
         "steps/action/rotation_delta": "tensor float32 3",
@@ -52,8 +55,10 @@ SCHEMAS: dict[str, dict[str, str]] = {
     },
     "bridge_orig": {
         "episode_metadata/file_path": "text",
-        **{f"episode_metadata/has_{what}": "scalar bool" for what in
-           ("image_0", "image_1", "image_2", "image_3", "depth_0", "language")},
+        **{
+            f"episode_metadata/has_{what}": "scalar bool"
+            for what in ("image_0", "image_1", "image_2", "image_3", "depth_0", "language")
+        },
         "steps/action": "tensor float32 7",
         "steps/is_first": "scalar bool",
         "steps/is_last": "scalar bool",
@@ -62,12 +67,20 @@ SCHEMAS: dict[str, dict[str, str]] = {
         "steps/observation/depth_0": "image uint16 480x640x1 png",
         "steps/observation/state": "tensor float32 7",
     },
-    "fractal20220817_data": _FLAGS | _REWARD | _RTX_TEXT | _GOOGLE_ACTION | {
-        **{f"aspects/{aspect}": "tensor bool" for aspect in
-           ("already_success", "feasible", "has_aspects", "success", "undesirable")},
-        **{f"attributes/{attribute}{suffix}": f"tensor {dtype}" for attribute in
-           ("collection_mode", "data_type", "env", "location", "objects_family", "task_family")
-           for suffix, dtype in (("", "int64"), ("_name", "string"))},
+    "fractal20220817_data": _FLAGS
+    | _REWARD
+    | _RTX_TEXT
+    | _GOOGLE_ACTION
+    | {
+        **{
+            f"aspects/{aspect}": "tensor bool"
+            for aspect in ("already_success", "feasible", "has_aspects", "success", "undesirable")
+        },
+        **{
+            f"attributes/{attribute}{suffix}": f"tensor {dtype}"
+            for attribute in ("collection_mode", "data_type", "env", "location", "objects_family", "task_family")
+            for suffix, dtype in (("", "int64"), ("_name", "string"))
+        },
         "steps/observation/base_pose_tool_reached": "tensor float32 7",
         "steps/observation/gripper_closed": "tensor float32 1",
         "steps/observation/gripper_closedness_commanded": "tensor float32 1",
@@ -81,7 +94,11 @@ SCHEMAS: dict[str, dict[str, str]] = {
         "steps/observation/vector_to_go": "tensor float32 3",
         "steps/observation/workspace_bounds": "tensor float32 3x3",
     },
-    "kuka": _FLAGS | _REWARD | _RTX_TEXT | _GOOGLE_ACTION | {
+    "kuka": _FLAGS
+    | _REWARD
+    | _RTX_TEXT
+    | _GOOGLE_ACTION
+    | {
         "success": "tensor bool",
         "steps/observation/clip_function_input/base_pose_tool_reached": "tensor float32 7 zlib",
         "steps/observation/clip_function_input/workspace_bounds": "tensor float32 3x3 zlib",
@@ -90,19 +107,32 @@ SCHEMAS: dict[str, dict[str, str]] = {
         "steps/observation/image": "image uint8 512x640x3 jpeg",
         "steps/observation/task_id": "tensor float32 1 zlib",
     },
-    "droid": _FLAGS | _REWARD | _DISCOUNT | {
+    "droid": _FLAGS
+    | _REWARD
+    | _DISCOUNT
+    | {
         "episode_metadata/file_path": "tensor string",
         "episode_metadata/recording_folderpath": "tensor string",
         "steps/action": "tensor float64 7",
-        **{f"steps/action_dict/{name}_{kind}": f"tensor float64 {size}" for name, size in
-           (("cartesian", 6), ("gripper", 1), ("joint", 7)) for kind in ("position", "velocity")},
+        **{
+            f"steps/action_dict/{name}_{kind}": f"tensor float64 {size}"
+            for name, size in (("cartesian", 6), ("gripper", 1), ("joint", 7))
+            for kind in ("position", "velocity")
+        },
         **{f"steps/language_instruction{suffix}": "tensor string" for suffix in ("", "_2", "_3")},
-        **{f"steps/observation/{name}_position": f"tensor float64 {size}" for name, size in
-           (("cartesian", 6), ("gripper", 1), ("joint", 7))},
-        **{f"steps/observation/{camera}_left": "image uint8 180x320x3 jpeg" for camera in
-           ("exterior_image_1", "exterior_image_2", "wrist_image")},
+        **{
+            f"steps/observation/{name}_position": f"tensor float64 {size}"
+            for name, size in (("cartesian", 6), ("gripper", 1), ("joint", 7))
+        },
+        **{
+            f"steps/observation/{camera}_left": "image uint8 180x320x3 jpeg"
+            for camera in ("exterior_image_1", "exterior_image_2", "wrist_image")
+        },
     },
-    "libero_spatial_no_noops": _SCALAR_FLAGS | _REWARD | _DISCOUNT | {
+    "libero_spatial_no_noops": _SCALAR_FLAGS
+    | _REWARD
+    | _DISCOUNT
+    | {
         "episode_metadata/file_path": "text",
         "steps/action": "tensor float32 7",
         "steps/language_instruction": "text",
@@ -111,7 +141,10 @@ SCHEMAS: dict[str, dict[str, str]] = {
         "steps/observation/state": "tensor float32 8",
         "steps/observation/wrist_image": "image uint8 256x256x3 jpeg",
     },
-    "taco_play": _FLAGS | _REWARD | _RTX_TEXT | {
+    "taco_play": _FLAGS
+    | _REWARD
+    | _RTX_TEXT
+    | {
         **{f"steps/action/{name}": "tensor float32 7" for name in ("actions", "rel_actions_gripper", "rel_actions_world")},
         "steps/action/terminate_episode": "tensor float32",
         "steps/observation/depth_gripper": "tensor float32 84x84",
@@ -121,7 +154,9 @@ SCHEMAS: dict[str, dict[str, str]] = {
         "steps/observation/robot_obs": "tensor float32 15",
         "steps/observation/structured_language_instruction": "tensor string",
     },
-    "language_table": _FLAGS | _REWARD | {
+    "language_table": _FLAGS
+    | _REWARD
+    | {
         "episode_id": "tensor string",
         "steps/action": "tensor float32 2",
         "steps/observation/effector_target_translation": "tensor float32 2",
@@ -129,7 +164,7 @@ SCHEMAS: dict[str, dict[str, str]] = {
         "steps/observation/instruction": "tensor int32 512",
         "steps/observation/rgb": "image uint8 360x640x3 jpeg",
     },
-}  # fmt: skip
+}
 
 
 def position(k: int) -> tuple[float, float, float]:
@@ -154,10 +189,12 @@ def _quaternion(k: int) -> list[float]:
 def _google(k: int, pose: str) -> dict:
     """The gripper is commanded to close at step 3 and to open at step 5; at others it is left alone."""
     return {
-        "steps/action/world_vector": COMMAND, "steps/action/rotation_delta": (ROLL, 0, YAW),
+        "steps/action/world_vector": COMMAND,
+        "steps/action/rotation_delta": (ROLL, 0, YAW),
         "steps/action/gripper_closedness_action": [{3: 1.0, 5: -1.0}.get(k, 0.0)],
-        f"steps/observation/{pose}": [*position(k), *_quaternion(k)], "steps/observation/gripper_closed": [0.25],
-    }  # fmt: skip
+        f"steps/observation/{pose}": [*position(k), *_quaternion(k)],
+        "steps/observation/gripper_closed": [0.25],
+    }
 
 
 def _bridge(k: int) -> list[float]:
@@ -167,23 +204,29 @@ def _bridge(k: int) -> list[float]:
 # What the entries of the registry read, at step k of each dataset.
 _VALUES = {
     "bridge": lambda k: {
-        "steps/action/open_gripper": bool(OPEN[k]), "steps/action/world_vector": COMMAND, "steps/observation/state": _bridge(k)},
+        "steps/action/open_gripper": bool(OPEN[k]),
+        "steps/action/world_vector": COMMAND,
+        "steps/observation/state": _bridge(k),
+    },
     "bridge_orig": lambda k: {"steps/action": [*COMMAND, 0, 0, 0.1, OPEN[k]], "steps/observation/state": _bridge(k)},
     "fractal20220817_data": lambda k: _google(k, "base_pose_tool_reached"),
     "kuka": lambda k: _google(k, "clip_function_input/base_pose_tool_reached"),
     "droid": lambda k: {  # the command is the pose two steps later, with a gripper a quarter closed
         "steps/action_dict/cartesian_position": [*position(k + 2), 0, 0, turn(k + 2)],
         "steps/action_dict/gripper_position": [0.25],
-        "steps/observation/cartesian_position": [*position(k), 0, 0, turn(k)], "steps/observation/gripper_position": [1.0]},
+        "steps/observation/cartesian_position": [*position(k), 0, 0, turn(k)],
+        "steps/observation/gripper_position": [1.0],
+    },
     "libero_spatial_no_noops": lambda k: {
         "steps/action": [*COMMAND, 0, 0, YAW, -1 if OPEN[k] else 1],
-        "steps/observation/state": [*position(k), 0, 0, turn(k), 0.03, -0.03]},
+        "steps/observation/state": [*position(k), 0, 0, turn(k), 0.03, -0.03],
+    },
     "taco_play": lambda k: {
         "steps/action/rel_actions_world": [*COMMAND, ROLL, 0, YAW, 1 if OPEN[k] else -1],
-        "steps/observation/robot_obs": [*position(k), 0, 0, turn(k), 0.0807, *[0] * 8]},
-    "language_table": lambda k: {
-        "steps/action": COMMAND[:2], "steps/observation/effector_translation": position(k)[:2]},
-}  # fmt: skip
+        "steps/observation/robot_obs": [*position(k), 0, 0, turn(k), 0.0807, *[0] * 8],
+    },
+    "language_table": lambda k: {"steps/action": COMMAND[:2], "steps/observation/effector_translation": position(k)[:2]},
+}
 
 
 def instruction(name: str, episode: int) -> str:

@@ -15,9 +15,17 @@ from mimic_video.policy.server import PolicyServer, ServerOptions
 from mimic_video_client import PolicyClient
 
 LAYOUT = PolicyLayout(
-    embodiment="arm", cameras=("primary",), image_size=(8, 16), past_frames=5, video_hz=10.0, proprio_dim=3, action_dim=5,
-    action_horizon=4, control_hz=10.0, execute_steps=2,
-)  # fmt: skip
+    embodiment="arm",
+    cameras=("primary",),
+    image_size=(8, 16),
+    past_frames=5,
+    video_hz=10.0,
+    proprio_dim=3,
+    action_dim=5,
+    action_horizon=4,
+    control_hz=10.0,
+    execute_steps=2,
+)
 
 
 class Recorder:

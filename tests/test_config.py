@@ -21,11 +21,13 @@ from mimic_video.config import (
 def changed() -> ExperimentConfig:
     """No value of a type that JSON or ml_collections could lose is at its default."""
     return ExperimentConfig(
-        stage="video", seed=3, precision="bfloat16",
+        stage="video",
+        seed=3,
+        precision="bfloat16",
         data=DataConfig(image_size=(32, 48), action_delay=0.0),
         train=TrainConfig(betas=(0.5, 0.75), average_generated_only=False, learning_rate=1.0),
         evaluation=dataclasses.replace(ExperimentConfig().evaluation, tasks=("a", "b")),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("encode", [lambda d: d, lambda d: json.loads(json.dumps(d)), ml_collections.ConfigDict])
@@ -40,13 +42,16 @@ def test_missing_fields_keep_their_defaults():
     assert config.data == DataConfig()
 
 
-@pytest.mark.parametrize(("values", "unknown", "nearest"), [
-    ({"train": {"stepz": 5}}, "train.stepz", "train.steps"),
-    ({"backbone": {"num_head": 5}}, "backbone.num_head", "backbone.num_heads"),
-    ({"sede": 5}, "sede", "seed"),
-    ({"trian": {"steps": 5}}, "trian", "train"),
-    ({"decoder": {"actiondim": 5}}, "decoder.actiondim", "decoder.action_dim"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("values", "unknown", "nearest"),
+    [
+        ({"train": {"stepz": 5}}, "train.stepz", "train.steps"),
+        ({"backbone": {"num_head": 5}}, "backbone.num_head", "backbone.num_heads"),
+        ({"sede": 5}, "sede", "seed"),
+        ({"trian": {"steps": 5}}, "trian", "train"),
+        ({"decoder": {"actiondim": 5}}, "decoder.actiondim", "decoder.action_dim"),
+    ],
+)
 def test_an_unknown_field_names_the_nearest_known_one(values, unknown, nearest):
     with pytest.raises(ConfigError, match=f"unknown config field '{unknown}'; did you mean '{nearest}'"):
         experiment_from(values)
@@ -59,27 +64,30 @@ def test_every_field_has_a_dotted_path():
     assert "'policy.stop_step'" in unknown_field_message("policy.stopstep", paths)
 
 
-@pytest.mark.parametrize(("path", "value", "complaint"), [
-    ("train.steps", 5.0, "5.0; expected type int"),
-    ("train.steps", "5", "'5'; expected type int"),
-    ("train.steps", True, "True; expected type int"),
-    ("train.steps", None, "None; expected type int"),
-    ("train.learning_rate", "1e-3", "'1e-3'; expected type float"),
-    ("train.learning_rate", True, "True; expected type float"),
-    ("train.learning_rate", math.nan, "nan; expected a finite number"),
-    ("train.learning_rate", math.inf, "inf; expected a finite number"),
-    ("train.average_generated_only", 1, "1; expected type bool"),
-    ("train.betas", 0.9, "0.9; expected a tuple"),
-    ("train.betas", (0.9,), "(0.9,); expected 2 values"),
-    ("train.betas", (0.9, "0.99"), "'0.99'; expected type float"),
-    ("data.image_size", (64.0, 64), "64.0; expected type int"),
-    ("data.video_dataset", 3, "3; expected type str"),
-    ("evaluation.tasks", "reach-v3", "'reach-v3'; expected a tuple"),
-    ("evaluation.tasks", ("reach-v3", 3), "3; expected type str"),
-    ("stage", "vdeo", "'vdeo'; expected one of 'video', 'action'"),
-    ("train.schedule", "step", "'step'; expected one of 'constant', 'cosine', 'linear', 'wsd'"),
-    ("train", 5, "5; expected a group of fields"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("path", "value", "complaint"),
+    [
+        ("train.steps", 5.0, "5.0; expected type int"),
+        ("train.steps", "5", "'5'; expected type int"),
+        ("train.steps", True, "True; expected type int"),
+        ("train.steps", None, "None; expected type int"),
+        ("train.learning_rate", "1e-3", "'1e-3'; expected type float"),
+        ("train.learning_rate", True, "True; expected type float"),
+        ("train.learning_rate", math.nan, "nan; expected a finite number"),
+        ("train.learning_rate", math.inf, "inf; expected a finite number"),
+        ("train.average_generated_only", 1, "1; expected type bool"),
+        ("train.betas", 0.9, "0.9; expected a tuple"),
+        ("train.betas", (0.9,), "(0.9,); expected 2 values"),
+        ("train.betas", (0.9, "0.99"), "'0.99'; expected type float"),
+        ("data.image_size", (64.0, 64), "64.0; expected type int"),
+        ("data.video_dataset", 3, "3; expected type str"),
+        ("evaluation.tasks", "reach-v3", "'reach-v3'; expected a tuple"),
+        ("evaluation.tasks", ("reach-v3", 3), "3; expected type str"),
+        ("stage", "vdeo", "'vdeo'; expected one of 'video', 'action'"),
+        ("train.schedule", "step", "'step'; expected one of 'constant', 'cosine', 'linear', 'wsd'"),
+        ("train", 5, "5; expected a group of fields"),
+    ],
+)
 def test_a_wrong_type_is_named_with_its_value(path, value, complaint):
     values = value
     for part in reversed(path.split(".")):
@@ -96,38 +104,41 @@ def test_ints_widen_to_floats_and_lists_to_tuples():
     assert config.data.image_size == (32, 48)
 
 
-@pytest.mark.parametrize(("values", "field"), [
-    ({"data": {"past_frames": 4}}, "data.past_frames"),
-    ({"data": {"future_frames": 6}}, "data.future_frames"),
-    ({"data": {"image_size": (64, 40)}}, "data.image_size"),
-    ({"data": {"action_delay": -0.1}}, "data.action_delay"),
-    ({"data": {"control_hz": 0}}, "DataConfig.control_hz"),
-    ({"backbone": {"width": 100, "num_heads": 16}}, "backbone.width"),
-    ({"backbone": {"width": 64, "num_heads": 16}}, "backbone.num_heads"),
-    ({"backbone": {"patch": (2, 2, 2)}}, "backbone.patch"),
-    ({"backbone": {"num_blocks": 4}}, "backbone.hidden_block"),
-    ({"decoder": {"num_heads": 3}}, "decoder.width"),
-    ({"decoder": {"proprio_dropout": 1.0}}, "decoder.proprio_dropout"),
-    ({"noise": {"tail_range": (5.0, 2.0)}}, "noise.tail_range"),
-    ({"noise": {"tail_probability": 1.5}}, "noise.tail_probability"),
-    ({"train": {"steps": 1000}}, "train.warmup_steps"),
-    ({"train": {"ema_decay": 1.0}}, "train.ema_decay"),
-    ({"train": {"batch_size": 0}}, "TrainConfig.batch_size"),
-    ({"mesh": {"data": -1, "fsdp": -1}}, "mesh"),
-    ({"mesh": {"fsdp": 0}}, "mesh"),
-    ({"policy": {"stop_step": 36}}, "policy.stop_step"),
-    ({"policy": {"stop_time": 1.1}}, "policy.stop_time"),
-    ({"policy": {"stop_time": 0.9, "stop_step": 3}}, "policy.stop_time"),
-    ({"text": {"width": 512}}, "text.width"),
-    ({"text": {"kind": "t5"}}, "text.model"),
-    ({"tokenizer": {"chunk_latents": 0}}, "TokenizerConfig.chunk_latents"),
-    ({"data": {"raw_action_dims": (3, 10)}}, "data.raw_action_dims"),
-    ({"train": {"ema_std": 0.3}}, "train.ema_std"),
-    ({"train": {"ema_std": 0.1, "ema_decay": 0.9}}, "train.ema_std"),
-    ({"train": {"schedule_steps": 500}}, "train.schedule_steps"),
-    ({"decoder": {"action_horizon": 60}}, "decoder.action_horizon"),
-    ({"policy": {"execute_steps": 16}}, "policy.execute_steps"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"data": {"past_frames": 4}}, "data.past_frames"),
+        ({"data": {"future_frames": 6}}, "data.future_frames"),
+        ({"data": {"image_size": (64, 40)}}, "data.image_size"),
+        ({"data": {"action_delay": -0.1}}, "data.action_delay"),
+        ({"data": {"control_hz": 0}}, "DataConfig.control_hz"),
+        ({"backbone": {"width": 100, "num_heads": 16}}, "backbone.width"),
+        ({"backbone": {"width": 64, "num_heads": 16}}, "backbone.num_heads"),
+        ({"backbone": {"patch": (2, 2, 2)}}, "backbone.patch"),
+        ({"backbone": {"num_blocks": 4}}, "backbone.hidden_block"),
+        ({"decoder": {"num_heads": 3}}, "decoder.width"),
+        ({"decoder": {"proprio_dropout": 1.0}}, "decoder.proprio_dropout"),
+        ({"noise": {"tail_range": (5.0, 2.0)}}, "noise.tail_range"),
+        ({"noise": {"tail_probability": 1.5}}, "noise.tail_probability"),
+        ({"train": {"steps": 1000}}, "train.warmup_steps"),
+        ({"train": {"ema_decay": 1.0}}, "train.ema_decay"),
+        ({"train": {"batch_size": 0}}, "TrainConfig.batch_size"),
+        ({"mesh": {"data": -1, "fsdp": -1}}, "mesh"),
+        ({"mesh": {"fsdp": 0}}, "mesh"),
+        ({"policy": {"stop_step": 36}}, "policy.stop_step"),
+        ({"policy": {"stop_time": 1.1}}, "policy.stop_time"),
+        ({"policy": {"stop_time": 0.9, "stop_step": 3}}, "policy.stop_time"),
+        ({"text": {"width": 512}}, "text.width"),
+        ({"text": {"kind": "t5"}}, "text.model"),
+        ({"tokenizer": {"chunk_latents": 0}}, "TokenizerConfig.chunk_latents"),
+        ({"data": {"raw_action_dims": (3, 10)}}, "data.raw_action_dims"),
+        ({"train": {"ema_std": 0.3}}, "train.ema_std"),
+        ({"train": {"ema_std": 0.1, "ema_decay": 0.9}}, "train.ema_std"),
+        ({"train": {"schedule_steps": 500}}, "train.schedule_steps"),
+        ({"decoder": {"action_horizon": 60}}, "decoder.action_horizon"),
+        ({"policy": {"execute_steps": 16}}, "policy.execute_steps"),
+    ],
+)
 def test_values_that_contradict_each_other_are_named(values, field):
     with pytest.raises(ConfigError, match=f"config field '{field}' is "):
         experiment_from(values)

@@ -12,8 +12,10 @@ from mimic_video.transforms import compute_statistics
 
 def robot(name, index, action_dim, proprio_dim, raw=()):
     random = np.random.default_rng(index)
-    statistics = {"action": compute_statistics(random.normal(5, 2, (50, 4, action_dim))),
-                  "proprio": compute_statistics(random.normal(5, 2, (50, 1, proprio_dim)))}  # fmt: skip
+    statistics = {
+        "action": compute_statistics(random.normal(5, 2, (50, 4, action_dim))),
+        "proprio": compute_statistics(random.normal(5, 2, (50, 1, proprio_dim))),
+    }
     return Embodiment(name, index, statistics, {"action": raw, "proprio": ()})
 
 
@@ -36,8 +38,15 @@ def test_a_table_in_json_is_exact():
                 np.testing.assert_array_equal(getattr(found.statistics[key], field), value)
 
 
-@pytest.mark.parametrize("table", [[{"name": "arm"}], [3], [{"name": "arm", "raw_dims": {}, "statistics": {}}],
-                                   [{"name": "a", "raw_dims": {"action": [], "proprio": []}, "statistics": {"action": {}}}]])
+@pytest.mark.parametrize(
+    "table",
+    [
+        [{"name": "arm"}],
+        [3],
+        [{"name": "arm", "raw_dims": {}, "statistics": {}}],
+        [{"name": "a", "raw_dims": {"action": [], "proprio": []}, "statistics": {"action": {}}}],
+    ],
+)
 def test_no_table(table):
     with pytest.raises(ValueError, match=r"not a table of embodiments|statistics of 'action'"):
         embodiments.from_table(table)

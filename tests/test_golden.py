@@ -40,10 +40,17 @@ def channels_last(x):
 def test_video_dit(meta, arrays):
     compat = CompatConfig(bfloat16_rope={"float32": False, "bfloat16": True}[meta["rope_dtype"]])
     config = VideoDiTConfig(
-        width=meta["width"], num_blocks=meta["num_blocks"], num_heads=meta["num_heads"], mlp_ratio=meta["mlp_ratio"],
-        text_width=meta["text_width"], adaln_lora_dim=meta["adaln_lora_dim"], latent_channels=meta["latent_channels"],
-        patch=tuple(meta["patch"]), rope_ratio=tuple(meta["rope_ratio"]), hidden_block=meta["num_blocks"],
-    )  # fmt: skip
+        width=meta["width"],
+        num_blocks=meta["num_blocks"],
+        num_heads=meta["num_heads"],
+        mlp_ratio=meta["mlp_ratio"],
+        text_width=meta["text_width"],
+        adaln_lora_dim=meta["adaln_lora_dim"],
+        latent_channels=meta["latent_channels"],
+        patch=tuple(meta["patch"]),
+        rope_ratio=tuple(meta["rope_ratio"]),
+        hidden_block=meta["num_blocks"],
+    )
     graphdef, state = load(lambda: VideoDiT(config, nnx.Rngs(0), compat), arrays, VIDEO_DIT_NAMES)
     mask = arrays["in/condition_mask"][:, 0]
     assert (mask == mask[:, :, :1, :1]).all(), "the mask is per latent frame"
@@ -69,10 +76,17 @@ def test_video_dit(meta, arrays):
 @pytest.mark.parametrize(("meta", "arrays"), files_of("action_decoder"))
 def test_action_decoder(meta, arrays):
     config = ActionDecoderConfig(
-        width=meta["width"], num_blocks=meta["num_blocks"], num_heads=meta["num_heads"], mlp_ratio=meta["mlp_ratio"],
-        adaln_lora_dim=meta["adaln_lora_dim"], time_rank=meta["time_rank"], obs_horizon=meta["obs_horizon"],
-        action_horizon=meta["action_horizon"], proprio_dim=meta["action_dim"], action_dim=meta["action_dim"],
-    )  # fmt: skip
+        width=meta["width"],
+        num_blocks=meta["num_blocks"],
+        num_heads=meta["num_heads"],
+        mlp_ratio=meta["mlp_ratio"],
+        adaln_lora_dim=meta["adaln_lora_dim"],
+        time_rank=meta["time_rank"],
+        obs_horizon=meta["obs_horizon"],
+        action_horizon=meta["action_horizon"],
+        proprio_dim=meta["action_dim"],
+        action_dim=meta["action_dim"],
+    )
     graphdef, state = load(lambda: ActionDecoder(config, meta["context_width"], nnx.Rngs(0)), arrays, ACTION_DECODER_NAMES)
     times, sigma = arrays["in/timesteps"], arrays["in/video_sigma"][:, 0]
     observed = meta["obs_horizon"]

@@ -45,11 +45,14 @@ def test_unusable_files(tmp_path):
         media.write_video(tmp_path / "video.mp4", frames(1, 31), 5.0)
 
 
-@pytest.mark.parametrize(("size", "rows", "columns"), [
-    ((8, 8), slice(0, 20), slice(10, 30)),
-    ((10, 40), slice(5, 15), slice(0, 40)),
-    ((2, 4), slice(0, 20), slice(0, 40)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("size", "rows", "columns"),
+    [
+        ((8, 8), slice(0, 20), slice(10, 30)),
+        ((10, 40), slice(5, 15), slice(0, 40)),
+        ((2, 4), slice(0, 20), slice(0, 40)),
+    ],
+)
 def test_cropping_keeps_the_centre(size, rows, columns):
     images = np.random.default_rng(0).integers(0, 256, (2, 20, 40, 3), np.uint8)
     np.testing.assert_array_equal(media.crop_to_shape(images, size), images[:, rows, columns])

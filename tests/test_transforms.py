@@ -58,8 +58,10 @@ def test_outliers_are_clamped_in_the_clamped_moments_only():
     assert 0.5 < statistics.std_clamped[0, 0] < 0.65
 
 
-@pytest.mark.parametrize("bad, message", [(np.zeros((0, 3, 2)), r"\(0, 3, 2\)"), (np.zeros((4, 2)), r"\(4, 2\)"),
-                                          (np.full((1, 1, 2), np.nan), r"\(0, 0, 0\)")])
+@pytest.mark.parametrize(
+    "bad, message",
+    [(np.zeros((0, 3, 2)), r"\(0, 3, 2\)"), (np.zeros((4, 2)), r"\(4, 2\)"), (np.full((1, 1, 2), np.nan), r"\(0, 0, 0\)")],
+)
 def test_unusable_samples_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):
         compute_statistics(bad)
@@ -134,10 +136,15 @@ def test_json_errors_name_key_and_field(statistics):
         from_json(misshapen)
 
 
-@pytest.mark.parametrize("value, message", [(float("nan"), r"'action': 'mean' is not finite at index \(1, 0\)"),
-                                            (float("inf"), r"'action': 'mean' is not finite"),
-                                            ("far", "'action' are not rectangular lists of numbers.*far"),
-                                            ([0.0], "'action' are not rectangular lists of numbers")])
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (float("nan"), r"'action': 'mean' is not finite at index \(1, 0\)"),
+        (float("inf"), r"'action': 'mean' is not finite"),
+        ("far", "'action' are not rectangular lists of numbers.*far"),
+        ([0.0], "'action' are not rectangular lists of numbers"),
+    ],
+)
 def test_json_takes_finite_numbers_only(statistics, value, message):
     broken = to_json({"action": statistics})
     broken["action"]["mean"][1][0] = value
@@ -218,8 +225,10 @@ def test_bfloat16_is_that_of_torch_bit_for_bit(poses_of_bridge):
 def test_bfloat16_quantises_positions_to_millimetres(poses_of_bridge):
     values = np.broadcast_to(poses_of_bridge["action"].mean, (2, 15, 10)).copy()
     values[0, :, 0], values[1, :, 0] = 0.800, 0.802  # between 0.5 and 1 m the grid is 1/256 m: both are 205/256
-    coarse, fine = (Normalizer.from_statistics(poses_of_bridge["action"], "variance", dtype=dtype).normalize(values)[..., 0]
-                    for dtype in (ml_dtypes.bfloat16, np.float32))
+    coarse, fine = (
+        Normalizer.from_statistics(poses_of_bridge["action"], "variance", dtype=dtype).normalize(values)[..., 0]
+        for dtype in (ml_dtypes.bfloat16, np.float32)
+    )
     assert not np.ptp(coarse, axis=0).any()
     np.testing.assert_allclose(np.ptp(fine, axis=0), 0.002 / poses_of_bridge["action"].std_clamped[:, 0], rtol=1e-3)
 
@@ -227,8 +236,11 @@ def test_bfloat16_quantises_positions_to_millimetres(poses_of_bridge):
 def published_file(robot: str, horizon: int) -> dict:
     """A statistics file by robot, computed part by part, as JSON has it."""
     rng = np.random.default_rng(8)
-    parts = {key: (horizon if name == "action" else 1, width)
-             for name, keys in PUBLISHED_STATISTICS[robot].items() for key, width in zip(keys, (3, 6, 1), strict=True)}
+    parts = {
+        key: (horizon if name == "action" else 1, width)
+        for name, keys in PUBLISHED_STATISTICS[robot].items()
+        for key, width in zip(keys, (3, 6, 1), strict=True)
+    }
     entries = {key: compute_statistics(rng.normal(size=(50, *shape)) + len(key)) for key, shape in parts.items()}
     return json.loads(json.dumps(to_json(entries)))
 
@@ -257,8 +269,11 @@ def test_all_wrong_keys_of_published_statistics_are_listed():
     broken = published_file("libero", 2)
     del broken["obs/gripper_lowdim"], broken["obs/eef_pos_lowdim"]
     broken["obs/gripper_state_lowdim"] = broken["action/eef_speed"] = {}
-    with pytest.raises(ValueError, match=r"of 'libero': missing keys \['obs/eef_pos_lowdim', 'obs/gripper_lowdim'\], "
-                                         r"unknown keys \['action/eef_speed', 'obs/gripper_state_lowdim'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"of 'libero': missing keys \['obs/eef_pos_lowdim', 'obs/gripper_lowdim'\], "
+        r"unknown keys \['action/eef_speed', 'obs/gripper_state_lowdim'\]",
+    ):
         statistics_from_published(broken)
     with pytest.raises(ValueError, match=r"missing keys.*unknown keys \['action', 'proprio'\]"):
         statistics_from_published({"action": {}, "proprio": {}})
@@ -268,8 +283,11 @@ def test_all_contradictory_parts_of_published_statistics_are_listed():
     broken, longer = published_file("bridge", 2), published_file("bridge", 3)
     broken["action/eef_rot_lowdim"] = longer["action/eef_rot_lowdim"]
     broken["obs/gripper_state_lowdim"] = broken["obs/eef_pos_lowdim"]
-    with pytest.raises(ValueError, match=r"'action/eef_rot_lowdim' has shape \(3, 6\), expected \(2, 6\); "
-                                         r"'obs/gripper_state_lowdim' has shape \(1, 3\), expected \(1, 1\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"'action/eef_rot_lowdim' has shape \(3, 6\), expected \(2, 6\); "
+        r"'obs/gripper_state_lowdim' has shape \(1, 3\), expected \(1, 1\)",
+    ):
         statistics_from_published(broken)
 
 
@@ -376,25 +394,31 @@ def test_poses_broadcast_over_a_chunk(rotations):
         assert convert(current[0], future[:0]).shape == (0, 15, 10)
 
 
-@pytest.mark.parametrize("rot6d, message", [
-    ([0, 0, 0, 0, 1, 0], r"degenerate rotation at index \(\): \[0.0, 0.0, 0.0, 0.0, 1.0, 0.0\]"),
-    ([1, 0, 0, 0, 0, 0], "degenerate"),
-    ([0.1, 0.2, 0.3, 0.3, 0.6, 0.9], "degenerate"),  # parallel, up to float32
-    ([[1, 0, 0, 0, 1, 0], [1, 2, 3, -1, -2, -3]], r"index \(1,\)"),
-    ([1, 0, 0, np.nan, 1, 0], r"'rot6d' is not finite at index \(3,\)"),
-    ([1, 0, 0, 0, 1], r"'rot6d' has shape \(5,\); expected \(..., 6\)"),
-])
+@pytest.mark.parametrize(
+    "rot6d, message",
+    [
+        ([0, 0, 0, 0, 1, 0], r"degenerate rotation at index \(\): \[0.0, 0.0, 0.0, 0.0, 1.0, 0.0\]"),
+        ([1, 0, 0, 0, 0, 0], "degenerate"),
+        ([0.1, 0.2, 0.3, 0.3, 0.6, 0.9], "degenerate"),  # parallel, up to float32
+        ([[1, 0, 0, 0, 1, 0], [1, 2, 3, -1, -2, -3]], r"index \(1,\)"),
+        ([1, 0, 0, np.nan, 1, 0], r"'rot6d' is not finite at index \(3,\)"),
+        ([1, 0, 0, 0, 1], r"'rot6d' has shape \(5,\); expected \(..., 6\)"),
+    ],
+)
 def test_what_is_no_6d_rotation_is_refused(rot6d, message):
     with pytest.raises(ValueError, match=message):
         matrix_from_rot6d(np.array(rot6d, np.float32))
 
 
-@pytest.mark.parametrize("matrices, message", [
-    (np.eye(4), r"'rotations' has shape \(4, 4\); expected \(..., 3, 3\)"),
-    (np.full((3, 3), np.inf), r"'rotations' is not finite at index \(0, 0\)"),
-    (np.stack([np.eye(3), np.diag([1, 1, -1])]), r"'rotations' has no rotation matrix at index \(1,\)"),  # left-handed
-    (2 * np.eye(3), "no rotation matrix"),
-])
+@pytest.mark.parametrize(
+    "matrices, message",
+    [
+        (np.eye(4), r"'rotations' has shape \(4, 4\); expected \(..., 3, 3\)"),
+        (np.full((3, 3), np.inf), r"'rotations' is not finite at index \(0, 0\)"),
+        (np.stack([np.eye(3), np.diag([1, 1, -1])]), r"'rotations' has no rotation matrix at index \(1,\)"),  # left-handed
+        (2 * np.eye(3), "no rotation matrix"),
+    ],
+)
 def test_what_is_no_rotation_matrix_is_refused(matrices, message):
     with pytest.raises(ValueError, match=message):
         rot6d_from_matrix(matrices)

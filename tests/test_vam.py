@@ -161,18 +161,25 @@ def test_draws_that_share_a_pass_are_as_many_losses(several):
     params, batch = tiny.params(three), tiny.batch(three, 4)
     batch["action_mask"][1, 2:] = False
     if several:
-        batch |= {"embodiment": np.array([0, 1, 1, 0]), "view_mask": np.array([[True, True], [True, False]] * 2),
-                  "action_dims": np.array([[True, True], [True, False]] * 2)}  # fmt: skip
+        batch |= {
+            "embodiment": np.array([0, 1, 1, 0]),
+            "view_mask": np.array([[True, True], [True, False]] * 2),
+            "action_dims": np.array([[True, True], [True, False]] * 2),
+        }
     draws = VideoActionModel(three).draw(KEY, 4)
 
     def each(config):
-        return jax.jit(jax.value_and_grad(lambda decoder, draws: VideoActionModel(config).loss(
-            params | {"decoder": decoder}, batch, draws)[0]))  # fmt: skip
+        return jax.jit(
+            jax.value_and_grad(
+                lambda decoder, draws: VideoActionModel(config).loss(params | {"decoder": decoder}, batch, draws)[0]
+            )
+        )
 
     together = each(three)(params["decoder"], draws)
     shared, alone = {"video_time", "video"}, each(one)
-    single = [alone(params["decoder"], {name: x if name in shared else x[:, i : i + 1] for name, x in draws.items()})
-              for i in range(3)]  # fmt: skip
+    single = [
+        alone(params["decoder"], {name: x if name in shared else x[:, i : i + 1] for name, x in draws.items()}) for i in range(3)
+    ]
     mean = jax.tree.map(lambda *parts: np.mean(parts, axis=0), *single)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max()), together, mean)
 
@@ -353,8 +360,10 @@ def test_pixels_survive_the_whole_8_bit_range(params):
 def test_a_stop_time_on_the_grid_is_that_stop_step(params):
     sigma = (80 ** (1 / 7) + (0.002 ** (1 / 7) - 80 ** (1 / 7)) / 3) ** 7
     batch = tiny.batch(ACTION, 2)
-    results = [compiled(tiny.experiment(policy=policy), "sample_hidden")(params, observed(batch), batch["text"], noise()["video"])
-               for policy in ({"stop_step": 1}, {"stop_time": sigma / (1 + sigma)})]  # fmt: skip
+    results = [
+        compiled(tiny.experiment(policy=policy), "sample_hidden")(params, observed(batch), batch["text"], noise()["video"])
+        for policy in ({"stop_step": 1}, {"stop_time": sigma / (1 + sigma)})
+    ]
     np.testing.assert_allclose(results[0][0], results[1][0], atol=1e-5)
     np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-6)
 
@@ -382,8 +391,10 @@ def test_guidance_moves_away_from_the_negative_prompt(params):
     np.testing.assert_array_equal(estimates[2.0][:, :2], clean[:, :2])
     difference = (estimates[2.0] - estimates[0.0])[:, 2]
     np.testing.assert_allclose(difference, -80 / 81 * 2.0 * 0.3, atol=1e-5)
-    videos = [compiled(VIDEO, "sample_video")(params, observed(batch), batch["text"], noise()["video"], *guided)
-              for guided in ((), (batch["text"][::-1], 3.0))]  # fmt: skip
+    videos = [
+        compiled(VIDEO, "sample_video")(params, observed(batch), batch["text"], noise()["video"], *guided)
+        for guided in ((), (batch["text"][::-1], 3.0))
+    ]
     assert (videos[0] != videos[1])[:, 5:].mean() > 0.05
 
 
@@ -415,8 +426,11 @@ def test_published_noise_has_one_stream_a_part():
 
 def test_dimensions_that_a_robot_lacks_take_no_part(params):
     batch = tiny.batch(ACTION, 2) | {"action_dims": np.array([[True, True], [True, False]])}
-    gradient = np.abs(jax.jit(jax.grad(lambda actions: loss_of(
-        VideoActionModel(ACTION), params, batch | {"actions": actions})[0]))(batch["actions"]))  # fmt: skip
+    gradient = np.abs(
+        jax.jit(jax.grad(lambda actions: loss_of(VideoActionModel(ACTION), params, batch | {"actions": actions})[0]))(
+            batch["actions"]
+        )
+    )
     assert gradient[0].min() > 0 and gradient[1, :, 0].min() > 0
     full = tiny.batch(ACTION, 2)
     everything = full | {"action_dims": np.ones((2, 2), bool)}
@@ -575,8 +589,11 @@ def test_what_a_missing_view_would_show_has_no_part_in_a_loss(two_views, stage, 
 def test_plans_do_not_see_a_missing_view(two_views):
     config, params, batch = two_views
     vam = VideoActionModel(config)
-    plan = jax.jit(lambda past: vam.sample_actions(params, past, batch["proprio"], batch["text"], vam.draw_noise(KEY, 2),
-                                                   Robots(view_mask=batch["view_mask"])))  # fmt: skip
+    plan = jax.jit(
+        lambda past: vam.sample_actions(
+            params, past, batch["proprio"], batch["text"], vam.draw_noise(KEY, 2), Robots(view_mask=batch["view_mask"])
+        )
+    )
     past = batch["video"][:, : config.data.past_frames]
     other = past.copy()
     other[:, :, 16:] = 99

@@ -17,18 +17,48 @@ from mimic_video.vam import VideoActionModel
 SIZE = (16, 32)
 VALUES: dict[str, Any] = {
     "stage": "action",
-    "data": {"image_size": SIZE, "past_frames": 5, "future_frames": 4, "video_hz": 10.0, "action_horizon": 4, "control_hz": 10.0,
-             "action_delay": 0.1},
+    "data": {
+        "image_size": SIZE,
+        "past_frames": 5,
+        "future_frames": 4,
+        "video_hz": 10.0,
+        "action_horizon": 4,
+        "control_hz": 10.0,
+        "action_delay": 0.1,
+    },
     "tokenizer": {"fit_windows": 8},
     "text": {"rows": 4, "width": 8},
-    "backbone": {"width": 16, "num_blocks": 2, "num_heads": 2, "mlp_ratio": 2.0, "text_width": 8, "adaln_lora_dim": 4,
-                 "hidden_block": 1},
-    "decoder": {"width": 16, "num_blocks": 2, "num_heads": 2, "mlp_ratio": 2.0, "adaln_lora_dim": 4, "time_rank": 8,
-                "action_horizon": 4, "proprio_dim": 3, "action_dim": 2},
-    "train": {"steps": 4, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 0, "ema_decay": 0.9, "log_every": 1,
-              "checkpoint_every": 2},
+    "backbone": {
+        "width": 16,
+        "num_blocks": 2,
+        "num_heads": 2,
+        "mlp_ratio": 2.0,
+        "text_width": 8,
+        "adaln_lora_dim": 4,
+        "hidden_block": 1,
+    },
+    "decoder": {
+        "width": 16,
+        "num_blocks": 2,
+        "num_heads": 2,
+        "mlp_ratio": 2.0,
+        "adaln_lora_dim": 4,
+        "time_rank": 8,
+        "action_horizon": 4,
+        "proprio_dim": 3,
+        "action_dim": 2,
+    },
+    "train": {
+        "steps": 4,
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+        "warmup_steps": 0,
+        "ema_decay": 0.9,
+        "log_every": 1,
+        "checkpoint_every": 2,
+    },
     "policy": {"video_steps": 3, "action_steps": 2, "execute_steps": 2},
-}  # fmt: skip
+}
 
 
 def experiment(**changes: Any) -> ExperimentConfig:

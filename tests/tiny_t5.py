@@ -17,9 +17,17 @@ def save(folder: Path, seed: int = 0) -> Path:
     folder.mkdir(parents=True)
     sentences, pieces = (" ".join(parts) for parts in itertools.product(*_WORDS)), io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=sentences, model_writer=pieces, model_type="unigram", vocab_size=40, hard_vocab_limit=False,
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=sentences,
+        model_writer=pieces,
+        model_type="unigram",
+        vocab_size=40,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
     (folder / "spiece.model").write_bytes(pieces.getvalue())
     tokenizer = T5TokenizerFast.from_pretrained(folder)
     tokenizer.save_pretrained(folder)

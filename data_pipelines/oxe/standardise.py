@@ -349,8 +349,9 @@ class Layout:
             raise ValueError(f"layout kind is {self.kind!r}; expected pose, delta or vector")
         if self.kind != "vector" and (self.width != POSE_DIM or self._bounds().isdisjoint({(3, 9), (0, 9)})):
             widths = [part.width for part in self.parts]
-            raise ValueError(f"a layout of kind {self.kind!r} has parts of widths {widths}; expected position 3, rotation 6, "
-                             "gripper 1")  # fmt: skip
+            raise ValueError(
+                f"a layout of kind {self.kind!r} has parts of widths {widths}; expected position 3, rotation 6, gripper 1"
+            )
 
     @property
     def width(self) -> int:
@@ -368,8 +369,11 @@ class Layout:
     @property
     def dimensions(self) -> tuple[str, ...]:
         """A label per dimension: "position 0 [m]", …"""
-        return tuple(f"{part.name} {i} [{part.unit}]" if part.width > 1 else f"{part.name} [{part.unit}]"
-                     for part in self.parts for i in range(part.width))  # fmt: skip
+        return tuple(
+            f"{part.name} {i} [{part.unit}]" if part.width > 1 else f"{part.name} [{part.unit}]"
+            for part in self.parts
+            for i in range(part.width)
+        )
 
     def __call__(self, columns: Columns) -> Float[np.ndarray, "n width"]:
         """float32 values. Raises ValueError naming the feature and the step, as `read` and the parts do."""

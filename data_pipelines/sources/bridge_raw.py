@@ -68,8 +68,15 @@ class BridgeSource(Sequence[Episode]):
     action_dim = proprio_dim = 10
     control_hz = CONTROL_HZ
 
-    def __init__(self, directory: str | os.PathLike, *, cameras: Mapping[str, str] | None = None, default_instruction: str = "",
-                 image_size: tuple[int, int] | None = None, skip_damaged: bool = False):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        *,
+        cameras: Mapping[str, str] | None = None,
+        default_instruction: str = "",
+        image_size: tuple[int, int] | None = None,
+        skip_damaged: bool = False,
+    ):
         directory = Path(directory)
         self.name = os.fspath(directory)
         cameras = dict(cameras) if cameras is not None else {"primary": "images0"}
@@ -164,8 +171,9 @@ def _trajectory_folders(directory: Path) -> Iterator[Path]:
         subfolders.sort()
 
 
-def _read_or_reason(folder: Path, *, directory: Path, cameras: Mapping[str, str],
-                    default_instruction: str) -> _Trajectory | str | DatasetError:
+def _read_or_reason(
+    folder: Path, *, directory: Path, cameras: Mapping[str, str], default_instruction: str
+) -> _Trajectory | str | DatasetError:
     """The trajectory, why it is left out, or what is wrong with it."""
     if "lmdb" in os.fspath(folder.relative_to(directory)):
         return "it is part of an LMDB copy"
@@ -280,8 +288,14 @@ class _PlainUnpickler(pickle.Unpickler):
 
 # Language labels (SPEC 8.6). Crowd workers wrote them; what cannot be mended is dropped.
 _COMPLAINTS = (
-    "no image", "did not load", "not loaded", "not downloading", "images loaded", "pictures aren't working", "not showing",
-)  # fmt: skip
+    "no image",
+    "did not load",
+    "not loaded",
+    "not downloading",
+    "images loaded",
+    "pictures aren't working",
+    "not showing",
+)
 _MENDED = {
     "4fbox": " cardboard box",
     "1fbox": " cardboard box",

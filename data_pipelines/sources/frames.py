@@ -36,8 +36,9 @@ def camera_frames(cameras: Mapping[str, Frames], image_size: tuple[int, int] | N
 def check_roles(name: str, cameras: Mapping[str, str]) -> None:
     """Raises DatasetError unless the keys of `cameras` are "primary" and maybe "secondary" and "wrist"."""
     if "primary" not in cameras or not set(cameras) <= set(CAMERAS):
-        raise DatasetError(f"{name}: cameras have the roles {sorted(cameras)}; expected 'primary' and maybe 'secondary' and "
-                           "'wrist'")
+        raise DatasetError(
+            f"{name}: cameras have the roles {sorted(cameras)}; expected 'primary' and maybe 'secondary' and 'wrist'"
+        )
 
 
 def frame_steps(indices: Sequence[int], length: int) -> np.ndarray:

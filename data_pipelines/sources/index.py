@@ -75,8 +75,9 @@ class Column(NamedTuple):
         try:
             return getattr(self, f"_{self.kind}")(features[self.path])
         except (ValueError, zlib.error) as error:
-            raise ValueError(f"feature '{self.path}' is not what the dataset's features say ({self.dtype} "
-                             f"{self.shape}): {error}") from error  # fmt: skip
+            raise ValueError(
+                f"feature '{self.path}' is not what the dataset's features say ({self.dtype} {self.shape}): {error}"
+            ) from error
 
     def _steps(self, feature: Feature) -> np.ndarray:
         return self._numbers(feature).reshape(-1, *self.shape)
@@ -180,8 +181,15 @@ def cache_directories(directory: str | os.PathLike, cache_dir: str | os.PathLike
     return [user] if is_remote(directory) else [Path(directory) / FOLDER, user]
 
 
-def open_index(shards: Sequence[Shard], file_format: str, columns: Sequence[Column], *, identity: bytes, name: str,
-               directories: Sequence[Path]) -> Path:
+def open_index(
+    shards: Sequence[Shard],
+    file_format: str,
+    columns: Sequence[Column],
+    *,
+    identity: bytes,
+    name: str,
+    directories: Sequence[Path],
+) -> Path:
     """The folder of the split's index, which is built if none of `directories` has it; in the first that can be written.
 
     A record that cannot be read does not fail the build: the index says so, and looks at it again once its shard has changed. Of
@@ -324,8 +332,10 @@ def _merge(parts: Path, shards: Sequence[Shard], columns: Sequence[Column], targ
         with np.load(_part(parts, i)) as part:
             first = sum(len(earlier) for earlier in records)
             records.append(part["records.npy"])
-            errors += [{"record": first + int(record), "message": message, "shard": i, "changed": _changed(shard.path)}
-                       for record, message in json.loads(part["errors.json"].item()).items()]  # fmt: skip
+            errors += [
+                {"record": first + int(record), "message": message, "shard": i, "changed": _changed(shard.path)}
+                for record, message in json.loads(part["errors.json"].item()).items()
+            ]
         records[-1]["shard"] = i
     np.save(target / "records.npy", np.concatenate(records))
     for column in columns:

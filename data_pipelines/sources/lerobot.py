@@ -96,9 +96,17 @@ class LeRobotSource(Sequence[Episode]):
             finite, a file is missing or damaged, or the default cannot tell which of several cameras is which.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, cameras: Mapping[str, str] | None = None,
-                 state: str | None = "observation.state", action: str | None = "action", action_layout: ActionLayout = "vector",
-                 image_size: tuple[int, int] | None = None, skip_damaged: bool = False):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        *,
+        cameras: Mapping[str, str] | None = None,
+        state: str | None = "observation.state",
+        action: str | None = "action",
+        action_layout: ActionLayout = "vector",
+        image_size: tuple[int, int] | None = None,
+        skip_damaged: bool = False,
+    ):
         directory = Path(directory)
         self.name = os.fspath(directory)
         info = _read_info(directory)
@@ -108,8 +116,9 @@ class LeRobotSource(Sequence[Episode]):
         check_roles(self.name, self.cameras)
         for role, key in self.cameras.items():
             if key not in found:
-                raise DatasetError(f"{self.name} has no camera feature '{key}' for the role '{role}'; it has "
-                                   f"{', '.join(found) or 'none'}")
+                raise DatasetError(
+                    f"{self.name} has no camera feature '{key}' for the role '{role}'; it has {', '.join(found) or 'none'}"
+                )
         self._cameras = {role: found[key] for role, key in self.cameras.items()}
         self._resize = image_size
         self.image_size = image_size or self._cameras["primary"].size
@@ -185,8 +194,15 @@ class LeRobotSource(Sequence[Episode]):
                 read[entry.episode] = error
         return read
 
-    def _episode_rows(self, path: str, entry: _Entry, indices: np.ndarray, timestamps: np.ndarray, tasks: np.ndarray,
-                      values: Mapping[str, np.ndarray]) -> _Rows:
+    def _episode_rows(
+        self,
+        path: str,
+        entry: _Entry,
+        indices: np.ndarray,
+        timestamps: np.ndarray,
+        tasks: np.ndarray,
+        values: Mapping[str, np.ndarray],
+    ) -> _Rows:
         name = f"{path}, episode {entry.episode}"
         (steps,) = np.nonzero(indices == entry.episode)
         if len(steps) != entry.length or len(steps) == 0 or steps[-1] - steps[0] != len(steps) - 1:
@@ -280,8 +296,9 @@ def _camera_features(directory: Path, info: Mapping[str, Any]) -> dict[str, _Cam
         names = [str(name) for name in feature.get("names") or []]
         channels_first = names[0].startswith("channel") if len(names) == 3 else shape[0] == 3 if len(shape) == 3 else False
         if len(shape) != 3 or shape[0 if channels_first else 2] != 3:
-            raise DatasetError(f"{directory}: feature '{key}' has shape {shape} with names {names}; expected three channels, "
-                               "first or last")
+            raise DatasetError(
+                f"{directory}: feature '{key}' has shape {shape} with names {names}; expected three channels, first or last"
+            )
         height, width = shape[1:] if channels_first else shape[:2]
         cameras[key] = _Camera(key, feature["dtype"] == "video", (height, width))
     return cameras
@@ -298,8 +315,10 @@ def _default_cameras(name: str, keys: Sequence[str]) -> dict[str, str]:
     if len(keys) == 1:
         return {"primary": keys[0]}
     if not others or len(others) > 2 or len(wrists) > 1:
-        raise DatasetError(f"{name}: which of its cameras is which cannot be told from their names; pass cameras with the role "
-                           f"'primary' and maybe 'secondary' and 'wrist'. It has {', '.join(keys) or 'none'}")
+        raise DatasetError(
+            f"{name}: which of its cameras is which cannot be told from their names; pass cameras with the role "
+            f"'primary' and maybe 'secondary' and 'wrist'. It has {', '.join(keys) or 'none'}"
+        )
     return dict(zip(("primary", "secondary"), others, strict=False)) | dict(zip(("wrist",), wrists, strict=False))
 
 
@@ -332,8 +351,10 @@ def _read_tasks(directory: Path, info: Mapping[str, Any]) -> dict[int, str]:
 def _read_entries(directory: Path, info: Mapping[str, Any], videos: Sequence[str]) -> list[_Entry]:
     """The episodes in order, with the clips of those camera features."""
     if videos and not isinstance(info.get("video_path"), str):
-        raise DatasetError(f"{directory}/meta/info.json: field 'video_path' is {info.get('video_path')!r}; expected a pattern, "
-                           f"as feature '{videos[0]}' is a video")
+        raise DatasetError(
+            f"{directory}/meta/info.json: field 'video_path' is {info.get('video_path')!r}; expected a pattern, "
+            f"as feature '{videos[0]}' is a video"
+        )
     read = _entries_of_v3 if info["codebase_version"] == "v3.0" else _entries_of_v2
     entries = sorted(read(directory, info, videos), key=lambda entry: entry.episode)
     if not entries:
@@ -365,14 +386,17 @@ def _entries_of_v3(directory: Path, info: Mapping[str, Any], videos: Sequence[st
             if table.column(column).null_count:
                 raise DatasetError(f"{path}: column '{column}' has {table.column(column).null_count} nulls")
         for row in table.to_pylist():
+
             def place(what: str, row=row) -> dict[str, int]:
                 return {part: int(row[f"{what}/{part}"]) for part in places}
 
             clips = {
-                key: _Clip(_fill(directory, info, "video_path", place(f"videos/{key}") | {"video_key": key}),
-                           float(row[f"videos/{key}/from_timestamp"]))
+                key: _Clip(
+                    _fill(directory, info, "video_path", place(f"videos/{key}") | {"video_key": key}),
+                    float(row[f"videos/{key}/from_timestamp"]),
+                )
                 for key in videos
-            }  # fmt: skip
+            }
             yield _Entry(int(row["episode_index"]), int(row["length"]), _fill(directory, info, "data_path", place("data")), clips)
 
 
@@ -380,8 +404,9 @@ def _fill(directory: Path, info: Mapping[str, Any], field: str, values: Mapping[
     try:
         return os.fspath(directory / info[field].format(**values))
     except (KeyError, IndexError, ValueError) as error:
-        raise DatasetError(f"{directory}/meta/info.json: field '{field}' is {info[field]!r}; "
-                           f"expected a pattern of {', '.join(values)}") from error
+        raise DatasetError(
+            f"{directory}/meta/info.json: field '{field}' is {info[field]!r}; expected a pattern of {', '.join(values)}"
+        ) from error
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:

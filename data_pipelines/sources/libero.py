@@ -81,9 +81,15 @@ class LiberoSource(Sequence[Episode]):
     action_dim = proprio_dim = 10
     control_hz = CONTROL_HZ
 
-    def __init__(self, path: str | os.PathLike, *, upside_down: bool | None = None,
-                 instructions: Literal["published", "recorded"] = "published",
-                 image_size: tuple[int, int] | None = None, skip_damaged: bool = False):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        upside_down: bool | None = None,
+        instructions: Literal["published", "recorded"] = "published",
+        image_size: tuple[int, int] | None = None,
+        skip_damaged: bool = False,
+    ):
         path = Path(path)
         self.name = os.fspath(path)
         if instructions not in ("published", "recorded"):
@@ -105,8 +111,10 @@ class LiberoSource(Sequence[Episode]):
         stored = self._demonstrations[0].cameras["primary"]
         for demonstration in self._demonstrations:
             if image_size is None and (size := demonstration.cameras["primary"]) != stored:
-                raise DatasetError(f"{demonstration.path}, {demonstration.demo}: images are {size}; those of the first one are "
-                                   f"{stored}; pass image_size to resize them")
+                raise DatasetError(
+                    f"{demonstration.path}, {demonstration.demo}: images are {size}; those of the first one are "
+                    f"{stored}; pass image_size to resize them"
+                )
         self._resize = image_size
         self.image_size = image_size or stored
 
@@ -144,18 +152,23 @@ class LiberoSource(Sequence[Episode]):
                 raise
             self.skipped.setdefault("it is damaged", []).append(str(error))
 
-    def _read_demo(self, path: Path, demo: str, group: h5py.Group, instruction: str, shifted: bool,
-                   upside_down: bool | None) -> None:
+    def _read_demo(
+        self, path: Path, demo: str, group: h5py.Group, instruction: str, shifted: bool, upside_down: bool | None
+    ) -> None:
         name = f"{path}, {demo}"
         actions = _values(name, group, "actions", (7,))
         position = _values(name, group, "obs/ee_pos", (3,))
         orientation = _values(name, group, "obs/ee_ori", (None,))
         gripper = _values(name, group, "obs/gripper_states", (None,))
         if orientation.shape[1] not in (3, 4):
-            raise DatasetError(f"{name}: obs/ee_ori has width {orientation.shape[1]}; expected 3, a rotation vector, or 4, a "
-                               "quaternion")
-        cameras = {role: _image_size(name, group, f"obs/{key}") for role, key in _CAMERAS.items()
-                   if role == "primary" or f"obs/{key}" in group}  # fmt: skip
+            raise DatasetError(
+                f"{name}: obs/ee_ori has width {orientation.shape[1]}; expected 3, a rotation vector, or 4, a quaternion"
+            )
+        cameras = {
+            role: _image_size(name, group, f"obs/{key}")
+            for role, key in _CAMERAS.items()
+            if role == "primary" or f"obs/{key}" in group
+        }
         for key in ("obs/ee_pos", "obs/ee_ori", "obs/gripper_states", *(f"obs/{_CAMERAS[role]}" for role in cameras)):
             if len(group[key]) != len(actions):
                 raise DatasetError(f"{name}: {key} has {len(group[key])} steps, actions have {len(actions)}")
@@ -176,16 +189,18 @@ class LiberoSource(Sequence[Episode]):
         except ValueError as error:
             raise DatasetError(f"{name}: obs/ee_ori is not an orientation: {error}") from error
         commanded = Rotation.from_rotvec(actions[:, 3:6].astype(np.float64))
-        self._demonstrations.append(_Demonstration(
-            path=os.fspath(path),
-            demo=demo,
-            instruction=instruction,
-            rows=rows,
-            upside_down=not quaternions if upside_down is None else upside_down,
-            cameras=cameras,
-            proprio=_poses(position[rows], turned, gripper[rows, :1]),
-            actions=_poses(actions[:, :3], commanded, actions[:, 6:]),
-        ))  # fmt: skip
+        self._demonstrations.append(
+            _Demonstration(
+                path=os.fspath(path),
+                demo=demo,
+                instruction=instruction,
+                rows=rows,
+                upside_down=not quaternions if upside_down is None else upside_down,
+                cameras=cameras,
+                proprio=_poses(position[rows], turned, gripper[rows, :1]),
+                actions=_poses(actions[:, :3], commanded, actions[:, 6:]),
+            )
+        )
 
 
 def moving_steps(actions: np.ndarray) -> np.ndarray:
@@ -287,6 +302,8 @@ def _recorded_prompt(path: Path, data: h5py.Group) -> str:
     try:
         prompt = json.loads(data.attrs["problem_info"])["language_instruction"]
     except (KeyError, TypeError, ValueError) as error:
-        raise DatasetError(f"{path}: attribute 'problem_info' of 'data' records no language_instruction: {error}; "
-                           "pass instructions='published' to go by file names") from error
+        raise DatasetError(
+            f"{path}: attribute 'problem_info' of 'data' records no language_instruction: {error}; "
+            "pass instructions='published' to go by file names"
+        ) from error
     return "".join(prompt).strip('"')  # some files have a list of characters, some quote it

@@ -125,9 +125,7 @@ def _expert(task: str) -> Callable[[np.ndarray], np.ndarray]:
     return act
 
 
-def _demonstrate_all(
-    factory: MetaworldFactory, seeds: Iterable[int], num_workers: int
-) -> Iterator[tuple[int, Episode | None]]:
+def _demonstrate_all(factory: MetaworldFactory, seeds: Iterable[int], num_workers: int) -> Iterator[tuple[int, Episode | None]]:
     """(seed, episode) in order of the seeds. Few are in flight at a time, so a slow reader does not fill the memory."""
     executor = concurrent.futures.ProcessPoolExecutor(
         num_workers,

@@ -118,8 +118,9 @@ class TfRecordFile:
             if len(header) < _HEADER:
                 raise DatasetError(f"shard {self.path}, record {index}: the file of {self._size} bytes ends within it")
             if _masked_crc(header[:8]) != _uint32(header[8:]):
-                raise DatasetError(f"shard {self.path}, record {index} at byte {position}: the checksum of its length "
-                                   "does not match")  # fmt: skip
+                raise DatasetError(
+                    f"shard {self.path}, record {index} at byte {position}: the checksum of its length does not match"
+                )
             (size,) = struct.unpack("<Q", header[:8])
             self._bytes(index, position, position + _HEADER + size + _FOOTER)
             yield position + _HEADER, size

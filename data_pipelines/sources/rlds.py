@@ -99,9 +99,16 @@ class RldsSource(Sequence[Episode]):
             feature is missing or has another type or shape, a shard is missing, or no episode can be read.
     """
 
-    def __init__(self, directory: str | os.PathLike, split: str, *, spec: DatasetLayout | None = None,
-                 control_hz: float | None = None, image_size: tuple[int, int] | None = None,
-                 cache_dir: str | os.PathLike | None = None):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        split: str,
+        *,
+        spec: DatasetLayout | None = None,
+        control_hz: float | None = None,
+        image_size: tuple[int, int] | None = None,
+        cache_dir: str | os.PathLike | None = None,
+    ):
         self.name = f"{directory} split '{split}'"
         dataset = open_dataset(directory)
         shards = dataset.shards(split)
@@ -114,8 +121,9 @@ class RldsSource(Sequence[Episode]):
             raise DatasetError(f"{directory}: its spec names no primary camera")
         paths = {camera: f"steps/observation/{key}" for camera in CAMERAS if (key := getattr(spec, camera)) is not None}
         paths = {camera: path for camera, path in paths.items() if camera == "primary" or features.get(path) is not None}
-        self._cameras = {camera: _Camera(path, features.image_size(path, fixed=image_size is None))
-                         for camera, path in paths.items()}  # fmt: skip
+        self._cameras = {
+            camera: _Camera(path, features.image_size(path, fixed=image_size is None)) for camera, path in paths.items()
+        }
 
         shard_names = [(os.path.basename(shard.path), shard.records, shard.size) for shard in shards]
         self.identity = hashlib.sha256(dataset.identity + repr((shard_names, paths)).encode()).hexdigest()
@@ -130,8 +138,14 @@ class RldsSource(Sequence[Episode]):
         if rate is None and self._rate is None:
             raise DatasetError(f"{directory} has no feature '{CONTROL_HZ}': pass control_hz to RldsSource")
         columns += [column for column in (language, layout, rate, continues) if column is not None]
-        index = open_index(shards, dataset.file_format, columns, identity=dataset.identity, name=self.name,
-                           directories=cache_directories(directory, cache_dir))  # fmt: skip
+        index = open_index(
+            shards,
+            dataset.file_format,
+            columns,
+            identity=dataset.identity,
+            name=self.name,
+            directories=cache_directories(directory, cache_dir),
+        )
         self._index = Index(index, None if continues is None else continues.path)
 
         self.camera_sizes = {name: tuple(image_size or camera.size or ()) for name, camera in self._cameras.items()}
@@ -163,8 +177,9 @@ class RldsSource(Sequence[Episode]):
             raise DatasetError(f"{name} cannot be read: {damage}")
         bounds = self._index.first_steps(first, last)
         proprio, actions = self._low_dimensional(name, bounds[0], bounds[-1])
-        frames: dict[str, Frames] = {camera: RecordFrames(self, name, camera, first, bounds - bounds[0])
-                                     for camera in self._cameras}  # fmt: skip
+        frames: dict[str, Frames] = {
+            camera: RecordFrames(self, name, camera, first, bounds - bounds[0]) for camera in self._cameras
+        }
         layout = self._spec.action_layout if self._layout is None else self._index.text(self._layout, first)
         if layout not in get_args(ActionLayout):
             raise DatasetError(f"{name}: {ACTION_LAYOUT} is '{layout}'; expected {', '.join(get_args(ActionLayout))}")
@@ -228,8 +243,9 @@ class RldsSource(Sequence[Episode]):
     def _files(self) -> RecordFiles:
         records = self._index.records
         bounds = np.searchsorted(records["shard"], np.arange(len(self._paths) + 1))
-        tables = [np.stack([part["offset"], part["size"]], axis=1)
-                  for part in (records[a:b] for a, b in itertools.pairwise(bounds))]  # fmt: skip
+        tables = [
+            np.stack([part["offset"], part["size"]], axis=1) for part in (records[a:b] for a, b in itertools.pairwise(bounds))
+        ]
         return RecordFiles(self._paths, self._format, tables)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -275,8 +291,12 @@ class RecordFrames:
         return frames
 
 
-def decode_image(encoded: bytes | memoryview, size: tuple[int, int] | None = None, target: tuple[int, int] | None = None,
-                 out: np.ndarray | None = None) -> np.ndarray:
+def decode_image(
+    encoded: bytes | memoryview,
+    size: tuple[int, int] | None = None,
+    target: tuple[int, int] | None = None,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
     """Decodes an image file to uint8 RGB (height, width, 3).
 
     JPEGs are decoded at full size and exactly as Pillow would, by libjpeg-turbo without the interpreter's lock: a scaled
@@ -362,8 +382,9 @@ def _metadata(directory: str, prefix: str) -> dict[str, bytes]:
         try:
             metadata[name] = read_file(prefix + name)
         except FileNotFoundError as error:
-            raise DatasetError(f"{directory} is not a prepared dataset: it has no {name} "
-                               "(expected .../<name>/<version>)") from error  # fmt: skip
+            raise DatasetError(
+                f"{directory} is not a prepared dataset: it has no {name} (expected .../<name>/<version>)"
+            ) from error
     return metadata
 
 

@@ -46,8 +46,10 @@ class VideoFrames:
             for row, step in enumerate(steps.tolist()):
                 frame = decoder.frame_at(self.times[step], 0.5 / self.hz)
                 if frame is None:
-                    raise DatasetError(f"{self.name}: step {step} has no frame: {self.path} has none within half a frame of "
-                                       f"{self.times[step]:.4f} s")
+                    raise DatasetError(
+                        f"{self.name}: step {step} has no frame: {self.path} has none within half a frame of "
+                        f"{self.times[step]:.4f} s"
+                    )
                 if frame.is_corrupt:
                     raise DatasetError(f"{self.name}: the frame of step {step} in {self.path} is damaged")
                 what = f"{self.name}: the frame of step {step} in {self.path}"

@@ -142,8 +142,10 @@ class EnvironmentPool:
         """
         n = len(self.seeds)
         if np.shape(actions) != (n, self.action_dim) or np.shape(active) != (n,):
-            raise ValueError(f"actions have shape {np.shape(actions)} and active {np.shape(active)}; "
-                             f"expected ({n}, {self.action_dim}) and ({n},)")
+            raise ValueError(
+                f"actions have shape {np.shape(actions)} and active {np.shape(active)}; "
+                f"expected ({n}, {self.action_dim}) and ({n},)"
+            )
         if self._latest is None:
             raise RuntimeError("reset the pool before stepping it")
         replies = self._exchange([action if on else None for action, on in zip(actions, active, strict=True)])
@@ -233,8 +235,10 @@ class _Worker:
 
     def _death(self) -> WorkerError:
         self._process.join(_CLOSE_SECONDS)
-        return WorkerError(f"{self._factory}, seeds {list(self.seeds)}: the worker process died with exit code "
-                           f"{self._process.exitcode} and no Python traceback; its standard error may say why")
+        return WorkerError(
+            f"{self._factory}, seeds {list(self.seeds)}: the worker process died with exit code "
+            f"{self._process.exitcode} and no Python traceback; its standard error may say why"
+        )
 
 
 def _serve(connection: Connection, factory: Callable[[], Environment], seeds: tuple[int, ...]) -> None:

@@ -245,8 +245,9 @@ def _choose_graphics() -> None:
     libraries = {"osmesa": "OSMesa", "egl": "EGL"}  # software first: the same image everywhere, and the GPU is left alone
     available = [backend for backend, library in libraries.items() if ctypes.util.find_library(library)]
     if not available:
-        raise ImportError("rendering needs OpenGL without a display, and neither libOSMesa nor libEGL was found: "
-                          "apt-get install libosmesa6")
+        raise ImportError(
+            "rendering needs OpenGL without a display, and neither libOSMesa nor libEGL was found: apt-get install libosmesa6"
+        )
     os.environ["MUJOCO_GL"] = available[0]
 
 

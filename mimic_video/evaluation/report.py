@@ -80,18 +80,27 @@ def write_report(path: Path, *, title: str, video_run: Path, policies: Mapping[s
     """
     _matplotlib_figure()
     video = _read_run(Path(video_run), "video", "psnr", "psnr_last_frame_repeated", "samples", "checkpoint_step")
-    arms = {label: [_read_run(Path(run), "action", "success", "episodes", "open_loop", "policy") for run in runs]
-            for label, runs in policies.items()}
+    arms = {
+        label: [_read_run(Path(run), "action", "success", "episodes", "open_loop", "policy") for run in runs]
+        for label, runs in policies.items()
+    }
     if not arms or not all(arms.values()):
         raise RunError("a report needs at least one policy, and a run directory for each of its labels")
     ceiling = None if expert is None else _read_evaluation(Path(expert), "success", "episodes")
     _check_same_episodes(arms, ceiling, expert)
     figures = path.parent / "figures"
     figures.mkdir(parents=True, exist_ok=True)
-    body = "\n".join([
-        f"<h1>{html.escape(title)}</h1>", _summary(arms, ceiling, video, figures), _training(arms, video, figures),
-        _video(video, figures), _open_loop(arms, figures), _rollouts(arms), _provenance(arms, video, expert, path),
-    ])
+    body = "\n".join(
+        [
+            f"<h1>{html.escape(title)}</h1>",
+            _summary(arms, ceiling, video, figures),
+            _training(arms, video, figures),
+            _video(video, figures),
+            _open_loop(arms, figures),
+            _rollouts(arms),
+            _provenance(arms, video, expert, path),
+        ]
+    )
     path.write_text(
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -158,9 +167,11 @@ def success_verdict(first: str, a: Sequence[Mapping], second: str, b: Sequence[M
         a, b: rows of the success table, one per training run.
     """
     difference, low, high = difference_interval(_pool(a), _pool(b))
-    evidence = (f"{_count(_pool(a))} episodes succeed with {first}, {_count(_pool(b))} with {second}: a difference of "
-                f"{100 * difference:+.1f} percentage points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}. "
-                "The interval covers the choice of episodes, not that of training seeds.")
+    evidence = (
+        f"{_count(_pool(a))} episodes succeed with {first}, {_count(_pool(b))} with {second}: a difference of "
+        f"{100 * difference:+.1f} percentage points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}. "
+        "The interval covers the choice of episodes, not that of training seeds."
+    )
     if low <= 0 <= high:
         return "open", "Not settled: the 95 % interval of the difference in success includes zero.", evidence
     kind, word = ("yes", "higher") if low > 0 else ("no", "lower")
@@ -185,8 +196,10 @@ def error_verdict(first: str, a: Sequence[float], second: str, b: Sequence[float
 def video_verdict(model: Sequence[float], copying: Sequence[float]) -> str:
     """How predicted frames compare with repeating the last observed one, from PSNR per future frame."""
     better = sum(m > c for m, c in zip(model, copying, strict=True))
-    return (f"Predicted video is closer to the real one than the repeated last frame is, at {better} of {len(model)} future "
-            f"frames; averaged over them, PSNR is {statistics.mean(model):.1f} dB against {statistics.mean(copying):.1f} dB.")
+    return (
+        f"Predicted video is closer to the real one than the repeated last frame is, at {better} of {len(model)} future "
+        f"frames; averaged over them, PSNR is {statistics.mean(model):.1f} dB against {statistics.mean(copying):.1f} dB."
+    )
 
 
 def _pool(rows: Iterable[Mapping]) -> tuple[int, int]:
@@ -201,8 +214,11 @@ def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
 def _other_differences(arms: Mapping[str, list[_Run]]) -> list[str]:
     """Settings, beyond training seed and backbone, in which the compared policies differ."""
     settings = [dict(_flat(to_dict(run.config) | {"policy": run.evaluation["policy"]})) for run in _all_runs(arms)]
-    return [name for name, value in settings[0].items()
-            if not name.startswith(_EXPECTED_TO_DIFFER) and any(other.get(name) != value for other in settings)]
+    return [
+        name
+        for name, value in settings[0].items()
+        if not name.startswith(_EXPECTED_TO_DIFFER) and any(other.get(name) != value for other in settings)
+    ]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -226,27 +242,42 @@ def _summary(arms: Mapping[str, list[_Run]], ceiling: dict | None, video: _Run, 
         lines = [evidence, error_verdict(first, errors[first], other, errors[other])]
         if confounders := _other_differences({label: arms[label] for label in (first, other)}):
             lines.append(f"Caution: these policies also differ in {', '.join(confounders)}.")
-        parts.append(f'<h3>{html.escape(question)}</h3>\n<div class="answer {kind}"><p><strong>{html.escape(answer)}</strong></p>'
-                     + "".join(f"<p>{html.escape(line)}</p>" for line in lines) + "</div>")
+        parts.append(
+            f'<h3>{html.escape(question)}</h3>\n<div class="answer {kind}"><p><strong>{html.escape(answer)}</strong></p>'
+            + "".join(f"<p>{html.escape(line)}</p>" for line in lines)
+            + "</div>"
+        )
     parts.append(_paragraph(video_verdict(video.evaluation["psnr"], video.evaluation["psnr_last_frame_repeated"])))
     compared = rows | ({} if ceiling is None else {_EXPERT: [ceiling["success"]]})
     tasks = list(rows[first][0])
-    groups = [[[task if i == 0 else "", label, *_success_cells([table[task] for table in tables])]
-               for i, (label, tables) in enumerate(compared.items())] for task in tasks]
-    parts.append(_table(
-        ["task", "policy", "successes", "rate", "95 % interval", "rate of each run"], groups, 2,
-        "Closed-loop success in the simulator, from the same unseen starts for every policy. Training runs of a policy are "
-        "pooled; intervals are Wilson's.",
-    ))
+    groups = [
+        [
+            [task if i == 0 else "", label, *_success_cells([table[task] for table in tables])]
+            for i, (label, tables) in enumerate(compared.items())
+        ]
+        for task in tasks
+    ]
+    parts.append(
+        _table(
+            ["task", "policy", "successes", "rate", "95 % interval", "rate of each run"],
+            groups,
+            2,
+            "Closed-loop success in the simulator, from the same unseen starts for every policy. Training runs of a policy are "
+            "pooled; intervals are Wilson's.",
+        )
+    )
     parts.append(_success_plot(compared, tasks, figures))
     steps = {label: [run.evaluation["open_loop"]["first_step_rmse"] for run in runs] for label, runs in arms.items()}
     windows = arms[first][0].evaluation["open_loop"]["windows"]
-    parts.append(_table(
-        ["policy", "training runs", "error of the chunk", "error of its first action"],
-        [[[label, str(len(arms[label])), _spread(errors[label]), _spread(steps[label])] for label in arms]], 1,
-        f"Root mean square error of planned actions on {windows} held-out windows, {_error_unit(arms)}. "
-        "± is the standard deviation between training runs.",
-    ))
+    parts.append(
+        _table(
+            ["policy", "training runs", "error of the chunk", "error of its first action"],
+            [[[label, str(len(arms[label])), _spread(errors[label]), _spread(steps[label])] for label in arms]],
+            1,
+            f"Root mean square error of planned actions on {windows} held-out windows, {_error_unit(arms)}. "
+            "± is the standard deviation between training runs.",
+        )
+    )
     return _section("Summary", *parts)
 
 
@@ -271,8 +302,12 @@ def _success_plot(compared: Mapping[str, list[dict]], tasks: Sequence[str], figu
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside upper center", ncols=4, frameon=False)
-    return _plot(figure, figures / "success.png", "Success rates of the table above, with their 95 % intervals. "
-                 "Where two intervals overlap widely, the number of episodes does not tell these policies apart.")
+    return _plot(
+        figure,
+        figures / "success.png",
+        "Success rates of the table above, with their 95 % intervals. "
+        "Where two intervals overlap widely, the number of episodes does not tell these policies apart.",
+    )
 
 
 def _training(arms: Mapping[str, list[_Run]], video: _Run, figures: Path) -> str:
@@ -287,8 +322,10 @@ def _training(arms: Mapping[str, list[_Run]], video: _Run, figures: Path) -> str
         axes.grid(alpha=0.3, which="both")
         axes.legend(frameon=False, fontsize="small")
     averaged = ", with averaged weights" if all(run.config.train.ema_decay for run in [video, *_all_runs(arms)]) else ""
-    caption = (f"Mean squared velocity error during training (thin) and on held-out windows (dots{averaged}), one line per "
-               "run, on a logarithmic scale. A held-out error that rises while the training error falls is overfitting.")
+    caption = (
+        f"Mean squared velocity error during training (thin) and on held-out windows (dots{averaged}), one line per "
+        "run, on a logarithmic scale. A held-out error that rises while the training error falls is overfitting."
+    )
     return _section("Training", _plot(figure, figures / "training.png", caption))
 
 
@@ -316,15 +353,24 @@ def _video(video: _Run, figures: Path) -> str:
     shown = [(video.path / "videos" / f"{i:02d}.gif", text) for i, text in enumerate(video.evaluation["samples"])]
     cells = [_image(path, f"Real and predicted video: {text}", text) for path, text in shown if path.exists()]
     intro = f"{video_verdict(model, copying)} Checkpoint after {video.evaluation['checkpoint_step']} steps; held-out episodes."
-    rows = ("Pairs of rows: real frames above, predicted ones below. The first column is the last observed frame; time runs to "
-            "the right. See whether arm and object end up in the same place.")
-    sides = (f"Left real, right predicted, at half speed. The first {video.config.data.past_frames} of "
-             f"{video.config.data.num_frames} frames are observed.")
-    curve = (f"Similarity to the real frames over {len(shown)} held-out samples; higher is better. Only above the dashed curve "
-             "is a prediction worth more than standing still.")
+    rows = (
+        "Pairs of rows: real frames above, predicted ones below. The first column is the last observed frame; time runs to "
+        "the right. See whether arm and object end up in the same place."
+    )
+    sides = (
+        f"Left real, right predicted, at half speed. The first {video.config.data.past_frames} of "
+        f"{video.config.data.num_frames} frames are observed."
+    )
+    curve = (
+        f"Similarity to the real frames over {len(shown)} held-out samples; higher is better. Only above the dashed curve "
+        "is a prediction worth more than standing still."
+    )
     return _section(
-        "Predicted and real video", _paragraph(intro), _image(strip, "Rows of real and predicted frames", rows, "strip"),
-        _grid(cells, 24, sides), _plot(figure, figures / "psnr.png", curve),
+        "Predicted and real video",
+        _paragraph(intro),
+        _image(strip, "Rows of real and predicted frames", rows, "strip"),
+        _grid(cells, 24, sides),
+        _plot(figure, figures / "psnr.png", curve),
     )
 
 
@@ -339,8 +385,10 @@ def _open_loop(arms: Mapping[str, list[_Run]], figures: Path) -> str:
         axes.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.18, lw=0)
     axes.set(xlabel="action of the chunk", ylabel="RMSE", ylim=(0, None))
     _tidy(axes)
-    caption = (f"Error of planned against recorded actions, {_error_unit(arms)}, by position in the chunk; lower is better. "
-               "Lines are means, bands the range over training runs.")
+    caption = (
+        f"Error of planned against recorded actions, {_error_unit(arms)}, by position in the chunk; lower is better. "
+        "Lines are means, bands the range over training runs."
+    )
     return _section("Open-loop action error", _plot(figure, figures / "action_error.png", caption), _traces(arms, figures))
 
 
@@ -358,8 +406,10 @@ def _traces(arms: Mapping[str, list[_Run]], figures: Path) -> str:
         axes.grid(alpha=0.3)
     axes.set_xlabel("held-out window")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
-    caption = (f"First action planned in each of {len(recorded)} held-out windows, in raw units, by the first training run of "
-               "each policy. A good policy follows the black line.")
+    caption = (
+        f"First action planned in each of {len(recorded)} held-out windows, in raw units, by the first training run of "
+        "each policy. A good policy follows the black line."
+    )
     return _plot(figure, figures / "actions.png", caption)
 
 
@@ -375,39 +425,73 @@ def _rollouts(arms: Mapping[str, list[_Run]]) -> str:
                 cells += [_image(path, f"{task} with {label}, {caption}", caption)] if path.exists() else []
             if cells:
                 parts.append(f"<h3>{html.escape(task)}, {html.escape(label)}</h3>" + _grid(cells, 12))
-    note = ("The first episodes of each task, not chosen by outcome, with the first training run of each policy. "
-            "The same seed is the same start.")
+    note = (
+        "The first episodes of each task, not chosen by outcome, with the first training run of each policy. "
+        "The same seed is the same start."
+    )
     return _section("Rollouts", _paragraph(note if parts else "No rollouts were recorded."), *parts)
 
 
 def _provenance(arms: Mapping[str, list[_Run]], video: _Run, expert: Path | None, path: Path) -> str:
     runs = [video, *_all_runs(arms)]
-    rows = [[name, str(run.path), run.config.backbone_run or "random initialisation", str(run.config.seed),
-             f"{run.metrics[-1]['step']} of {run.config.train.steps}"] for name, group in arms.items() for run in group]
-    rows.append(["", str(video.path), "trained here", str(video.config.seed),
-                 f"{video.metrics[-1]['step']} of {video.config.train.steps}"])
+    rows = [
+        [
+            name,
+            str(run.path),
+            run.config.backbone_run or "random initialisation",
+            str(run.config.seed),
+            f"{run.metrics[-1]['step']} of {run.config.train.steps}",
+        ]
+        for name, group in arms.items()
+        for run in group
+    ]
+    rows.append(
+        [
+            "",
+            str(video.path),
+            "trained here",
+            str(video.config.seed),
+            f"{video.metrics[-1]['step']} of {video.config.train.steps}",
+        ]
+    )
     commands = []
     for run in runs:
         backbone = [f"--config.backbone_run={run.config.backbone_run}"] if run.config.stage == "action" else []
         common = [f"--config=EXPERIMENT.py:{run.config.stage}", f"--workdir={run.path}"]
         commands.append(["python", "launch/train.py", *common, f"--config.seed={run.config.seed}", *backbone])
-        changed = [f"--config.policy.{name}={value}" for name, value in run.evaluation.get("policy", {}).items()
-                   if to_dict(run.config.policy).get(name) != value]
+        changed = [
+            f"--config.policy.{name}={value}"
+            for name, value in run.evaluation.get("policy", {}).items()
+            if to_dict(run.config.policy).get(name) != value
+        ]
         commands.append(["python", "launch/evaluate.py", *common, *changed])
     if expert is not None:
         commands.append(["python", "launch/evaluate.py", "--config=EXPERIMENT.py:action", f"--workdir={expert}", "--expert"])
     labels = [f"--policy={label}={','.join(str(run.path) for run in group)}" for label, group in arms.items()]
-    commands.append(["python", "launch/report.py", f"--out={path}", f"--video={video.path}", *labels,
-                     *([] if expert is None else [f"--expert={expert}"])])
-    details = [f"<details><summary>{html.escape(str(run.path / 'config.json'))}</summary>"
-               f"<pre>{html.escape(json.dumps(to_dict(run.config), indent=2))}</pre></details>" for run in runs]
+    commands.append(
+        [
+            "python",
+            "launch/report.py",
+            f"--out={path}",
+            f"--video={video.path}",
+            *labels,
+            *([] if expert is None else [f"--expert={expert}"]),
+        ]
+    )
+    details = [
+        f"<details><summary>{html.escape(str(run.path / 'config.json'))}</summary>"
+        f"<pre>{html.escape(json.dumps(to_dict(run.config), indent=2))}</pre></details>"
+        for run in runs
+    ]
     packages = {"jax": "jax", "flax": "flax", "mimic_video": "mimic-video-jax"}
     versions = ", ".join(f"{name} {importlib.metadata.version(package)}" for name, package in packages.items())
     return _section(
-        "How it was made", _table(["policy", "run", "backbone", "training seed", "steps done"], [rows], 3),
+        "How it was made",
+        _table(["policy", "run", "backbone", "training seed", "steps done"], [rows], 3),
         _paragraph("Commands. EXPERIMENT.py stands for an experiment file with the resolved configurations below."),
         f"<pre>{html.escape(chr(10).join(shlex.join(command) for command in commands))}</pre>",
-        *details, _paragraph(f"This page was written with {versions}."),
+        *details,
+        _paragraph(f"This page was written with {versions}."),
     )
 
 
@@ -424,6 +508,7 @@ def _paragraph(text: str) -> str:
 
 def _table(head: Sequence[str], groups: Sequence[Sequence[Sequence[str]]], text_columns: int, caption: str = "") -> str:
     """A table with a rule between groups of rows; columns after the first `text_columns` are aligned right."""
+
     def line(cells: Sequence[str], tag: str) -> str:
         marks = ["" if i < text_columns else ' class="n"' for i in range(len(cells))]
         return "<tr>" + "".join(f"<{tag}{m}>{html.escape(c)}</{tag}>" for m, c in zip(marks, cells, strict=True)) + "</tr>"
@@ -436,8 +521,10 @@ def _table(head: Sequence[str], groups: Sequence[Sequence[Sequence[str]]], text_
 def _image(path: Path, alt: str, caption: str, css: str = "") -> str:
     data = base64.b64encode(path.read_bytes()).decode()
     kind = path.suffix.removeprefix(".")
-    return (f'<figure><img class="{css}" alt="{html.escape(alt)}" src="data:image/{kind};base64,{data}">'
-            f"<figcaption>{html.escape(caption)}</figcaption></figure>")
+    return (
+        f'<figure><img class="{css}" alt="{html.escape(alt)}" src="data:image/{kind};base64,{data}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+    )
 
 
 def _grid(cells_html: Sequence[str], width: int, note: str = "") -> str:

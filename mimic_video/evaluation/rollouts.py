@@ -104,13 +104,18 @@ def run_rollouts(
     for task in evaluation.tasks:
         with EnvironmentPool(factory_for(task), seeds, evaluation.workers) as pool:
             results += run_task(plan, pool, task, config, record)
-        successes = sum(result.success for result in results[-len(seeds):])
+        successes = sum(result.success for result in results[-len(seeds) :])
         _log.info("%s: %d of %d episodes succeeded", task, successes, len(seeds))
     return results
 
 
 def run_task(
-    plan: Plan, pool: EnvironmentPool, task: str, config: ExperimentConfig, record: int = 0, delay: int = 0,
+    plan: Plan,
+    pool: EnvironmentPool,
+    task: str,
+    config: ExperimentConfig,
+    record: int = 0,
+    delay: int = 0,
     hold: Hold = _cannot_hold,
 ) -> list[EpisodeResult]:
     """One task of `run_rollouts`, in a pool of its environments, which may be used again.
@@ -126,8 +131,9 @@ def run_task(
     def checked_plan(*arguments: Any) -> np.ndarray:
         actions = np.asarray(plan(*arguments))
         if actions.ndim != 3 or (len(actions), actions.shape[2]) != (n, pool.action_dim) or actions.shape[1] < execute_steps:
-            raise ValueError(f"{task}: the plan has shape {actions.shape}; expected ({n}, {execute_steps} or more, "
-                             f"{pool.action_dim})")
+            raise ValueError(
+                f"{task}: the plan has shape {actions.shape}; expected ({n}, {execute_steps} or more, {pool.action_dim})"
+            )
         return actions
 
     executor = Executor(make_strategy(config.policy), checked_plan, SimulatedDelay(delay))
@@ -152,10 +158,17 @@ def run_task(
             break
     frames = [np.stack(recording) for recording in recordings] + [None] * (n - len(recordings))
     return [
-        EpisodeResult(task, seed, not bool(active[row]), taken, np.stack(executed)[:taken, row],
-                      np.stack(proprio)[: taken + 1, row], frames[row])
+        EpisodeResult(
+            task,
+            seed,
+            not bool(active[row]),
+            taken,
+            np.stack(executed)[:taken, row],
+            np.stack(proprio)[: taken + 1, row],
+            frames[row],
+        )
         for row, (seed, taken) in enumerate(zip(pool.seeds, steps.tolist(), strict=True))
-    ]  # fmt: skip
+    ]
 
 
 def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:

@@ -17,11 +17,14 @@ class LockstepPlan:
     def __init__(self, client: PolicyClient):
         self._client = client
 
-    def __call__(
-        self, images: np.ndarray, proprio: np.ndarray, instructions: Sequence[str], query_index: int
-    ) -> np.ndarray:
-        message = {"images": _by_camera(images, self._client), "state": proprio, "prompt": list(instructions),
-                   "robots": len(proprio), "query": query_index}  # fmt: skip
+    def __call__(self, images: np.ndarray, proprio: np.ndarray, instructions: Sequence[str], query_index: int) -> np.ndarray:
+        message = {
+            "images": _by_camera(images, self._client),
+            "state": proprio,
+            "prompt": list(instructions),
+            "robots": len(proprio),
+            "query": query_index,
+        }
         return self._client.infer(message)["actions"]
 
 
@@ -36,9 +39,7 @@ class ConnectionPerEpisodePlan:
         self._connect, self._plan_seconds = connect, plan_seconds
         self._clients: list[PolicyClient] = []
 
-    def __call__(
-        self, images: np.ndarray, proprio: np.ndarray, instructions: Sequence[str], query_index: int
-    ) -> np.ndarray:
+    def __call__(self, images: np.ndarray, proprio: np.ndarray, instructions: Sequence[str], query_index: int) -> np.ndarray:
         count = len(proprio)
         while len(self._clients) < count:
             self._clients.append(self._connect())

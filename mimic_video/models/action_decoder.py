@@ -144,8 +144,9 @@ class ActionBlock(nnx.Module):
 class ActionDecoder(nnx.Module):
     """Velocity of an action chunk under the flow, given proprioception and the video backbone's hidden states."""
 
-    def __init__(self, config: ActionDecoderConfig, context_width: int, rngs: nnx.Rngs, backend: Backend = "auto",
-                 remat: Remat = "none"):
+    def __init__(
+        self, config: ActionDecoderConfig, context_width: int, rngs: nnx.Rngs, backend: Backend = "auto", remat: Remat = "none"
+    ):
         self.config, self.remat = config, remat
         width = config.width
         self.proprio_embedder = Embedder(config.proprio_dim, width, rngs)
@@ -210,17 +211,19 @@ class ActionDecoder(nnx.Module):
         """
         return self.tokens(proprio, actions, time, video_time, context, drop_proprio, embodiment)[:, proprio.shape[1] :]
 
-    def tokens(
-        self, proprio, actions, time, video_time, context, drop_proprio=None, embodiment=None
-    ) -> Float[Array, "n s m"]:
+    def tokens(self, proprio, actions, time, video_time, context, drop_proprio=None, embodiment=None) -> Float[Array, "n s m"]:
         """As `__call__`, for proprioception tokens too."""
         observed, acted, chunks = proprio.shape[1], actions.shape[1], len(actions)
         if (observed, acted) != (self.config.obs_horizon, self.config.action_horizon):
-            raise ValueError(f"{observed} proprioception and {acted} action tokens; the decoder was built for "
-                             f"{self.config.obs_horizon} and {self.config.action_horizon}")  # fmt: skip
+            raise ValueError(
+                f"{observed} proprioception and {acted} action tokens; the decoder was built for "
+                f"{self.config.obs_horizon} and {self.config.action_horizon}"
+            )
         if (embodiment is None) == bool(self.config.embodiments):
-            raise ValueError(f"embodiment is {'missing' if embodiment is None else 'given'}; this decoder has "
-                             f"{self.config.embodiments} embodiments")  # fmt: skip
+            raise ValueError(
+                f"embodiment is {'missing' if embodiment is None else 'given'}; this decoder has "
+                f"{self.config.embodiments} embodiments"
+            )
         extra = 0 if embodiment is None else 1  # its token comes first and carries the time of what is observed
         times = jnp.concatenate([jnp.full((len(time), extra + observed), PROPRIO_TIME), jnp.tile(time[:, None], acted)], axis=1)
         embedding, shared = self.time_embedding(times, video_time, actions.dtype)

@@ -50,8 +50,11 @@ def attention(q: Heads, k: Heads, v: Heads, mask: Bool[Array, "b k"] | None = No
     if not is_spread():
         return _attend(q, k, v, mask, backend)
     if q.ndim == 4:
-        whole = PartitionSpec(BATCH_AXES if len(q) % axis_size(*BATCH_AXES) == 0 else None, None,
-                              "sequence" if q.shape[2] % axis_size("sequence") == 0 else None)  # fmt: skip
+        whole = PartitionSpec(
+            BATCH_AXES if len(q) % axis_size(*BATCH_AXES) == 0 else None,
+            None,
+            "sequence" if q.shape[2] % axis_size("sequence") == 0 else None,
+        )
         return _on_devices(_attend, q, k, v, mask, backend, whole, whole)
     if k.ndim == 4:
         return _on_devices(_attend, _padded(q), k, v, mask, backend, TOKENS, BATCH)[:, :, : q.shape[2]]
@@ -61,9 +64,15 @@ def attention(q: Heads, k: Heads, v: Heads, mask: Bool[Array, "b k"] | None = No
 
 
 def _on_devices(
-    attend: Callable, q: Heads, k: Heads, v: Heads, mask: Array | None, backend: Backend, queries: PartitionSpec,
+    attend: Callable,
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    mask: Array | None,
+    backend: Backend,
+    queries: PartitionSpec,
     keys: PartitionSpec,
-) -> Heads:  # fmt: skip
+) -> Heads:
     """Attention by every device of the mesh of its part of the arrays: kernels of flash attention are not divided by XLA."""
     masks = () if mask is None else (mask,)
 
@@ -193,10 +202,18 @@ def _splash(q: Float[Array, "b s n k"], k: Array, v: Array, mask: Bool[Array, "b
     kernel = splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([splash_attention_mask.FullMask((q.shape[2], k.shape[2]))] * heads),
         block_sizes=splash_attention_kernel.BlockSizes(
-            block_q=q_block, block_kv=k_block, block_q_dkv=q_block, block_kv_dkv=k_block, block_q_dq=q_block, block_kv_dq=k_block,
+            block_q=q_block,
+            block_kv=k_block,
+            block_q_dkv=q_block,
+            block_kv_dkv=k_block,
+            block_q_dq=q_block,
+            block_kv_dq=k_block,
         ),
-        head_shards=1, q_seq_shards=1, residual_checkpoint_name=SAVED_ATTENTION, interpret=platform() != "tpu",
-    )  # fmt: skip
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=SAVED_ATTENTION,
+        interpret=platform() != "tpu",
+    )
     out = jax.vmap(kernel, in_axes=(0, 0, 0, batched))(q, k, v, segments)
     return out.swapaxes(1, 2)[:, :queries]
 

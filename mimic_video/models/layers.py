@@ -42,10 +42,14 @@ def linear(
 ) -> nnx.Linear:
     """A dense layer; unless given, weights are truncated normal with std 1/√inputs and there is no bias (SPEC 3.11)."""
     return nnx.Linear(
-        inputs, outputs, rngs=rngs, use_bias=bias is not None,
-        kernel_init=init or truncated_normal(inputs**-0.5), bias_init=nnx.initializers.constant(bias or 0.0),
+        inputs,
+        outputs,
+        rngs=rngs,
+        use_bias=bias is not None,
+        kernel_init=init or truncated_normal(inputs**-0.5),
+        bias_init=nnx.initializers.constant(bias or 0.0),
         dot_general=_flat_dot_general,
-    )  # fmt: skip
+    )
 
 
 def layer_norm(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
@@ -135,10 +139,12 @@ def rematerialised(function: Callable, remat: Remat) -> Callable:
         "full": policies.nothing_saveable,
         "attention": policies.save_only_these_names(SAVED_ATTENTION),
         "offload": policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[], names_which_can_be_offloaded=[SAVED_ATTENTION], offload_src="device",
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[SAVED_ATTENTION],
+            offload_src="device",
             offload_dst="pinned_host",
         ),
-    }[remat]  # fmt: skip
+    }[remat]
     return jax.checkpoint(function, policy=policy, prevent_cse=False)  # a scan keeps them apart anyway
 
 

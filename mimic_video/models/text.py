@@ -24,8 +24,10 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.
 
 _SAMPLES, _SAMPLE_BYTES, _END_BYTES = 1024, 4096, 2**20  # what a fingerprint reads of a large file
 
-_HOW_TO_GET = ("either copy a cache here that launch/precompute_text.py has filled where the model is, or put the model here "
-               "(hf download NAME --exclude '*.h5' for one of Hugging Face)")  # fmt: skip
+_HOW_TO_GET = (
+    "either copy a cache here that launch/precompute_text.py has filled where the model is, or put the model here "
+    "(hf download NAME --exclude '*.h5' for one of Hugging Face)"
+)
 
 
 class TextEncoder(Protocol):
@@ -77,8 +79,10 @@ class T5TextEncoder:
         if self._folder is not None:
             _check_model(self._folder, config)
         elif not config.cache:
-            raise ConfigError(f"config field 'text.model' is {config.model!r}, which is not on this machine, and text.cache is "
-                              f"empty; {_HOW_TO_GET}")  # fmt: skip
+            raise ConfigError(
+                f"config field 'text.model' is {config.model!r}, which is not on this machine, and text.cache is "
+                f"empty; {_HOW_TO_GET}"
+            )
         self._kept = FeatureCache(_cache_folder(config, self._folder)) if config.cache else {}
         self._encode: Callable[[Sequence[str]], list[np.ndarray]] | None = None
         self._lock = threading.Lock()
@@ -120,8 +124,10 @@ class T5TextEncoder:
     def _add(self, prompts: Sequence[str]) -> None:
         if self._encode is None:
             if self._folder is None:
-                raise ConfigError(f"instruction {prompts[0]!r} is not in text.cache {self._config.cache!r}, and text.model "
-                                  f"{self._config.model!r} is not on this machine; {_HOW_TO_GET}")  # fmt: skip
+                raise ConfigError(
+                    f"instruction {prompts[0]!r} is not in text.cache {self._config.cache!r}, and text.model "
+                    f"{self._config.model!r} is not on this machine; {_HOW_TO_GET}"
+                )
             self._encode = _load_t5(self._folder, self._config, self._device)
         encoded = self._torch_thread.submit(self._encode, prompts).result()
         for prompt, features in zip(prompts, encoded, strict=True):
@@ -136,8 +142,10 @@ class T5TextEncoder:
             logging.warning("%s; the prompt is encoded again", error)
             return None
         if features is not None and features.shape[1] != self._config.width:
-            raise ConfigError(f"config field 'text.width' is {self._config.width}; expected {features.shape[1]}, the width of "
-                              f"features in text.cache {self._config.cache!r}")  # fmt: skip
+            raise ConfigError(
+                f"config field 'text.width' is {self._config.width}; expected {features.shape[1]}, the width of "
+                f"features in text.cache {self._config.cache!r}"
+            )
         return features
 
 
@@ -165,8 +173,9 @@ class FeatureCache:
         except Exception as error:  # of zipfile, zlib or numpy, by where the damage is
             raise DamagedEntryError(f"{path}, features of the prompt {prompt!r}, cannot be read: {error}") from error
         if stored != prompt or features.dtype != np.float32 or features.ndim != 2:
-            raise DamagedEntryError(f"{path} holds {features.dtype} {features.shape} for the prompt {stored!r}; expected float32 "
-                                    f"rows for {prompt!r}")  # fmt: skip
+            raise DamagedEntryError(
+                f"{path} holds {features.dtype} {features.shape} for the prompt {stored!r}; expected float32 rows for {prompt!r}"
+            )
         return features
 
     def __setitem__(self, prompt: str, features: Float[np.ndarray, "n width"]) -> None:
@@ -261,11 +270,13 @@ def _check_model(folder: Path, config: TextConfig) -> None:
     _model_files(folder)
     values = _read_json(folder / "config.json")
     if values.get("model_type") != "t5":
-        raise ConfigError(f"config field 'text.model' is {config.model!r}, a model of type {values.get('model_type')!r}; "
-                          "expected 't5'")  # fmt: skip
+        raise ConfigError(
+            f"config field 'text.model' is {config.model!r}, a model of type {values.get('model_type')!r}; expected 't5'"
+        )
     if values["d_model"] != config.width:
-        raise ConfigError(f"config field 'text.width' is {config.width}; expected {values['d_model']}, the width of text.model "
-                          f"{config.model!r}")  # fmt: skip
+        raise ConfigError(
+            f"config field 'text.width' is {config.width}; expected {values['d_model']}, the width of text.model {config.model!r}"
+        )
 
 
 def _read_json(path: Path) -> dict:
@@ -286,15 +297,23 @@ def _cache_folder(config: TextConfig, model: Path | None) -> Path:
     if model is not None:
         own = root / f"{name}-{fingerprint(model)}"
         if found and own not in found:
-            logging.warning("text.cache %s has features of another model than text.model %s, which are not used: %s", root, model,
-                            ", ".join(path.name for path in found))  # fmt: skip
+            logging.warning(
+                "text.cache %s has features of another model than text.model %s, which are not used: %s",
+                root,
+                model,
+                ", ".join(path.name for path in found),
+            )
         return own
     if not found:
-        raise ConfigError(f"config field 'text.model' is {config.model!r}, which is not on this machine, and text.cache "
-                          f"{config.cache!r} has no folder {name}-*; {_HOW_TO_GET}")  # fmt: skip
+        raise ConfigError(
+            f"config field 'text.model' is {config.model!r}, which is not on this machine, and text.cache "
+            f"{config.cache!r} has no folder {name}-*; {_HOW_TO_GET}"
+        )
     if len(found) > 1:
-        raise ConfigError(f"config field 'text.model' is {config.model!r}, which is not on this machine to tell which features "
-                          f"in text.cache {config.cache!r} are its own; keep one of {', '.join(path.name for path in found)}")
+        raise ConfigError(
+            f"config field 'text.model' is {config.model!r}, which is not on this machine to tell which features "
+            f"in text.cache {config.cache!r} are its own; keep one of {', '.join(path.name for path in found)}"
+        )
     return found[0]
 
 
@@ -304,8 +323,9 @@ def _load_t5(folder: Path, config: TextConfig, device: str) -> Callable[[Sequenc
         import torch
         from transformers import T5EncoderModel, T5TokenizerFast
     except ImportError as error:
-        raise ConfigError(f"config field 'text.kind' is 't5', whose model needs the extra 'text' ({error}): "
-                          "pip install 'mimic-video-jax[text]'") from error  # fmt: skip
+        raise ConfigError(
+            f"config field 'text.kind' is 't5', whose model needs the extra 'text' ({error}): pip install 'mimic-video-jax[text]'"
+        ) from error
     try:
         tokenizer = T5TokenizerFast.from_pretrained(folder)
         model, report = T5EncoderModel.from_pretrained(folder, dtype=getattr(torch, config.precision), output_loading_info=True)

@@ -64,8 +64,14 @@ class VideoBlock(nnx.Module):
 class VideoDiT(nnx.Module):
     """Velocity of latent video under the flow, and the residual stream on the way to it."""
 
-    def __init__(self, config: VideoDiTConfig, rngs: nnx.Rngs, compat: CompatConfig = CompatConfig(), backend: Backend = "auto",
-                 remat: Remat = "none"):
+    def __init__(
+        self,
+        config: VideoDiTConfig,
+        rngs: nnx.Rngs,
+        compat: CompatConfig = CompatConfig(),
+        backend: Backend = "auto",
+        remat: Remat = "none",
+    ):
         self.config, self.compat, self.remat = config, compat, remat
         width, patch_size = config.width, math.prod(config.patch)
         self.patch_proj = linear((config.latent_channels + 2) * patch_size, width, rngs)

@@ -90,9 +90,12 @@ def _conv(x: Frames, kernel: Float[Array, "3 3 c d"], stride: int = 1, padding: 
     """The same 3x3 convolution of every frame; `padding` is before and after each spatial axis."""
     dtype = jnp.result_type(x, kernel)
     y = jax.lax.conv_general_dilated(
-        x.reshape(-1, *x.shape[2:]).astype(dtype), kernel.astype(dtype), (stride, stride), (padding, padding),
+        x.reshape(-1, *x.shape[2:]).astype(dtype),
+        kernel.astype(dtype),
+        (stride, stride),
+        (padding, padding),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )  # fmt: skip
+    )
     return y.reshape(*x.shape[:2], *y.shape[1:])
 
 

@@ -69,9 +69,14 @@ class Batcher:
     """
 
     def __init__(
-        self, plan: Planner, layout: PolicyLayout, batch_sizes: Sequence[int], max_queue: int, deadline: float,
+        self,
+        plan: Planner,
+        layout: PolicyLayout,
+        batch_sizes: Sequence[int],
+        max_queue: int,
+        deadline: float,
         metrics: ServerMetrics,
-    ):  # fmt: skip
+    ):
         """`deadline`: seconds that a request may wait unless it says otherwise."""
         self._plan, self._layout, self._metrics = plan, layout, metrics
         self._sizes, self._max_queue, self._deadline = sorted(batch_sizes), max_queue, deadline

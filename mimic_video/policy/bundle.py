@@ -75,8 +75,10 @@ class KnownText:
             try:
                 self._encoder = make_text_encoder(self._config)
             except ConfigError as error:
-                raise ConfigError(f"instruction {instruction!r} is not one that the bundle has features of (launch/export.py "
-                                  f"--prompts adds them), and there is no encoder: {error}") from error  # fmt: skip
+                raise ConfigError(
+                    f"instruction {instruction!r} is not one that the bundle has features of (launch/export.py "
+                    f"--prompts adds them), and there is no encoder: {error}"
+                ) from error
         return self._encoder(instruction)
 
 
@@ -156,16 +158,19 @@ def _verify(path: pathlib.Path) -> None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{file} is damaged: {error!r}; copy the bundle again") from error
     if form != FORMAT or not isinstance(version, int) or version > VERSION:
-        raise BundleError(f"{file} says format {form!r}, version {version!r}; this version of mimic_video reads {FORMAT!r} up to "
-                          f"version {VERSION}: install a newer one, or export the run again")  # fmt: skip
+        raise BundleError(
+            f"{file} says format {form!r}, version {version!r}; this version of mimic_video reads {FORMAT!r} up to "
+            f"version {VERSION}: install a newer one, or export the run again"
+        )
     if not isinstance(expected, dict):
         raise BundleError(f"{file} is damaged: it has no list of files; copy the bundle again")
     found = {str(item.relative_to(path)) for item in path.rglob("*") if not item.is_dir()} - {_MANIFEST}
     problems = [f"{name} is missing" for name in sorted(expected.keys() - found)]
     problems += [f"{name} is not one of its files" for name in sorted(found - expected.keys())]
     if not problems:
-        problems = [f"{name} is not what was written" for name, digest in _digests(path).items()
-                    if digest != expected[name].get("sha256")]  # fmt: skip
+        problems = [
+            f"{name} is not what was written" for name, digest in _digests(path).items() if digest != expected[name].get("sha256")
+        ]
     if problems:
         raise BundleError(f"the bundle {path} is damaged: {'; '.join(problems[:5])}; copy it again, or export the run again")
 

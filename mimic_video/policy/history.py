@@ -45,8 +45,10 @@ class FrameHistory:
         if self._frames:
             last, other = self._frames[-1]
             if timestamp < last:
-                raise ValueError(f"the frame's timestamp is {timestamp:.3f} s, and the last one's {last:.3f} s; frames have to "
-                                 "come in order (reset the history for a new episode)")
+                raise ValueError(
+                    f"the frame's timestamp is {timestamp:.3f} s, and the last one's {last:.3f} s; frames have to "
+                    "come in order (reset the history for a new episode)"
+                )
             if frame.shape != other.shape:
                 raise ValueError(f"frame has shape {frame.shape}; this history holds frames of shape {other.shape}")
             if timestamp == last:
@@ -68,8 +70,10 @@ class FrameHistory:
             raise RuntimeError("the frame history is empty: append the episode's first frame before asking for a window")
         newest = self._frames[-1][0]
         if now is not None and now - newest > self._period + _SAME:
-            raise RuntimeError(f"the newest frame is {now - newest:.3f} s old; expected at most {self._period:g} s, the "
-                               "period of the video that the policy was trained on: is the camera still sending?")
+            raise RuntimeError(
+                f"the newest frame is {now - newest:.3f} s old; expected at most {self._period:g} s, the "
+                "period of the video that the policy was trained on: is the camera still sending?"
+            )
         return np.stack([self._frames[index][1] for index in self._chosen()], axis=-4)
 
     def __len__(self) -> int:

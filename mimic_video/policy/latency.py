@@ -46,10 +46,17 @@ def measure(policy: Policy, batch: int = 1, repeats: int = 30, image_size: tuple
 
     noise = run("noise", lambda key_data: program.noise(key_data, batch), key_data)
     past = run("encode", program.vam.encode_video, params, video)
-    hidden, at = run("video", lambda params, past, text, noise: program.vam.hidden_after(params, past, text, noise, view_mask),
-                     params, past, text, noise["video"])  # fmt: skip
-    context = run("context", lambda params, hidden: program.vam.action_context(params, hidden, program.robots(batch)),
-                  params, hidden)  # fmt: skip
+    hidden, at = run(
+        "video",
+        lambda params, past, text, noise: program.vam.hidden_after(params, past, text, noise, view_mask),
+        params,
+        past,
+        text,
+        noise["video"],
+    )
+    context = run(
+        "context", lambda params, hidden: program.vam.action_context(params, hidden, program.robots(batch)), params, hidden
+    )
 
     def steps(params: Any, context: Any, at: Any, proprio: Any, noise: Any) -> jax.Array:
         return program.normalized_actions(params, context, at, program.normalized_proprio(params, proprio), noise)

@@ -43,11 +43,17 @@ class PolicyLayout:
         """That of a loaded policy."""
         data, robot = policy.config.data, policy.embodiment
         return cls(
-            embodiment=robot.name, cameras=tuple(name for name in data.cameras if name in robot.cameras),
-            image_size=data.image_size, past_frames=data.past_frames, video_hz=data.video_hz, proprio_dim=robot.proprio_dim,
-            action_dim=robot.action_dim, action_horizon=data.action_horizon, control_hz=data.control_hz,
+            embodiment=robot.name,
+            cameras=tuple(name for name in data.cameras if name in robot.cameras),
+            image_size=data.image_size,
+            past_frames=data.past_frames,
+            video_hz=data.video_hz,
+            proprio_dim=robot.proprio_dim,
+            action_dim=robot.action_dim,
+            action_horizon=data.action_horizon,
+            control_hz=data.control_hz,
             execute_steps=policy.config.policy.execute_steps,
-        )  # fmt: skip
+        )
 
     def metadata(self) -> dict[str, Any]:
         """Plain values for the handshake."""
@@ -55,13 +61,18 @@ class PolicyLayout:
             "embodiment": self.embodiment,
             "action": {"horizon": self.action_horizon, "dim": self.action_dim, "dtype": "float32"},
             "state": {"dim": self.proprio_dim},
-            "images": {"cameras": list(self.cameras), "size": list(self.image_size), "dtype": "uint8", "channels": "last",
-                       "past_frames": self.past_frames},
+            "images": {
+                "cameras": list(self.cameras),
+                "size": list(self.image_size),
+                "dtype": "uint8",
+                "channels": "last",
+                "past_frames": self.past_frames,
+            },
             "instruction": {"field": "prompt", "required": "after connecting or a reset", "max_characters": _MAX_INSTRUCTION},
             "video_hz": self.video_hz,
             "control_hz": self.control_hz,
             "execute_steps": self.execute_steps,
-        }  # fmt: skip
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +145,10 @@ class Session:
     def _append(self, frames: FrameHistory, images: np.ndarray, timestamp: float) -> None:
         past, hz = self._layout.past_frames, self._layout.video_hz
         if len(frames) > past * _FRAMES_PER_PAST_FRAME:
-            raise BadRequest(f"{len(frames)} frames came within {past / hz:g} s; expected at most "
-                             f"{_FRAMES_PER_PAST_FRAME * hz:g} a second (or a reset)")
+            raise BadRequest(
+                f"{len(frames)} frames came within {past / hz:g} s; expected at most "
+                f"{_FRAMES_PER_PAST_FRAME * hz:g} a second (or a reset)"
+            )
         try:
             frames.append(images, timestamp)
         except ValueError as error:
@@ -146,8 +159,10 @@ class Session:
         for name in fields:
             if name not in known:
                 nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-                raise BadRequest(f"unknown field '{name[:80]}'; expected {', '.join(known)} (did you mean '{nearest}'? the "
-                                 "server's --rename maps a robot's names to these, or leaves them out)")
+                raise BadRequest(
+                    f"unknown field '{name[:80]}'; expected {', '.join(known)} (did you mean '{nearest}'? the "
+                    "server's --rename maps a robot's names to these, or leaves them out)"
+                )
 
     def _images(self, fields: Mapping[str, Any], count: int, batched: bool) -> tuple[np.ndarray, bool]:
         """(n, cameras, H, W, 3) of the present or (n, cameras, past_frames, H, W, 3), resized; and whether it is the latter."""
@@ -161,8 +176,10 @@ class Session:
             sides = value.shape[-3:-1]
             right = (single or (whole and value.shape[-4] == past)) and value.shape[: len(lead)] == lead
             if not right or value.shape[-1] != 3 or not all(1 <= side <= _MAX_SIDE for side in sides):
-                raise BadRequest(f"field '{name}' has shape {value.shape}; expected {names}H, W, 3) or {names}{past}, H, W, 3) "
-                                 f"with sides of up to {_MAX_SIDE} pixels")
+                raise BadRequest(
+                    f"field '{name}' has shape {value.shape}; expected {names}H, W, 3) or {names}{past}, H, W, 3) "
+                    f"with sides of up to {_MAX_SIDE} pixels"
+                )
             if value.dtype != np.uint8:
                 raise BadRequest(f"field '{name}' has dtype {value.dtype}; expected uint8")
             if views and views[0].ndim != value.ndim + (not batched):

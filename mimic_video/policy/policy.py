@@ -34,9 +34,13 @@ class Policy:
     """
 
     def __init__(
-        self, config: ExperimentConfig, params: Params, embodiment: Embodiment, seed: int = 0,
+        self,
+        config: ExperimentConfig,
+        params: Params,
+        embodiment: Embodiment,
+        seed: int = 0,
         encode_text: TextEncoder | None = None,
-    ):  # fmt: skip
+    ):
         """`encode_text`: in place of the encoder that `config.text` describes."""
         self.config, self.embodiment = config, embodiment
         self.normalizers = embodiment.normalizers(config)
@@ -160,8 +164,10 @@ class Policy:
         (actions, delay), horizon = committed, self.config.decoder.action_horizon
         overlap = actions.shape[1] if actions.ndim == 3 else 0
         if actions.shape != (batch, overlap, self.embodiment.action_dim) or not 1 <= overlap <= horizon:
-            raise ValueError(f"policy input 'committed' has actions of shape {actions.shape}; expected ({batch}, 1 to {horizon}, "
-                             f"{self.embodiment.action_dim})")
+            raise ValueError(
+                f"policy input 'committed' has actions of shape {actions.shape}; expected ({batch}, 1 to {horizon}, "
+                f"{self.embodiment.action_dim})"
+            )
         if not np.isfinite(actions).all():
             raise ValueError("policy input 'committed' has actions that are not finite")
         weights = prefix_weights(horizon, delay, overlap)

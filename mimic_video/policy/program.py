@@ -96,8 +96,14 @@ class PolicyProgram:
         return jnp.pad(values, [(0, 0), (0, 0), (0, self._decoder.proprio_dim - values.shape[-1])])
 
     def normalized_actions(
-        self, params: Params, context: Context, time: Float[Array, " b"], state: Array, noise: Array,
-        prefix: Prefix | None = None, samples: int | None = None,
+        self,
+        params: Params,
+        context: Context,
+        time: Float[Array, " b"],
+        state: Array,
+        noise: Array,
+        prefix: Prefix | None = None,
+        samples: int | None = None,
     ) -> Float[Array, "b *n a w"]:
         """The action flow: the same context for every sample."""
         flat = noise if samples is None else noise.reshape(-1, *noise.shape[2:])

@@ -90,9 +90,16 @@ class PolicyServer:
         options = self._options
         self._worker = asyncio.create_task(self._batcher.run())
         self._server: Server = await serve(
-            self._handle, options.host, options.port, process_request=self._respond, max_size=options.max_message_bytes,
-            compression=None, open_timeout=_OPEN_SECONDS, close_timeout=_CLOSE_SECONDS, max_queue=1,
-        )  # fmt: skip
+            self._handle,
+            options.host,
+            options.port,
+            process_request=self._respond,
+            max_size=options.max_message_bytes,
+            compression=None,
+            open_timeout=_OPEN_SECONDS,
+            close_timeout=_CLOSE_SECONDS,
+            max_queue=1,
+        )
         self.port = next(iter(self._server.sockets)).getsockname()[1]
         return self
 
@@ -136,10 +143,14 @@ class PolicyServer:
     def _metadata(self) -> dict[str, Any]:
         options = self._options
         return {
-            "protocol": protocol.PROTOCOL_VERSION, "server": "mimic-video", **self._layout.metadata(),
-            "max_message_bytes": options.max_message_bytes, "max_robots": max(options.batch_sizes),
-            "deadline_seconds": options.deadline, "renames": dict(options.renames),
-        }  # fmt: skip
+            "protocol": protocol.PROTOCOL_VERSION,
+            "server": "mimic-video",
+            **self._layout.metadata(),
+            "max_message_bytes": options.max_message_bytes,
+            "max_robots": max(options.batch_sizes),
+            "deadline_seconds": options.deadline,
+            "renames": dict(options.renames),
+        }
 
     async def _handle(self, connection: ServerConnection) -> None:
         """One connection: the metadata, then an answer to every message, in order."""
@@ -204,7 +215,11 @@ class PolicyServer:
         self.metrics.answers += 1
         self.metrics.latency.add(total)
         timing = {"queue_ms": 1e3 * answer.waited, "infer_ms": 1e3 * answer.planned, "total_ms": 1e3 * total}
-        return protocol.pack({
-            "actions": answer.actions if request.batched else answer.actions[0], "query": answer.query,
-            "history_frames": request.history_frames, "server_timing": timing,
-        })  # fmt: skip
+        return protocol.pack(
+            {
+                "actions": answer.actions if request.batched else answer.actions[0],
+                "query": answer.query,
+                "history_frames": request.history_frames,
+                "server_timing": timing,
+            }
+        )

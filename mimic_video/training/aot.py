@@ -66,9 +66,10 @@ def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
         raise TopologyError("compiling for TPUs needs libtpu, which is not installed: launch/setup.sh compile")
     os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1",  # no metadata server is asked what machine this is; what is not used, but complained about
-        "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is run, so others may compile, too
-    }  # fmt: skip
+    }
     from jax.experimental import topologies  # it loads libtpu, which reads the environment
 
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
@@ -77,8 +78,9 @@ def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except jax.errors.JaxRuntimeError as error:
-        raise TopologyError(f"topology '{name}' is not one that libtpu knows: {error}; expected one like v5e:16x16 or v5p:4x4x8"
-                            ) from error  # fmt: skip
+        raise TopologyError(
+            f"topology '{name}' is not one that libtpu knows: {error}; expected one like v5e:16x16 or v5p:4x4x8"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,16 +143,26 @@ def step_program(config: ExperimentConfig, devices: Sequence[jax.Device]) -> tup
     require_divisible(config.train.batch_size, mesh)
     state = abstract_state(vam, mesh)
     frozen = jax.eval_shape(lambda: split_params(vam.init(jax.random.key(0)), config)[1])
-    frozen = {name: jax.tree.map(lambda leaf, where, name=name: jax.ShapeDtypeStruct(leaf.shape, vam.dtype(name), sharding=where),
-                                 part, shardings({name: part}, mesh)[name]) for name, part in frozen.items()}  # fmt: skip
+    frozen = {
+        name: jax.tree.map(
+            lambda leaf, where, name=name: jax.ShapeDtypeStruct(leaf.shape, vam.dtype(name), sharding=where),
+            part,
+            shardings({name: part}, mesh)[name],
+        )
+        for name, part in frozen.items()
+    }
     batch = _spread(batch_shapes(config), jax.sharding.NamedSharding(mesh, BATCH))
     return make_train_step(vam, mesh, state), (state, frozen, batch)
 
 
 def policy_program(
-    config: ExperimentConfig, device: jax.Device, batch: int, samples: int | None = None, continuing: bool = False,
+    config: ExperimentConfig,
+    device: jax.Device,
+    batch: int,
+    samples: int | None = None,
+    continuing: bool = False,
     robot: Embodiment | None = None,
-) -> tuple[MeshFunction, tuple[Any, ...]]:  # fmt: skip
+) -> tuple[MeshFunction, tuple[Any, ...]]:
     """The policy's program for `batch` robots on one device, and shapes of its arguments.
 
     Args:
@@ -312,6 +324,8 @@ def step_bound(work: Work, chip: Chip) -> StepBound:
     """At the chip's peak rates, all links in use at once."""
     sent = {network: sum(each.bytes for each in work.collectives if each.network == network) for network in ("ici", "dcn")}
     return StepBound(
-        compute=work.flops / chip.flops, hbm=work.hbm_bytes / chip.hbm_rate, ici=sent["ici"] / chip.link_rate,
+        compute=work.flops / chip.flops,
+        hbm=work.hbm_bytes / chip.hbm_rate,
+        ici=sent["ici"] / chip.link_rate,
         dcn=sent["dcn"] / DCN_RATE,
-    )  # fmt: skip
+    )

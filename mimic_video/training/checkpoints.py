@@ -74,8 +74,10 @@ def _saving(manager: _Manager) -> Iterator[None]:
     except Exception as error:
         good = _complete(manager.directory)
         left = f"the last good checkpoint is that of step {good[-1].name}" if good else "there is no earlier one"
-        raise RunError(f"step {manager.saving} could not be saved in {manager.directory}: {' '.join(str(error).split())[:1000]}; "
-                       f"{left}, from where the same command continues") from error  # fmt: skip
+        raise RunError(
+            f"step {manager.saving} could not be saved in {manager.directory}: {' '.join(str(error).split())[:1000]}; "
+            f"{left}, from where the same command continues"
+        ) from error
 
 
 def save(manager: _Manager, state: TrainState, data: Mapping[str, Any]) -> None:
@@ -118,8 +120,10 @@ def restore(manager: ocp.CheckpointManager, state: TrainState) -> TrainState | N
     for step in sorted(manager.all_steps(), reverse=True):
         path = manager.directory / str(step)
         if not any((path / item).exists() for item in ("train_state", "data")):
-            raise RunError(f"{run} holds converted weights without optimizer state, so training cannot continue in it; "
-                           f"start from them with --config.backbone_run={run} and another --workdir")  # fmt: skip
+            raise RunError(
+                f"{run} holds converted weights without optimizer state, so training cannot continue in it; "
+                f"start from them with --config.backbone_run={run} and another --workdir"
+            )
         try:
             items = {name: load_tree(path / name, item) for name, item in _items(state).items()}
             read_data(path)
@@ -131,8 +135,9 @@ def restore(manager: ocp.CheckpointManager, state: TrainState) -> TrainState | N
     if damaged and restored is None:
         raise RunError(f"no checkpoint of {run} can be used, and nothing was changed: " + "; ".join(damaged.values()))
     for old, problem in damaged.items():
-        logging.error("%s. It is moved to %s, and training continues from step %d", problem,
-                      _set_aside(manager.directory / str(old)), step)  # fmt: skip
+        logging.error(
+            "%s. It is moved to %s, and training continues from step %d", problem, _set_aside(manager.directory / str(old)), step
+        )
     manager.reload()
     return restored
 
@@ -197,8 +202,10 @@ def require_same_data(manager: ocp.CheckpointManager, data: Callable[[int], Mapp
     before, now = flat(stored), flat(dict(data(step)))
     changed = [f"{name}: {before.get(name)!r} → {now.get(name)!r}" for name in before | now if before.get(name) != now.get(name)]
     if changed:
-        raise RunError(f"the data are not those that {run} was trained on ({'; '.join(changed)}), so samples would come in "
-                       "another order; bring the data back, or use another --workdir")  # fmt: skip
+        raise RunError(
+            f"the data are not those that {run} was trained on ({'; '.join(changed)}), so samples would come in "
+            "another order; bring the data back, or use another --workdir"
+        )
 
 
 def require_checkpoint(run: epath.Path) -> None:
@@ -322,15 +329,23 @@ def load_start(
     """
     sources = _mapped(start_map, list(target))
     there = named_leaves(load_params(run, "stored", mesh)[0])
-    misfits = [f"{name}: there is no {source} in {run}{nearest(source, there)}" for name, source in sources.items()
-               if source not in there]  # fmt: skip
-    misfits += [f"{name} has shape {target[name].shape}, {source} there {there[source].shape}" for name, source in sources.items()
-                if source in there and there[source].shape != target[name].shape]  # fmt: skip
+    misfits = [
+        f"{name}: there is no {source} in {run}{nearest(source, there)}"
+        for name, source in sources.items()
+        if source not in there
+    ]
+    misfits += [
+        f"{name} has shape {target[name].shape}, {source} there {there[source].shape}"
+        for name, source in sources.items()
+        if source in there and there[source].shape != target[name].shape
+    ]
     misfits += [f"{source} is used more than once" for source, times in Counter(sources.values()).items() if times > 1]
     if misfits:
         raise RunError(f"config field 'start_map' does not fit {run}: " + "; ".join(misfits))
-    return {name: jax.device_put(there.pop(source).astype(target[name].dtype), target[name].sharding)
-            for name, source in sources.items()}  # fmt: skip
+    return {
+        name: jax.device_put(there.pop(source).astype(target[name].dtype), target[name].sharding)
+        for name, source in sources.items()
+    }
 
 
 def _mapped(start_map: tuple[tuple[str, str], ...], names: list[str]) -> dict[str, str]:
@@ -347,8 +362,10 @@ def _mapped(start_map: tuple[tuple[str, str], ...], names: list[str]) -> dict[st
     except re.error as error:
         raise ConfigError(f"config field 'start_map' is {start_map!r}; expected regular expressions: {error}") from error
     if unused:
-        raise ConfigError(f"config field 'start_map' has patterns {sorted(unused)} that no parameter is the first to match; "
-                          f"parameters are such as {names[0]!r}")  # fmt: skip
+        raise ConfigError(
+            f"config field 'start_map' has patterns {sorted(unused)} that no parameter is the first to match; "
+            f"parameters are such as {names[0]!r}"
+        )
     return sources
 
 

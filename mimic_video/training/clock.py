@@ -15,8 +15,17 @@ from mimic_video.training.run_directory import write_json
 from mimic_video.training.storage import Spool
 
 # Metrics that a repeated run does not repeat: everything else is a function of the configuration and the data.
-MEASURED = ("step_seconds", "goodput", "samples_per_second", "tokens_per_second", "model_flops_per_second", "data_wait_fraction",
-            "mfu", "hbm_gb", "hbm_gb_peak")  # fmt: skip
+MEASURED = (
+    "step_seconds",
+    "goodput",
+    "samples_per_second",
+    "tokens_per_second",
+    "model_flops_per_second",
+    "data_wait_fraction",
+    "mfu",
+    "hbm_gb",
+    "hbm_gb_peak",
+)
 
 
 def first_start(run: epath.Path) -> float:
@@ -82,9 +91,11 @@ class StepClock:
         if self._steps:
             rate = self._steps / seconds
             values |= {
-                "samples_per_second": rate * self._samples, "tokens_per_second": rate * self._tokens,
-                "model_flops_per_second": rate * self._flops, "data_wait_fraction": self._waited / seconds,
-            }  # fmt: skip
+                "samples_per_second": rate * self._samples,
+                "tokens_per_second": rate * self._tokens,
+                "model_flops_per_second": rate * self._flops,
+                "data_wait_fraction": self._waited / seconds,
+            }
             if (utilisation := mfu(rate * self._flops, self._devices)) is not None:
                 values["mfu"] = utilisation
         return values

@@ -81,8 +81,10 @@ def initialize(environment: Mapping[str, str]) -> None:
     if explicit:
         for name in _EXPLICIT:
             if name not in explicit:
-                raise ConfigError(f"environment variable {name} is not set, but {' and '.join(explicit)} is; several processes "
-                                  f"need {', '.join(_EXPLICIT)}, one process none of them")  # fmt: skip
+                raise ConfigError(
+                    f"environment variable {name} is not set, but {' and '.join(explicit)} is; several processes "
+                    f"need {', '.join(_EXPLICIT)}, one process none of them"
+                )
         address, count = explicit["JAX_COORDINATOR_ADDRESS"], _number("JAX_NUM_PROCESSES", explicit, 1, 2**31)
         index = _number("JAX_PROCESS_ID", explicit, 0, count)
         if not re.fullmatch(r".+:\d+", address):
@@ -173,8 +175,9 @@ class _Watch:
                 self._heard[key] = beats, now
             elif now - self._heard[key][1] > SILENCE:
                 name = key.rpartition("/")[2]
-                self._publish(f"{name} has shown no sign of life for {SILENCE:.0f} s: it was killed, ran out of memory or lost "
-                              "its machine")  # fmt: skip
+                self._publish(
+                    f"{name} has shown no sign of life for {SILENCE:.0f} s: it was killed, ran out of memory or lost its machine"
+                )
 
     def _publish(self, reason: str) -> None:
         """The first reason is the one that all print."""

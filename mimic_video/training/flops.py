@@ -88,12 +88,17 @@ def step_flops(config: ExperimentConfig) -> StepFlops:
     batch, action = config.train.batch_size, config.stage == "action"
     backbone = list(backbone_products(config, config.backbone.hidden_block if action else None))
     decoder = list(decoder_products(config)) if action else []
-    totals = {f"{name}{kind}": batch * sum(_passes(config, name, product) * product.forward for product in products
-                                           if bool(product.weight) == (kind == ""))
-              for name, products in (("backbone", backbone), ("decoder", decoder)) for kind in ("", "_attention")}  # fmt: skip
+    totals = {
+        f"{name}{kind}": batch
+        * sum(_passes(config, name, product) * product.forward for product in products if bool(product.weight) == (kind == ""))
+        for name, products in (("backbone", backbone), ("decoder", decoder))
+        for kind in ("", "_attention")
+    }
     adapted = (product for product in (decoder if action else backbone) if has_name(product.weight, config.lora.targets))
-    merged = sum(3 * 2.0 * config.lora.rank * inputs * outputs * blocks
-                 for _, inputs, outputs, blocks in {_shape(product) for product in adapted})  # fmt: skip
+    merged = sum(
+        3 * 2.0 * config.lora.rank * inputs * outputs * blocks
+        for _, inputs, outputs, blocks in {_shape(product) for product in adapted}
+    )
     tokenizer = 0.0 if config.data.latents else batch * tokenizer_forward(config, config.data.num_frames)
     return StepFlops(tokenizer=tokenizer, adapters=merged, **totals)
 
@@ -221,8 +226,9 @@ class PolicyFlops:
 def policy_flops(config: ExperimentConfig) -> PolicyFlops:
     """Of a chunk as `config.policy` samples it."""
     passes = len(stopping_sigmas(config.policy)) - 1
-    full, partial = (sum(product.forward for product in backbone_products(config, stop))
-                     for stop in (None, config.backbone.hidden_block))  # fmt: skip
+    full, partial = (
+        sum(product.forward for product in backbone_products(config, stop)) for stop in (None, config.backbone.hidden_block)
+    )
     once = dataclasses.replace(config, train=dataclasses.replace(config.train, action_draws=1))
     context, step = 0.0, 0.0
     for product in decoder_products(once):

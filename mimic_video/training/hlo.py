@@ -22,8 +22,22 @@ _CALLED = re.compile(r"\b(calls|to_apply|body|condition|branch_computations|call
 _FLASH_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 _CHAIN = re.compile(r'channel_id=(\d+).*chain_id="(\d+)"')
 # What moves nothing by itself: names, loops (their bodies do), and the ends of what was started before.
-_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "async-start",
-         "async-update", "after-all", "opt-barrier", "partition-id", "replica-id"}  # fmt: skip
+_FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "call",
+    "conditional",
+    "async-start",
+    "async-update",
+    "after-all",
+    "opt-barrier",
+    "partition-id",
+    "replica-id",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +54,12 @@ class Instruction:
 
     def called(self, *kinds: str) -> list[str]:
         """Names of the computations that it runs."""
-        return [name for kind, names in _CALLED.findall(self.attributes) if kind in kinds
-                for name in re.findall(r"%([\w.\-]+)", names)]  # fmt: skip
+        return [
+            name
+            for kind, names in _CALLED.findall(self.attributes)
+            if kind in kinds
+            for name in re.findall(r"%([\w.\-]+)", names)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +131,13 @@ class Program:
                 if key not in found or times < found[key][1]:
                     found[key] = (kind, network), times, sent
         collectives = tuple(
-            Collective(*key, sum(times for other, times, _ in found.values() if other == key),
-                       sum(times * sent for other, times, sent in found.values() if other == key))
+            Collective(
+                *key,
+                sum(times for other, times, _ in found.values() if other == key),
+                sum(times * sent for other, times, sent in found.values() if other == key),
+            )
             for key in sorted({key for key, _, _ in found.values()})
-        )  # fmt: skip
+        )
         return Work(flops, moved, collectives, unknown)
 
     def _executed(self, name: str, times: int, fused: bool) -> Iterator[tuple[Instruction, str, int, bool]]:
@@ -285,9 +306,14 @@ def _convolution_flops(instruction: Instruction, left: tuple[int, ...], right: t
 
     out, pairs = _dims(instruction.shape), 1
     for axis, size, stride, pad, base, dilation in zip(
-        spatial, field("size", "1"), field("stride", "1"), field("pad", "0_0"), field("lhs_dilate", "1"),
-        field("rhs_dilate", "1"), strict=True,
-    ):  # fmt: skip
+        spatial,
+        field("size", "1"),
+        field("stride", "1"),
+        field("pad", "0_0"),
+        field("lhs_dilate", "1"),
+        field("rhs_dilate", "1"),
+        strict=True,
+    ):
         places = np.arange(out[labels[3].index(axis)])[:, None] * int(stride) - int(pad.split("_")[0])
         places = places + np.arange(int(size)) * int(dilation)
         length = (left[labels[1].index(axis)] - 1) * int(base) + 1

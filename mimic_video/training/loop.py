@@ -72,8 +72,14 @@ def train(
             return state
 
         take_step, validate = make_train_step(vam, mesh, state), make_validation(vam, mesh, validation)
-        progress = tqdm(total=settings.steps, initial=start, desc=f"{config.stage} stage", unit="step", mininterval=1.0,
-                        disable=jax.process_index() > 0)  # fmt: skip
+        progress = tqdm(
+            total=settings.steps,
+            initial=start,
+            desc=f"{config.stage} stage",
+            unit="step",
+            mininterval=1.0,
+            disable=jax.process_index() > 0,
+        )
         with progress, MetricWriter(run, start, config) as writer:
             stream, clock, pending = batches(start), StepClock(config, run, started), []
             for step in range(start + 1, settings.steps + 1):

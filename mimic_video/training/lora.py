@@ -31,8 +31,10 @@ def require_names(params: Tree, config: LoraConfig) -> None:
     for field in ("targets", "trained"):
         for name in getattr(config, field):
             if not any(has_name(_text(path), (name,)) for path in paths):
-                raise ConfigError(f"config field 'lora.{field}' has {name!r}, which names no parameter; there are, for example, "
-                                  + ", ".join(map(_text, paths[:8])))  # fmt: skip
+                raise ConfigError(
+                    f"config field 'lora.{field}' has {name!r}, which names no parameter; there are, for example, "
+                    + ", ".join(map(_text, paths[:8]))
+                )
     if both := [_text(path) for path in paths if _is_target(path, config) and has_name(_text(path), config.trained)]:
         raise ConfigError(f"config fields 'lora.targets' and 'lora.trained' both name {', '.join(both)}")
 

@@ -117,8 +117,10 @@ def wandb_package() -> types.ModuleType:
     try:
         return importlib.import_module("wandb")
     except ModuleNotFoundError as error:
-        raise ConfigError("config field 'train.wandb_project' is set, but the package wandb is missing; expected after "
-                          "pip install 'mimic-video-jax[wandb]'") from error  # fmt: skip
+        raise ConfigError(
+            "config field 'train.wandb_project' is set, but the package wandb is missing; expected after "
+            "pip install 'mimic-video-jax[wandb]'"
+        ) from error
 
 
 def _wandb_run(run: epath.Path, config: ExperimentConfig) -> Any:
@@ -126,8 +128,14 @@ def _wandb_run(run: epath.Path, config: ExperimentConfig) -> Any:
     path = run / "wandb_id"
     if not path.exists():
         path.write_text(secrets.token_hex(8))
-    return wandb_package().init(project=config.train.wandb_project, id=path.read_text(), name=run.name, resume="allow",
-                                dir=None if in_bucket(run) else str(run), config=to_dict(config))  # fmt: skip
+    return wandb_package().init(
+        project=config.train.wandb_project,
+        id=path.read_text(),
+        name=run.name,
+        resume="allow",
+        dir=None if in_bucket(run) else str(run),
+        config=to_dict(config),
+    )
 
 
 def read_metrics(run: epath.Path) -> list[dict[str, float]]:

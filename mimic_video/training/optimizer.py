@@ -37,9 +37,10 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     beta1, beta2 = config.betas
     optimizer = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(make_schedule(config), b1=beta1, b2=beta2, eps=1e-8, weight_decay=config.weight_decay,
-                    mu_dtype=config.first_moment),
-    )  # fmt: skip
+        optax.adamw(
+            make_schedule(config), b1=beta1, b2=beta2, eps=1e-8, weight_decay=config.weight_decay, mu_dtype=config.first_moment
+        ),
+    )
     return skip_spikes(optimizer, config.spike_factor) if config.spike_factor else optimizer
 
 

@@ -33,9 +33,23 @@ from mimic_video.embodiments import Embodiment, from_table, to_table
 from mimic_video.training.sharding import path_name
 from mimic_video.training.storage import RunError, in_bucket, lease
 
-_MAY_CHANGE = ("train.log_every", "train.wandb_project", "train.validate_every", "train.validation_", "train.checkpoint_every",
-               "train.keep_", "train.remat", "train.micro_batches", "attention", "text.model", "text.cache",
-               "tokenizer.chunk_latents", "mesh.", "policy.", "evaluation.")  # fmt: skip
+_MAY_CHANGE = (
+    "train.log_every",
+    "train.wandb_project",
+    "train.validate_every",
+    "train.validation_",
+    "train.checkpoint_every",
+    "train.keep_",
+    "train.remat",
+    "train.micro_batches",
+    "attention",
+    "text.model",
+    "text.cache",
+    "tokenizer.chunk_latents",
+    "mesh.",
+    "policy.",
+    "evaluation.",
+)
 # What the weights of a tokenizer and backbone depend on.
 MODEL_FIELDS = ("data.cameras", "tokenizer.kind", "tokenizer.width", "text.kind", "text.rows", "text.width", "backbone")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
@@ -51,8 +65,11 @@ def write_config(run: epath.Path, config: ExperimentConfig) -> None:
     path = run / "config.json"
     if path.exists():
         before, now = flat(to_dict(read_config(run))), flat(to_dict(config))
-        changed = [f"{name}: {before[name]!r} → {now[name]!r}" for name in now
-                   if before[name] != now[name] and not name.startswith(_MAY_CHANGE)]  # fmt: skip
+        changed = [
+            f"{name}: {before[name]!r} → {now[name]!r}"
+            for name in now
+            if before[name] != now[name] and not name.startswith(_MAY_CHANGE)
+        ]
         if changed:
             raise ConfigError(f"{run} holds a run with another configuration ({'; '.join(changed)}); use another --workdir")
     if jax.process_index() == 0:
@@ -75,8 +92,11 @@ def require_same_model(trained: ExperimentConfig, wanted: ExperimentConfig, fiel
         ConfigError: listing every field under `fields` whose value is not the one that `run` was trained with.
     """
     before, now = flat(to_dict(trained)), flat(to_dict(wanted))
-    changed = [f"'{name}' is {now[name]!r}, there {before[name]!r}" for name in now
-               if f"{name}.".startswith(tuple(f"{field}." for field in fields)) and before[name] != now[name]]  # fmt: skip
+    changed = [
+        f"'{name}' is {now[name]!r}, there {before[name]!r}"
+        for name in now
+        if f"{name}.".startswith(tuple(f"{field}." for field in fields)) and before[name] != now[name]
+    ]
     if changed:
         raise ConfigError(f"the weights of {run} do not fit this configuration: config field " + "; ".join(changed))
 
@@ -167,8 +187,10 @@ def _flock(run: epath.Path, file: Any) -> None:
             owner = json.load(file)
         except ValueError:  # it has only just begun
             raise RunError(f"another run is using {run}; wait for it to end, or use another --workdir") from refused
-        raise RunError(f"process {owner['pid']} on {owner['host']} has been training in {run} since {owner['started']}; "
-                       "stop it, or use another --workdir") from refused  # fmt: skip
+        raise RunError(
+            f"process {owner['pid']} on {owner['host']} has been training in {run} since {owner['started']}; "
+            "stop it, or use another --workdir"
+        ) from refused
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise

@@ -102,8 +102,9 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
         spec = next(spec for pattern, spec in RULES if re.search(pattern, name))
         for dimension, axis in zip(leaf.shape, spec, strict=False):
             if axis is not None and dimension % mesh.shape[axis]:
-                raise ConfigError(f"config field 'mesh.{axis}' is {mesh.shape[axis]}, which does not divide a dimension of "
-                                  f"{name} {leaf.shape}")  # fmt: skip
+                raise ConfigError(
+                    f"config field 'mesh.{axis}' is {mesh.shape[axis]}, which does not divide a dimension of {name} {leaf.shape}"
+                )
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(one, tree)

@@ -39,8 +39,9 @@ def run_path(path: str | os.PathLike) -> epath.Path:
     text = os.fspath(path)
     if in_bucket(text):
         if importlib.util.find_spec("gcsfs") is None:
-            raise RunError(f"{text} is in a bucket, but the package gcsfs is missing; expected after "
-                           "pip install 'mimic-video-jax[gcs]'")  # fmt: skip
+            raise RunError(
+                f"{text} is in a bucket, but the package gcsfs is missing; expected after pip install 'mimic-video-jax[gcs]'"
+            )
         import fsspec  # only here: gcsfs brings it
 
         fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False  # other processes write there, too

@@ -72,8 +72,13 @@ def load_tree(path: epath.Path, target: Any, stored_dtype: bool = False) -> Any:
             array = arrays.pop(name)
             read.append(array if stored_dtype else array.astype(leaf.dtype))
     size = sum(leaf.nbytes for leaf in read) / 1e9
-    logging.info("%s: %.2f GB in %.1f s; the peak of this process's memory rose by %.2f GB", path, size,
-                 time.perf_counter() - start, _peak_gigabytes() - before)  # fmt: skip
+    logging.info(
+        "%s: %.2f GB in %.1f s; the peak of this process's memory rose by %.2f GB",
+        path,
+        size,
+        time.perf_counter() - start,
+        _peak_gigabytes() - before,
+    )
     return structure.unflatten(read)
 
 
@@ -121,8 +126,11 @@ def _reason(error: Exception) -> str:
 
 
 def _require_shapes(path: epath.Path, wanted: dict[str, Any], stored: dict[str, jax.ShapeDtypeStruct]) -> None:
-    misfits = [f"{name} has shape {stored[name].shape} there, {leaf.shape} here" for name, leaf in wanted.items()
-               if name in stored and stored[name].shape != leaf.shape]  # fmt: skip
+    misfits = [
+        f"{name} has shape {stored[name].shape} there, {leaf.shape} here"
+        for name, leaf in wanted.items()
+        if name in stored and stored[name].shape != leaf.shape
+    ]
     misfits += [f"{name} is not there{nearest(name, stored)}" for name in wanted if name not in stored]
     if misfits:
         raise RunError(f"{path} holds arrays of another model: {_some(misfits)}")

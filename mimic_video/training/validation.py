@@ -73,8 +73,10 @@ def make_video_curve(vam: VideoActionModel, mesh: Mesh) -> Curves:
 
     def curve(params: Params, frozen: Params, batches: Sequence[Batch]) -> dict[str, float]:
         errors = [[compiled(params, frozen, batch, matching.flow_time(sigma)) for batch in batches] for sigma in sigmas]
-        return {f"validation_video_mse/sigma_{sigma:.3g}": float(np.mean(each))
-                for sigma, each in zip(sigmas, jax.device_get(errors), strict=True)}  # fmt: skip
+        return {
+            f"validation_video_mse/sigma_{sigma:.3g}": float(np.mean(each))
+            for sigma, each in zip(sigmas, jax.device_get(errors), strict=True)
+        }
 
     return curve
 

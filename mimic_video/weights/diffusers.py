@@ -30,13 +30,17 @@ def _modulation_names(theirs: str, ours: str) -> Names:
     return {f"{theirs}.linear_1.weight": Place(f"{ours}/down/kernel"), f"{theirs}.linear_2.weight": Place(f"{ours}/up/kernel")}
 
 
-DIFFUSERS_DIT_NAMES: Names = {
-    "patch_embed.proj.weight": Place("patch_proj/kernel"),
-    "time_embed.t_embedder.linear_1.weight": Place("time_in/kernel"),
-    "time_embed.t_embedder.linear_2.weight": Place("time_out/kernel"),
-    "time_embed.norm.weight": Place("time_norm/scale"),
-    "proj_out.weight": Place("final_proj/kernel"),
-} | _block_names() | _modulation_names("norm_out", "final_modulation")  # fmt: skip
+DIFFUSERS_DIT_NAMES: Names = (
+    {
+        "patch_embed.proj.weight": Place("patch_proj/kernel"),
+        "time_embed.t_embedder.linear_1.weight": Place("time_in/kernel"),
+        "time_embed.t_embedder.linear_2.weight": Place("time_out/kernel"),
+        "time_embed.norm.weight": Place("time_norm/scale"),
+        "proj_out.weight": Place("final_proj/kernel"),
+    }
+    | _block_names()
+    | _modulation_names("norm_out", "final_modulation")
+)
 
 
 def _decimals(values: np.ndarray) -> list[float]:
@@ -45,12 +49,21 @@ def _decimals(values: np.ndarray) -> list[float]:
 
 # What our networks have no counterpart for: field → the only value that they are. An absent field has that value in diffusers.
 _DIT_FIXED = {
-    "concat_padding_mask": True, "use_crossattn_projection": False, "img_context_dim_in": None, "controlnet_block_every_n": None,
-}  # fmt: skip
+    "concat_padding_mask": True,
+    "use_crossattn_projection": False,
+    "img_context_dim_in": None,
+    "controlnet_block_every_n": None,
+}
 _VAE_FIXED = {
-    "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [], "temperal_downsample": [False, True, True],
-    "is_residual": False, "latents_mean": _decimals(LATENT_MEAN), "latents_std": _decimals(LATENT_STD),
-}  # fmt: skip
+    "z_dim": 16,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attn_scales": [],
+    "temperal_downsample": [False, True, True],
+    "is_residual": False,
+    "latents_mean": _decimals(LATENT_MEAN),
+    "latents_std": _decimals(LATENT_STD),
+}
 
 
 def video_dit_config(values: Mapping[str, Any], hidden_block: int) -> VideoDiTConfig:
@@ -64,8 +77,19 @@ def video_dit_config(values: Mapping[str, Any], hidden_block: int) -> VideoDiTCo
         WeightsError: naming every field that is missing or asks for what our backbone does not have.
         ConfigError: for sizes that no backbone can have.
     """
-    needed = {"in_channels", "out_channels", "num_attention_heads", "attention_head_dim", "num_layers", "mlp_ratio",
-              "text_embed_dim", "adaln_lora_dim", "patch_size", "rope_scale", "extra_pos_embed_type"}  # fmt: skip
+    needed = {
+        "in_channels",
+        "out_channels",
+        "num_attention_heads",
+        "attention_head_dim",
+        "num_layers",
+        "mlp_ratio",
+        "text_embed_dim",
+        "adaln_lora_dim",
+        "patch_size",
+        "rope_scale",
+        "extra_pos_embed_type",
+    }
     channels = values.get("out_channels")
     fixed = _DIT_FIXED | {"extra_pos_embed_type": None, "in_channels": channels + 1 if isinstance(channels, int) else None}
     _check("transformer/config.json", "CosmosTransformer3DModel", values, needed, fixed)
@@ -107,7 +131,10 @@ def _check(file: str, kind: str, values: Mapping[str, Any], needed: set[str], fi
     problems = [f"'{field}' is missing" for field in sorted(needed - values.keys())]
     if values.get("_class_name", kind) != kind:
         problems.append(f"'_class_name' is {values['_class_name']!r}; expected {kind!r}")
-    problems += [f"'{field}' is {values[field]!r}; only {value!r} is supported" for field, value in fixed.items()
-                 if field in values and values[field] != value]  # fmt: skip
+    problems += [
+        f"'{field}' is {values[field]!r}; only {value!r} is supported"
+        for field, value in fixed.items()
+        if field in values and values[field] != value
+    ]
     if problems:
         raise WeightsError(f"{file} describes another network: " + "; ".join(problems))

@@ -23,9 +23,17 @@ import numpy as np
 from mimic_video.weights.published import IGNORED, LazyTensor, WeightsError
 
 _SAFETENSORS = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64, "I32": np.int32,
-    "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
-}  # fmt: skip
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
 _SAFETENSORS_NAMES = {np.dtype(dtype): name for name, dtype in _SAFETENSORS.items()}
 _HEADER_LIMIT = 100_000_000  # bytes, the format's own
 _MAPPED_LIMIT = 256 * 2**20  # bytes of a memory-mapped file that may become resident
@@ -200,8 +208,10 @@ class _TorchFile:
                 state = torch.load(self._path, map_location="cpu", weights_only=True, mmap=self._mapped)
         except pickle.UnpicklingError as error:
             reason = re.search(r"[Uu]nsupported [^\n]*?(?= was not| whose module|\n|$)", str(error))
-            raise WeightsError(f"{self._path} is not a PyTorch file of plain tensors, and code in a file is not executed: "
-                               f"{reason[0] if reason else 'unreadable pickle'}") from error  # fmt: skip
+            raise WeightsError(
+                f"{self._path} is not a PyTorch file of plain tensors, and code in a file is not executed: "
+                f"{reason[0] if reason else 'unreadable pickle'}"
+            ) from error
         except Exception as error:  # what reading arbitrary bytes as a pickle can raise has no common base
             raise WeightsError(f"{self._path} is not a PyTorch file, or is truncated: {error!r}") from error
         if not isinstance(state, dict):

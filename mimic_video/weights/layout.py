@@ -12,9 +12,7 @@ from mimic_video.weights.wan_names import WAN_VAE_NAMES
 Format = Literal["safetensors", "pt"]
 
 
-def write_networks(
-    out: pathlib.Path, name: str, config: ExperimentConfig, params: dict[str, Any], form: Format
-) -> Iterator[str]:
+def write_networks(out: pathlib.Path, name: str, config: ExperimentConfig, params: dict[str, Any], form: Format) -> Iterator[str]:
     """Writes networks with their published tensor names, and says for each where it is.
 
     Args:

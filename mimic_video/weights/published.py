@@ -94,7 +94,7 @@ ACTION_DECODER_NAMES: Names = {
     "ctx_norm.bias": Place("context_norm/bias"),
     "t_embedder.pair.A.weight": Place("time_embedding/shared_proj/kernel"),
     "t_embedding_norm.weight": Place("time_embedding/norm/scale"),
-} | _transformer_names()  # fmt: skip
+} | _transformer_names()
 for _published, _ours in (("proj_x", "action_proj"), ("proj_c", "video_proj"), ("B", "action_rank"), ("C", "video_rank")):
     ACTION_DECODER_NAMES |= _dense_names(f"t_embedder.pair.{_published}", f"time_embedding/{_ours}")
 for _published, _ours in (("obs_embedder", "proprio_embedder"), ("action_embedder", "action_embedder")):

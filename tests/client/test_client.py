@@ -22,9 +22,11 @@ def free_port():
 
 
 def test_the_client_needs_no_jax():
-    code = ("import sys, mimic_video_client, mimic_video_client.robot_loop\n"
-            "heavy = {'jax', 'flax', 'mimic_video', 'ml_collections', 'absl'} & set(sys.modules)\n"
-            "assert not heavy, heavy")  # fmt: skip
+    code = (
+        "import sys, mimic_video_client, mimic_video_client.robot_loop\n"
+        "heavy = {'jax', 'flax', 'mimic_video', 'ml_collections', 'absl'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

@@ -45,23 +45,26 @@ def test_what_cannot_be_sent(value):
         pack({"x": value})
 
 
-@pytest.mark.parametrize(("changes", "complaint"), [
-    ({"dtype": "|O"}, r"dtype '\|O'; expected one of"),
-    ({"dtype": "<U4"}, "dtype '<U4'"),
-    ({"dtype": "<M8[s]"}, "dtype '<M8"),
-    ({"dtype": [["a", "<f4"]]}, "dtype"),
-    ({"dtype": "f4,f4"}, "dtype"),
-    ({"shape": [3]}, r"shape \[3\] and dtype <f4 comes with 8 bytes; expected 12"),
-    ({"shape": [2**62, 2**62]}, "expected at most 8 sizes"),
-    ({"shape": [2**30, 2**30, 2**30]}, "comes with 8 bytes; expected"),
-    ({"shape": [-2]}, "sizes of zero or more"),
-    ({"shape": [True, 2]}, "sizes of zero or more"),
-    ({"shape": [1] * 9}, "at most 8 sizes"),
-    ({"shape": 2}, "sizes of zero or more"),
-    ({"data": "12345678"}, "data of an array are a str"),
-    ({"data": ...}, "has the fields"),
-    ({"more": 1}, "has the fields"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"dtype": "|O"}, r"dtype '\|O'; expected one of"),
+        ({"dtype": "<U4"}, "dtype '<U4'"),
+        ({"dtype": "<M8[s]"}, "dtype '<M8"),
+        ({"dtype": [["a", "<f4"]]}, "dtype"),
+        ({"dtype": "f4,f4"}, "dtype"),
+        ({"shape": [3]}, r"shape \[3\] and dtype <f4 comes with 8 bytes; expected 12"),
+        ({"shape": [2**62, 2**62]}, "expected at most 8 sizes"),
+        ({"shape": [2**30, 2**30, 2**30]}, "comes with 8 bytes; expected"),
+        ({"shape": [-2]}, "sizes of zero or more"),
+        ({"shape": [True, 2]}, "sizes of zero or more"),
+        ({"shape": [1] * 9}, "at most 8 sizes"),
+        ({"shape": 2}, "sizes of zero or more"),
+        ({"data": "12345678"}, "data of an array are a str"),
+        ({"data": ...}, "has the fields"),
+        ({"more": 1}, "has the fields"),
+    ],
+)
 def test_arrays_that_are_none(changes, complaint):
     with pytest.raises(ProtocolError, match=complaint):
         unpack(msgpack.packb(array_fields(**changes)))
@@ -74,25 +77,28 @@ def nested(depth):
     return value
 
 
-@pytest.mark.parametrize(("data", "complaint"), [
-    (b"", "not valid msgpack"),
-    (b"\xc1", "not valid msgpack"),
-    (pack({"a": 1})[:-1], "not valid msgpack"),
-    (pack({"a": 1}) + b"\x01", "not valid msgpack"),
-    (msgpack.packb([1]), "the message is a list; expected a map"),
-    (b"\xdd\xff\xff\xff\xff", "not valid msgpack"),  # a list that claims four billion entries
-    (b"\xc6\xff\xff\xff\xff", "not valid msgpack"),
-    (msgpack.packb(nested(9)), "nested more than 8 deep"),
-    (b"\x81\xa1a" * 5000 + b"\x01", "not valid msgpack"),
-    (msgpack.packb({"a": [[0] * 2000] * 6}), "more than 10000 items"),
-    (msgpack.packb({"a": [[[]] * 2000] * 6}), "more than 10000 items"),
-    (msgpack.packb({b"a": 1}), "expected strings as keys"),
-    (msgpack.packb({1: 1}), "not valid msgpack"),
-    (msgpack.packb({"a": msgpack.ExtType(5, b"x")}), "not valid msgpack"),
-    (msgpack.packb({"a": msgpack.Timestamp(1)}), "not valid msgpack"),
-    (msgpack.packb({"a": {b"__npgeneric__": True, b"data": "x", b"dtype": "<f4"}}), "data of a NumPy scalar are a str"),
-    (msgpack.packb({"a": {b"__npgeneric__": True, b"data": 300, b"dtype": "|u1"}}), "not valid msgpack"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [
+        (b"", "not valid msgpack"),
+        (b"\xc1", "not valid msgpack"),
+        (pack({"a": 1})[:-1], "not valid msgpack"),
+        (pack({"a": 1}) + b"\x01", "not valid msgpack"),
+        (msgpack.packb([1]), "the message is a list; expected a map"),
+        (b"\xdd\xff\xff\xff\xff", "not valid msgpack"),  # a list that claims four billion entries
+        (b"\xc6\xff\xff\xff\xff", "not valid msgpack"),
+        (msgpack.packb(nested(9)), "nested more than 8 deep"),
+        (b"\x81\xa1a" * 5000 + b"\x01", "not valid msgpack"),
+        (msgpack.packb({"a": [[0] * 2000] * 6}), "more than 10000 items"),
+        (msgpack.packb({"a": [[[]] * 2000] * 6}), "more than 10000 items"),
+        (msgpack.packb({b"a": 1}), "expected strings as keys"),
+        (msgpack.packb({1: 1}), "not valid msgpack"),
+        (msgpack.packb({"a": msgpack.ExtType(5, b"x")}), "not valid msgpack"),
+        (msgpack.packb({"a": msgpack.Timestamp(1)}), "not valid msgpack"),
+        (msgpack.packb({"a": {b"__npgeneric__": True, b"data": "x", b"dtype": "<f4"}}), "data of a NumPy scalar are a str"),
+        (msgpack.packb({"a": {b"__npgeneric__": True, b"data": 300, b"dtype": "|u1"}}), "not valid msgpack"),
+    ],
+)
 def test_bytes_that_are_no_message(data, complaint):
     with pytest.raises(ProtocolError, match=complaint):
         unpack(data)

@@ -34,8 +34,11 @@ def chips(topology: str) -> int:
     return math.prod(int(side) for side in topology.partition(":")[2].split("x"))
 
 
-EXPERIMENTS = [(name, argument, topology) for name in ("published", "pretrain", "small")
-               for argument, topology in module(name).TOPOLOGIES.items()]  # fmt: skip
+EXPERIMENTS = [
+    (name, argument, topology)
+    for name in ("published", "pretrain", "small")
+    for argument, topology in module(name).TOPOLOGIES.items()
+]
 EXPERIMENTS += [("quickstart", "video", ":1"), ("quickstart", "action", ":1")]
 
 
@@ -67,10 +70,17 @@ def test_an_unknown_experiment_is_told_the_known_ones(name):
         shipped(name, "fractal")
 
 
-@pytest.mark.parametrize(("name", "stage", "blocks"), [
-    ("bridge", "action", 28), ("bridge_video", "video", 28), ("libero", "action", 28), ("libero_video", "video", 28),
-    ("cosmos", "video", 28), ("cosmos_14b", "video", 36),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "stage", "blocks"),
+    [
+        ("bridge", "action", 28),
+        ("bridge_video", "video", 28),
+        ("libero", "action", 28),
+        ("libero_video", "video", 28),
+        ("cosmos", "video", 28),
+        ("cosmos_14b", "video", 36),
+    ],
+)
 def test_published_experiments(name, stage, blocks):
     config = shipped("published", name)
     assert (config.stage, config.backbone.num_blocks, config.backbone.text_width) == (stage, blocks, 1024)

@@ -23,8 +23,9 @@ def make_source() -> Callable[..., ListSource]:
 @pytest.fixture
 def config() -> DataConfig:
     """Windows of 5 + 4 frames and 4 actions, all at 10 Hz, the first action one step after the anchor."""
-    return DataConfig(image_size=SIZE, past_frames=5, future_frames=4, video_hz=10.0,
-                      action_horizon=4, control_hz=10.0, action_delay=0.1)
+    return DataConfig(
+        image_size=SIZE, past_frames=5, future_frames=4, video_hz=10.0, action_horizon=4, control_hz=10.0, action_delay=0.1
+    )
 
 
 @pytest.fixture

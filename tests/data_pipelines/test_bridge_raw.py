@@ -114,8 +114,17 @@ def test_sizes_and_workers(tmp_path):
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_pickles_of_arrays(tmp_path, protocol):
-    record = {"a": np.arange(6.0).reshape(2, 3), "f": np.asfortranarray(np.eye(2, 3)), "s": np.float64(0.5), "l": [1, (2.0, "x")],
-              "b": b"raw", "n": None, "c": 1 + 2j, "e": {1, 2}, "o": np.array([{"k": np.int32(3)}], object)}  # fmt: skip
+    record = {
+        "a": np.arange(6.0).reshape(2, 3),
+        "f": np.asfortranarray(np.eye(2, 3)),
+        "s": np.float64(0.5),
+        "l": [1, (2.0, "x")],
+        "b": b"raw",
+        "n": None,
+        "c": 1 + 2j,
+        "e": {1, 2},
+        "o": np.array([{"k": np.int32(3)}], object),
+    }
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(record, protocol=protocol))
     found = read_pickle(tmp_path / "a.pkl")
     assert set(found) == set(record) and found["o"][0]["k"] == 3
@@ -145,8 +154,10 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, protocol, name):
     module, function = name.split(".")
     marker = tmp_path / "marker"
     arguments = {
-        "eval": [f"open({str(marker)!r}, 'w')"], "check_output": [["touch", str(marker)]], "getattr": ["text", "upper"],
-    }  # fmt: skip
+        "eval": [f"open({str(marker)!r}, 'w')"],
+        "check_output": [["touch", str(marker)]],
+        "getattr": ["text", "upper"],
+    }
     call = _Calls(getattr(__import__(module), function), *arguments.get(function, [f"touch {marker}"]))
     folder = write_bridge(tmp_path)
     path = folder / "obs_dict.pkl"
@@ -159,23 +170,34 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, protocol, name):
         assert marker.exists()
 
 
-@pytest.mark.parametrize("content", [
-    b"", b"\x80\x04]", b"cos\nsystem\n(S'true'\ntR.", b"csubprocess\nPopen\n.", b"P1\n.", b"\x80\x04\x8c",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x80\x04]",
+        b"cos\nsystem\n(S'true'\ntR.",
+        b"csubprocess\nPopen\n.",
+        b"P1\n.",
+        b"\x80\x04\x8c",
+    ],
+)
 def test_damaged_and_odd_pickles(tmp_path, content):
     (tmp_path / "a.pkl").write_bytes(content)
     with pytest.raises(DatasetError, match=r"a\.pkl cannot be read as a pickle of arrays"):
         read_pickle(tmp_path / "a.pkl")
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"eef_transform": None}, "eef_transform is not|eef_transform has shape"),
-    ({"eef_transform": np.zeros((6, 4, 4))}, "eef_transform: 'rotations' has no rotation matrix at index"),
-    ({"full_state": np.zeros((6, 6))}, r"full_state has shape \(6, 6\); expected \('n', 7\)"),
-    ({"desired_state": np.full((6, 7), np.nan)}, "desired_state is not finite at step 0"),
-    ({"time_stamp": [0.0, 1, 2, 2, 3, 4]}, "time_stamp does not increase"),
-    ({"time_stamp": ["now"] * 6}, "time_stamp is not an array of numbers"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eef_transform": None}, "eef_transform is not|eef_transform has shape"),
+        ({"eef_transform": np.zeros((6, 4, 4))}, "eef_transform: 'rotations' has no rotation matrix at index"),
+        ({"full_state": np.zeros((6, 6))}, r"full_state has shape \(6, 6\); expected \('n', 7\)"),
+        ({"desired_state": np.full((6, 7), np.nan)}, "desired_state is not finite at step 0"),
+        ({"time_stamp": [0.0, 1, 2, 2, 3, 4]}, "time_stamp does not increase"),
+        ({"time_stamp": ["now"] * 6}, "time_stamp is not an array of numbers"),
+    ],
+)
 def test_wrong_arrays_are_named_or_left_out(tmp_path, changes, message):
     write_bridge(tmp_path, "a/pick", changes=changes)
     write_bridge(tmp_path, "b/pick")
@@ -205,40 +227,43 @@ def test_default_instruction(tmp_path):
     assert BridgeSource(tmp_path)[2].instruction == "put it down"
 
 
-@pytest.mark.parametrize(("text", "label"), [
-    ("", ""),
-    ("put the pot left", "put the pot left"),
-    ("  put the  pot\tleft \nother line", "put the pot left"),
-    ("confidence: 0.9\nput the pot left", "put the pot left"),  # first acceptable line
-    ("none\nput the pot left", "put the pot left"),  # one word
-    ("images did not load here\nput the pot left", "put the pot left"),
-    ("the pictures aren't working", ""),
-    ("no image to see", ""),
-    ("take the can cardboard fence", "take the can"),
-    ("take the can,put it down", "take the can, put it down"),
-    ("take the can ,put it down", "take the can, put it down"),
-    ("PUT the pot Left", "put the pot left"),
-    ("put pot A to the Left", "put pot A to the Left"),  # a single capital is not shouted
-    ("put it in 4fbox", "put it in  cardboard box"),
-    ("put it in the1fbox", "put it in the cardboard box"),
-    ("move the stuffedduck", "move the stuffed duck"),
-    ("turn it clockwise90", "turn it clockwise 90 degrees"),
-    ("move the bpttle", "move the bottle"),
-    ("move the thng", "move the thing"),
-    ("move it upawrds", "move it upwards"),
-    ("sdfkl the pot", ""),
-    ("sdfgh the pot", "sdfgh the pot"),  # gh is a pair of English words
-    ("pick up sdlkfj\nput the pot left", "put the pot left"),
-    ("at 12.34 left", ""),  # dots and digits count
-    ("the strengths of knights", "the strengths of knights"),  # ng, th and gh do not
-    ("try my rhythm", "try my rhythm"),  # y is a vowel here
-    ("move it (does not mention the locations of the objects)", "move it"),
-    ('"move the pot"', "move the pot"),
-    ('move the "pot" left', ""),
-    ("is it moved?", ""),
-    ("https://www.youtube.com/watch?v=x y", ""),
-    ("move ëë there", ""),
-    ("déplacer la tasse", "déplacer la tasse"),  # other languages stay, as in the published labels
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("", ""),
+        ("put the pot left", "put the pot left"),
+        ("  put the  pot\tleft \nother line", "put the pot left"),
+        ("confidence: 0.9\nput the pot left", "put the pot left"),  # first acceptable line
+        ("none\nput the pot left", "put the pot left"),  # one word
+        ("images did not load here\nput the pot left", "put the pot left"),
+        ("the pictures aren't working", ""),
+        ("no image to see", ""),
+        ("take the can cardboard fence", "take the can"),
+        ("take the can,put it down", "take the can, put it down"),
+        ("take the can ,put it down", "take the can, put it down"),
+        ("PUT the pot Left", "put the pot left"),
+        ("put pot A to the Left", "put pot A to the Left"),  # a single capital is not shouted
+        ("put it in 4fbox", "put it in  cardboard box"),
+        ("put it in the1fbox", "put it in the cardboard box"),
+        ("move the stuffedduck", "move the stuffed duck"),
+        ("turn it clockwise90", "turn it clockwise 90 degrees"),
+        ("move the bpttle", "move the bottle"),
+        ("move the thng", "move the thing"),
+        ("move it upawrds", "move it upwards"),
+        ("sdfkl the pot", ""),
+        ("sdfgh the pot", "sdfgh the pot"),  # gh is a pair of English words
+        ("pick up sdlkfj\nput the pot left", "put the pot left"),
+        ("at 12.34 left", ""),  # dots and digits count
+        ("the strengths of knights", "the strengths of knights"),  # ng, th and gh do not
+        ("try my rhythm", "try my rhythm"),  # y is a vowel here
+        ("move it (does not mention the locations of the objects)", "move it"),
+        ('"move the pot"', "move the pot"),
+        ('move the "pot" left', ""),
+        ("is it moved?", ""),
+        ("https://www.youtube.com/watch?v=x y", ""),
+        ("move ëë there", ""),
+        ("déplacer la tasse", "déplacer la tasse"),  # other languages stay, as in the published labels
+    ],
+)
 def test_labels(text, label):
     assert clean_label(text) == label

@@ -16,12 +16,18 @@ def experiment_of(stage: str, data: DataConfig, views: int = 1, **decoder: int) 
     return ExperimentConfig(stage=stage, data=data, backbone=backbone, decoder=decoder, policy=PolicyConfig(execute_steps=2))
 
 
-@pytest.mark.parametrize("data, decoder, message", [
-    ({"image_size": (32, 32)}, {},
-     r"image size of camera 'primary' \(16, 32\); the config field 'data\.image_size' is \(32, 32\)"),
-    ({}, {"action_dim": 7}, r"action width 2; the config field 'decoder\.action_dim' is 7"),
-    ({}, {"proprio_dim": 8}, r"proprio width 3; the config field 'decoder\.proprio_dim' is 8"),
-])
+@pytest.mark.parametrize(
+    "data, decoder, message",
+    [
+        (
+            {"image_size": (32, 32)},
+            {},
+            r"image size of camera 'primary' \(16, 32\); the config field 'data\.image_size' is \(32, 32\)",
+        ),
+        ({}, {"action_dim": 7}, r"action width 2; the config field 'decoder\.action_dim' is 7"),
+        ({}, {"proprio_dim": 8}, r"proprio width 3; the config field 'decoder\.proprio_dim' is 8"),
+    ],
+)
 def test_check_dataset_names_what_contradicts(rlds, config, data, decoder, message):
     experiment = experiment_of("action", dataclasses.replace(config, **data), **decoder)
     with pytest.raises(DatasetError, match=rf"{rlds} split 'train' has {message}"):
@@ -73,12 +79,19 @@ def test_a_camera_that_some_dataset_has(tmp_path, config):
         open_datasets(experiment_of("video", dataclasses.replace(config, video_dataset=str(one)), views=2), "train")
 
 
-@pytest.mark.parametrize(("fields", "error", "message"), [
-    ({}, ConfigError, "'data.video_dataset' is empty"),
-    ({"video_dataset": "droid"}, ConfigError, "'data.root' is empty; expected the folder with the dataset 'droid'"),
-    ({"video_dataset": "droid", "root": "nowhere"}, DatasetError, r"there is no dataset nowhere/droid: .* nowhere/droid/1\.0\.0"),
-    ({"video_dataset": "driod"}, DatasetError, "dataset directory driod does not exist"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({}, ConfigError, "'data.video_dataset' is empty"),
+        ({"video_dataset": "droid"}, ConfigError, "'data.root' is empty; expected the folder with the dataset 'droid'"),
+        (
+            {"video_dataset": "droid", "root": "nowhere"},
+            DatasetError,
+            r"there is no dataset nowhere/droid: .* nowhere/droid/1\.0\.0",
+        ),
+        ({"video_dataset": "driod"}, DatasetError, "dataset directory driod does not exist"),
+    ],
+)
 def test_datasets_that_are_not_there(config, fields, error, message):
     with pytest.raises(error, match=message):
         open_datasets(experiment_of("video", dataclasses.replace(config, **fields)), "train")

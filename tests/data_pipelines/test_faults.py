@@ -55,8 +55,16 @@ def stream(path, config, *, skip_broken=False, workers=0):
     experiment = ExperimentConfig(stage="action", data=data, decoder=decoder, policy=PolicyConfig(execute_steps=2))
     windows, phases = open_datasets(experiment, "train")
     mixture = Mixture([len(each) for each in windows.values()], phases, BATCH, seed=0)
-    return make_batches([Part(name, each) for name, each in windows.items()], mixture, batch_size=BATCH, start_step=0, text=text,
-                        decoder=decoder, skip_broken=skip_broken, workers=workers)  # fmt: skip
+    return make_batches(
+        [Part(name, each) for name, each in windows.items()],
+        mixture,
+        batch_size=BATCH,
+        start_step=0,
+        text=text,
+        decoder=decoder,
+        skip_broken=skip_broken,
+        workers=workers,
+    )
 
 
 def anchors(batches, count):

@@ -141,12 +141,15 @@ def test_several_processes_may_ask_at_once(shards, tmp_path, monkeypatch):
     assert seen == shards
 
 
-@pytest.mark.parametrize(("bad", "message"), [
-    (record(4, 1, drop=["steps/action"]), "feature 'steps/action' is missing"),
-    (record(4, 1, drop=["meta/hz"]), "feature 'meta/hz' is missing"),
-    (record(0, 1), "it has no steps"),
-    (b"no example", "it is not a tf.Example"),
-])
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (record(4, 1, drop=["steps/action"]), "feature 'steps/action' is missing"),
+        (record(4, 1, drop=["meta/hz"]), "feature 'meta/hz' is missing"),
+        (record(0, 1), "it has no steps"),
+        (b"no example", "it is not a tf.Example"),
+    ],
+)
 def test_a_bad_record_is_kept_as_an_error(tmp_path, bad, message):
     shards = write(tmp_path, [[record(3, 0)], [bad, record(2, 2)]])
     index = Index(build(shards, tmp_path / "cache"))

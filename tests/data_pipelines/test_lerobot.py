@@ -43,8 +43,10 @@ def edit_data(path, change):
     table = pq.read_table(path)
     columns = table.to_pydict()
     change(columns)
-    kept = {key: pa.array(values, table.schema.field(key).type if key in table.schema.names else None)
-            for key, values in columns.items()}  # fmt: skip
+    kept = {
+        key: pa.array(values, table.schema.field(key).type if key in table.schema.names else None)
+        for key, values in columns.items()
+    }
     pq.write_table(pa.table(kept), path)
 
 
@@ -94,9 +96,16 @@ def test_odd_rates(tmp_path, version, fps):
     assert_frames(source[1].frames.take([29, 3, 3, -2, 17]), 1, [29, 3, 3, 28, 17])
 
 
-@pytest.mark.parametrize("options", [
-    {"g": "2"}, {"g": "7"}, {"g": "250"}, {"g": "12", "bf": "3"}, {"g": "30", "x264-params": "bframes=2:open-gop=1"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"g": "2"},
+        {"g": "7"},
+        {"g": "250"},
+        {"g": "12", "bf": "3"},
+        {"g": "30", "x264-params": "bframes=2:open-gop=1"},
+    ],
+)
 def test_frames_in_any_order_are_those_in_order(tmp_path, options):
     source = LeRobotSource(write_lerobot(tmp_path / "demo", "v3.0", (60, 60), cameras=(TOP,), options=options))
     frames, order = source[1].frames, np.random.default_rng(0).permutation(60)
@@ -223,12 +232,15 @@ def test_columns_of_other_names_or_none(dataset):
     assert_frames(source[0].frames.take([2]), 0, [2], camera=1)
 
 
-@pytest.mark.parametrize(("names", "expected"), [
-    ([TOP], {"primary": TOP}),
-    ([WRIST], {"primary": WRIST}),
-    ([WRIST, FRONT, TOP], {"primary": FRONT, "secondary": TOP, "wrist": WRIST}),
-    ([FRONT, "observation.images.gripper_left"], {"primary": FRONT, "wrist": "observation.images.gripper_left"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ([TOP], {"primary": TOP}),
+        ([WRIST], {"primary": WRIST}),
+        ([WRIST, FRONT, TOP], {"primary": FRONT, "secondary": TOP, "wrist": WRIST}),
+        ([FRONT, "observation.images.gripper_left"], {"primary": FRONT, "wrist": "observation.images.gripper_left"}),
+    ],
+)
 def test_default_cameras(tmp_path, names, expected):
     assert LeRobotSource(write_lerobot(tmp_path / "demo", "v2.1", (3,), cameras=names)).cameras == expected
 
@@ -240,14 +252,20 @@ def test_cameras_that_cannot_be_told_apart(tmp_path, names):
         LeRobotSource(directory)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"state": "observation.joints"}, r"no feature 'observation\.joints'; its floating .* observation\.state, action, timestamp"),
-    ({"action": TOP}, rf"feature '{TOP}' is video \[48, 64, 3\]; expected a vector"),
-    ({"cameras": {"primary": "top"}}, rf"no camera feature 'top' for the role 'primary'; it has {TOP}, {WRIST}$"),
-    ({"cameras": {"primary": "observation.images.depth"}}, r"no camera feature 'observation\.images\.depth'"),
-    ({"cameras": {"wrist": WRIST}}, r"roles \['wrist'\]; expected 'primary'"),
-    ({"cameras": {"primary": TOP, "left": WRIST}}, r"roles \['left', 'primary'\]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"state": "observation.joints"},
+            r"no feature 'observation\.joints'; its floating .* observation\.state, action, timestamp",
+        ),
+        ({"action": TOP}, rf"feature '{TOP}' is video \[48, 64, 3\]; expected a vector"),
+        ({"cameras": {"primary": "top"}}, rf"no camera feature 'top' for the role 'primary'; it has {TOP}, {WRIST}$"),
+        ({"cameras": {"primary": "observation.images.depth"}}, r"no camera feature 'observation\.images\.depth'"),
+        ({"cameras": {"wrist": WRIST}}, r"roles \['wrist'\]; expected 'primary'"),
+        ({"cameras": {"primary": TOP, "left": WRIST}}, r"roles \['left', 'primary'\]"),
+    ],
+)
 def test_what_the_dataset_lacks(dataset, arguments, message):
     with pytest.raises(DatasetError, match=message):
         LeRobotSource(dataset, **arguments)
@@ -263,14 +281,17 @@ def wrong_cell(key, row, value):
     return lambda columns: columns[key].__setitem__(row, value)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (wrong_cell("action", 4, [0.0, float("nan"), 0.0]), "feature 'action' is not finite at step 4"),
-    (wrong_cell("timestamp", 4, 0.3), "feature 'timestamp' does not increase"),
-    (wrong_cell("timestamp", 4, float("nan")), "feature 'timestamp' does not increase"),
-    (wrong_cell("timestamp", 4, None), "feature 'timestamp' is float with 1 nulls"),
-    (wrong_cell("episode_index", 8, 7), "has 8 rows; meta says 9 consecutive ones"),
-    (wrong_cell("task_index", 0, 5), r"feature 'task_index' is 5; meta/tasks has \[0, 1\]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (wrong_cell("action", 4, [0.0, float("nan"), 0.0]), "feature 'action' is not finite at step 4"),
+        (wrong_cell("timestamp", 4, 0.3), "feature 'timestamp' does not increase"),
+        (wrong_cell("timestamp", 4, float("nan")), "feature 'timestamp' does not increase"),
+        (wrong_cell("timestamp", 4, None), "feature 'timestamp' is float with 1 nulls"),
+        (wrong_cell("episode_index", 8, 7), "has 8 rows; meta says 9 consecutive ones"),
+        (wrong_cell("task_index", 0, 5), r"feature 'task_index' is 5; meta/tasks has \[0, 1\]"),
+    ],
+)
 def test_wrong_rows_are_named_or_left_out(dataset, change, message):
     edit_data(only_file(dataset, "data/*/*.parquet"), change)
     with pytest.raises(DatasetError, match=rf"\.parquet.*{message}"):
@@ -345,14 +366,17 @@ def test_a_video_of_another_size(dataset):
         source[0].frames.take([3])
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda info: info.update(codebase_version="v1.6"), r"codebase_version is 'v1\.6'; expected one of v2\.0, v2\.1, v3\.0"),
-    (lambda info: info.pop("features"), "field 'features' is None"),
-    (lambda info: info.update(fps=0), "field 'fps' is 0"),
-    (lambda info: info.update(data_path="data/{shard}"), r"field 'data_path' is 'data/\{shard\}'; expected a pattern of"),
-    (lambda info: info.update(video_path=None), "field 'video_path' is None"),
-    (lambda info: info["features"][TOP].update(shape=[48, 64, 4]), rf"feature '{TOP}' has shape \[48, 64, 4\]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda info: info.update(codebase_version="v1.6"), r"codebase_version is 'v1\.6'; expected one of v2\.0, v2\.1, v3\.0"),
+        (lambda info: info.pop("features"), "field 'features' is None"),
+        (lambda info: info.update(fps=0), "field 'fps' is 0"),
+        (lambda info: info.update(data_path="data/{shard}"), r"field 'data_path' is 'data/\{shard\}'; expected a pattern of"),
+        (lambda info: info.update(video_path=None), "field 'video_path' is None"),
+        (lambda info: info["features"][TOP].update(shape=[48, 64, 4]), rf"feature '{TOP}' has shape \[48, 64, 4\]"),
+    ],
+)
 def test_what_is_wrong_with_info(dataset, change, message):
     edit_info(dataset, change)
     with pytest.raises(DatasetError, match=message):

@@ -17,10 +17,17 @@ def command(dx=0.0, turn=0.0, gripper=-1.0):
 
 
 # Rows 0, 2 and 5 command nothing; row 4 only opens the gripper.
-ACTIONS = np.array([
-    command(gripper=1), command(0.5, 0.1, gripper=1), command(gripper=1), command(0.25, -0.2, gripper=1), command(gripper=-1),
-    command(5e-5, gripper=-1), command(1.0, gripper=-1),
-])  # fmt: skip
+ACTIONS = np.array(
+    [
+        command(gripper=1),
+        command(0.5, 0.1, gripper=1),
+        command(gripper=1),
+        command(0.25, -0.2, gripper=1),
+        command(gripper=-1),
+        command(5e-5, gripper=-1),
+        command(1.0, gripper=-1),
+    ]
+)
 MOVING = [1, 3, 4, 6]
 
 
@@ -83,11 +90,14 @@ def test_the_caller_may_know_better(tmp_path, kind, upside_down):
     np.testing.assert_array_equal(LiberoSource(path, upside_down=upside_down)[0].frames.take([0]), [stored])
 
 
-@pytest.mark.parametrize(("stem", "prompt"), [
-    (STEM, "put the bowl on the plate."),
-    ("KITCHEN_SCENE3_turn_on_the_stove_and_put_the_moka_pot_on_it_demo", "turn on the stove and put the moka pot on it."),
-    ("LIVING_ROOM_SCENE10_pick_up_it", "pick up it."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stem", "prompt"),
+    [
+        (STEM, "put the bowl on the plate."),
+        ("KITCHEN_SCENE3_turn_on_the_stove_and_put_the_moka_pot_on_it_demo", "turn on the stove and put the moka pot on it."),
+        ("LIVING_ROOM_SCENE10_pick_up_it", "pick up it."),
+    ],
+)
 def test_prompts(stem, prompt):
     assert published_prompt(stem) == prompt
 
@@ -98,8 +108,10 @@ def test_order_of_files_and_demonstrations(tmp_path):
     write_libero(tmp_path / "a" / "b_task_demo.h5", {"demo_0": moving})
     source = LiberoSource(tmp_path)
     assert [episode.name.removeprefix(f"{tmp_path}/") for episode in source] == [
-        "a/b_task_demo.h5, demo_0", "b/a_task_demo.hdf5, demo_2", "b/a_task_demo.hdf5, demo_10",
-    ]  # fmt: skip
+        "a/b_task_demo.h5, demo_0",
+        "b/a_task_demo.hdf5, demo_2",
+        "b/a_task_demo.hdf5, demo_10",
+    ]
     assert [episode.instruction for episode in source] == ["b task.", "a task.", "a task."]
     with pytest.raises(IndexError, match="3 episodes"):
         source[3]
@@ -158,16 +170,19 @@ def replace(key, values):
     return change
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda demo: demo.pop("actions"), r"has no 'actions'; it has dones, obs, obs/agentview_rgb"),
-    (lambda demo: demo["obs"].pop("agentview_rgb"), r"has no 'obs/agentview_rgb'; it has actions"),
-    (replace("actions", np.zeros((7, 6))), r"actions has shape \(7, 6\); expected \(n, 7\)"),
-    (replace("obs/ee_ori", np.zeros((7, 5))), "obs/ee_ori has width 5; expected 3, a rotation vector, or 4"),
-    (replace("obs/ee_ori", np.zeros((7, 4))), "obs/ee_ori is not an orientation"),
-    (replace("obs/ee_pos", np.zeros((6, 3))), "obs/ee_pos has 6 steps, actions have 7"),
-    (replace("obs/agentview_rgb", np.zeros((7, 4, 4, 3))), r"obs/agentview_rgb is float64 \(7, 4, 4, 3\); expected uint8"),
-    (replace("actions", np.where(np.arange(7)[:, None] == 3, np.nan, ACTIONS)), "actions is not finite at step 3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda demo: demo.pop("actions"), r"has no 'actions'; it has dones, obs, obs/agentview_rgb"),
+        (lambda demo: demo["obs"].pop("agentview_rgb"), r"has no 'obs/agentview_rgb'; it has actions"),
+        (replace("actions", np.zeros((7, 6))), r"actions has shape \(7, 6\); expected \(n, 7\)"),
+        (replace("obs/ee_ori", np.zeros((7, 5))), "obs/ee_ori has width 5; expected 3, a rotation vector, or 4"),
+        (replace("obs/ee_ori", np.zeros((7, 4))), "obs/ee_ori is not an orientation"),
+        (replace("obs/ee_pos", np.zeros((6, 3))), "obs/ee_pos has 6 steps, actions have 7"),
+        (replace("obs/agentview_rgb", np.zeros((7, 4, 4, 3))), r"obs/agentview_rgb is float64 \(7, 4, 4, 3\); expected uint8"),
+        (replace("actions", np.where(np.arange(7)[:, None] == 3, np.nan, ACTIONS)), "actions is not finite at step 3"),
+    ],
+)
 def test_wrong_demonstrations_are_named_or_left_out(tmp_path, change, message):
     path = edited(write_libero(tmp_path / "a_demo.hdf5", {"demo_0": ACTIONS, "demo_1": ACTIONS}), change)
     with pytest.raises(DatasetError, match=rf"a_demo\.hdf5, demo_0:? {message}"):

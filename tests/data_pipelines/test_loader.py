@@ -53,8 +53,12 @@ def test_windows_are_episodes_times_anchors(dataset, make_source, config):
 def test_batch_contents(dataset):
     (batch,) = batches(dataset, 1)
     assert {name: (value.shape, value.dtype.name) for name, value in batch.items()} == {
-        "video": ((4, 9, 16, 32, 3), "uint8"), "video_mask": ((4, 9), "bool"), "text": ((4, 2, 3), "float32"),
-        "proprio": ((4, 1, 3), "float32"), "actions": ((4, 4, 2), "float32"), "action_mask": ((4, 4), "bool"),
+        "video": ((4, 9, 16, 32, 3), "uint8"),
+        "video_mask": ((4, 9), "bool"),
+        "text": ((4, 2, 3), "float32"),
+        "proprio": ((4, 1, 3), "float32"),
+        "actions": ((4, 4, 2), "float32"),
+        "action_mask": ((4, 4), "bool"),
     }
     anchors = np.array(windows_of(batch)) % 100
     np.testing.assert_array_equal(batch["video"][:, 4, 0, 0, 0] // 4, anchors)  # the frame at the anchor

@@ -69,16 +69,19 @@ def test_parsing():
     assert phases == (Phase(0, (2.0, 1.0, 0.0)), Phase(1000, (0.0, 3.0, 1.0)), Phase(5000, (1.0, 0.0, 0.0)))
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("a,,b", "'f': '' is not a dataset"),
-    ("*2", "is not a dataset"),
-    ("a*-1", r"'f': 'a\*-1' is not a dataset, or a dataset\*weight"),
-    ("a*much", r"'a\*much' is not"),
-    ("a*nan", r"'a\*nan' is not"),
-    ("a,b,a*2", "'f' names 'a' twice"),
-    ("a;b", "'b' does not begin with the step"),
-    ("a;100:b;50:a", "'50:a' does not begin with the step of a later phase"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,,b", "'f': '' is not a dataset"),
+        ("*2", "is not a dataset"),
+        ("a*-1", r"'f': 'a\*-1' is not a dataset, or a dataset\*weight"),
+        ("a*much", r"'a\*much' is not"),
+        ("a*nan", r"'a\*nan' is not"),
+        ("a,b,a*2", "'f' names 'a' twice"),
+        ("a;b", "'b' does not begin with the step"),
+        ("a;100:b;50:a", "'50:a' does not begin with the step of a later phase"),
+    ],
+)
 def test_text_that_is_no_mixture(text, message):
     with pytest.raises(ConfigError, match=message):
         parse_mixture(text, "f")

@@ -120,13 +120,16 @@ def test_a_damaged_manifest(complete, text):
         open_latents(complete.folder, KEY)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"data.video_hz": 5.0}, r"config field 'data\.video_hz' is 5\.0, there 10\.0$"),
-    ({"data.image_size": [32, 32]}, r"'data\.image_size' is \[32, 32\], there \[16, 32\]$"),
-    ({"weights": "cc"}, r"fit this experiment: another tokenizer made them$"),
-    ({"dataset": "cc"}, r"fit this experiment: they are of another dataset, or of another version of it$"),
-    ({"tokenizer.kind": "wan", "precision": "bfloat16"}, "'pca'; config field 'precision' is 'bfloat16', there None$"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data.video_hz": 5.0}, r"config field 'data\.video_hz' is 5\.0, there 10\.0$"),
+        ({"data.image_size": [32, 32]}, r"'data\.image_size' is \[32, 32\], there \[16, 32\]$"),
+        ({"weights": "cc"}, r"fit this experiment: another tokenizer made them$"),
+        ({"dataset": "cc"}, r"fit this experiment: they are of another dataset, or of another version of it$"),
+        ({"tokenizer.kind": "wan", "precision": "bfloat16"}, "'pca'; config field 'precision' is 'bfloat16', there None$"),
+    ],
+)
 def test_another_key_names_what_differs(complete, change, message):
     for act in (open_latents, lambda folder, key: create(folder, key=key)):
         with pytest.raises(ConfigError, match=message) as error:
@@ -147,22 +150,25 @@ def key_of(tokenizer=WEIGHTS, dataset="bb", **changes):
     return latent_key(dataclasses.replace(config, **changes), tokenizer, dataset)
 
 
-@pytest.mark.parametrize(("change", "differs"), [
-    ({"data": DataConfig(image_size=(16, 64))}, {"data.image_size"}),
-    ({"data": DataConfig(image_size=SIZE, past_frames=9)}, {"data.past_frames"}),
-    ({"data": DataConfig(image_size=SIZE, future_frames=8)}, {"data.future_frames"}),
-    ({"data": DataConfig(image_size=SIZE, video_hz=4.0)}, {"data.video_hz"}),
-    ({"dataset": "cc"}, {"dataset"}),
-    ({"tokenizer": WEIGHTS | {"scale": np.full(1, 1 + 2**-23, np.float32)}}, {"weights"}),
-    ({"tokenizer": WEIGHTS | {"scale": np.ones(1, ml_dtypes.bfloat16)}}, {"weights"}),
-    ({"tokenizer": WEIGHTS | {"scale": np.ones((1, 1), np.float32)}}, {"weights"}),
-    ({"tokenizer": {"encoder": WEIGHTS["encoder"], "shift": WEIGHTS["scale"]}}, {"weights"}),
-    ({"tokenizer": dict(reversed(WEIGHTS.items()))}, set()),
-    # What latents do not depend on.
-    ({"data": DataConfig(image_size=SIZE, action_delay=0.0, workers=2, latents="x"), "backbone_run": "y"}, set()),
-    ({"precision": "bfloat16"}, set()),  # of the tokenizer pca, which computes in float32
-    ({"text": TextConfig(rows=3), "seed": 4}, set()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [
+        ({"data": DataConfig(image_size=(16, 64))}, {"data.image_size"}),
+        ({"data": DataConfig(image_size=SIZE, past_frames=9)}, {"data.past_frames"}),
+        ({"data": DataConfig(image_size=SIZE, future_frames=8)}, {"data.future_frames"}),
+        ({"data": DataConfig(image_size=SIZE, video_hz=4.0)}, {"data.video_hz"}),
+        ({"dataset": "cc"}, {"dataset"}),
+        ({"tokenizer": WEIGHTS | {"scale": np.full(1, 1 + 2**-23, np.float32)}}, {"weights"}),
+        ({"tokenizer": WEIGHTS | {"scale": np.ones(1, ml_dtypes.bfloat16)}}, {"weights"}),
+        ({"tokenizer": WEIGHTS | {"scale": np.ones((1, 1), np.float32)}}, {"weights"}),
+        ({"tokenizer": {"encoder": WEIGHTS["encoder"], "shift": WEIGHTS["scale"]}}, {"weights"}),
+        ({"tokenizer": dict(reversed(WEIGHTS.items()))}, set()),
+        # What latents do not depend on.
+        ({"data": DataConfig(image_size=SIZE, action_delay=0.0, workers=2, latents="x"), "backbone_run": "y"}, set()),
+        ({"precision": "bfloat16"}, set()),  # of the tokenizer pca, which computes in float32
+        ({"text": TextConfig(rows=3), "seed": 4}, set()),
+    ],
+)
 def test_the_key_covers_what_latents_depend_on(change, differs):
     before, after = key_of(), key_of(**change)
     assert {name for name in before | after if before.get(name) != after.get(name)} == differs

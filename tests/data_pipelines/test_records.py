@@ -160,59 +160,72 @@ def image(file_format, value):
     return file
 
 
-FEATURES = tfds.features.FeaturesDict({
-    "steps": tfds.features.Dataset({
-        "observation": {
-            "jpeg": tfds.features.Image(shape=(6, 8, 3), encoding_format="jpeg"),
-            "png": tfds.features.Image(shape=(6, 8, 3), encoding_format="png"),
-            "state": {"joints": tfds.features.Tensor(shape=(2, 3), dtype=np.float32)},
-        },
-        "double": tfds.features.Tensor(shape=(2,), dtype=np.float64),
-        "ints": tfds.features.Tensor(shape=(3,), dtype=np.int64),
-        "bytes": tfds.features.Tensor(shape=(2,), dtype=np.uint8),
-        "unsigned": tfds.features.Scalar(np.uint64),
-        "flag": tfds.features.Scalar(np.bool_),
-        "label": tfds.features.ClassLabel(num_classes=300),
-        "zlib": tfds.features.Tensor(shape=(2,), dtype=np.float64, encoding="zlib"),
-        "raw": tfds.features.Tensor(shape=(4,), dtype=np.int16, encoding="bytes"),
-        "text": tfds.features.Text(),
-    }),
-    "episode_metadata": {"hz": tfds.features.Scalar(np.float32), "file": tfds.features.Text(), "success": np.bool_},
-})  # fmt: skip
+FEATURES = tfds.features.FeaturesDict(
+    {
+        "steps": tfds.features.Dataset(
+            {
+                "observation": {
+                    "jpeg": tfds.features.Image(shape=(6, 8, 3), encoding_format="jpeg"),
+                    "png": tfds.features.Image(shape=(6, 8, 3), encoding_format="png"),
+                    "state": {"joints": tfds.features.Tensor(shape=(2, 3), dtype=np.float32)},
+                },
+                "double": tfds.features.Tensor(shape=(2,), dtype=np.float64),
+                "ints": tfds.features.Tensor(shape=(3,), dtype=np.int64),
+                "bytes": tfds.features.Tensor(shape=(2,), dtype=np.uint8),
+                "unsigned": tfds.features.Scalar(np.uint64),
+                "flag": tfds.features.Scalar(np.bool_),
+                "label": tfds.features.ClassLabel(num_classes=300),
+                "zlib": tfds.features.Tensor(shape=(2,), dtype=np.float64, encoding="zlib"),
+                "raw": tfds.features.Tensor(shape=(4,), dtype=np.int16, encoding="bytes"),
+                "text": tfds.features.Text(),
+            }
+        ),
+        "episode_metadata": {"hz": tfds.features.Scalar(np.float32), "file": tfds.features.Text(), "success": np.bool_},
+    }
+)
 
 
 def example(steps=5):
     rng = np.random.default_rng(0)
     extremes = np.array([0, -1, 127, 128, 2**31, -(2**63), 2**63 - 1])
     return {
-        "steps": [{
-            "observation": {"jpeg": image("JPEG", 10 * k), "png": image("PNG", k),
-                            "state": {"joints": rng.normal(size=(2, 3)).astype(np.float32)}},
-            "double": rng.normal(size=2),
-            "ints": rng.choice(extremes, 3),
-            "bytes": rng.integers(0, 256, 2).astype(np.uint8),
-            "unsigned": np.uint64(2**64 - 1 - k),
-            "flag": k % 2 == 0,
-            "label": 299 - k,
-            "zlib": rng.normal(size=2),
-            "raw": rng.integers(-300, 300, 4).astype(np.int16),
-            "text": f"schließe {k}",
-        } for k in range(steps)],
+        "steps": [
+            {
+                "observation": {
+                    "jpeg": image("JPEG", 10 * k),
+                    "png": image("PNG", k),
+                    "state": {"joints": rng.normal(size=(2, 3)).astype(np.float32)},
+                },
+                "double": rng.normal(size=2),
+                "ints": rng.choice(extremes, 3),
+                "bytes": rng.integers(0, 256, 2).astype(np.uint8),
+                "unsigned": np.uint64(2**64 - 1 - k),
+                "flag": k % 2 == 0,
+                "label": 299 - k,
+                "zlib": rng.normal(size=2),
+                "raw": rng.integers(-300, 300, 4).astype(np.int16),
+                "text": f"schließe {k}",
+            }
+            for k in range(steps)
+        ],
         "episode_metadata": {"hz": np.float32(3.3), "file": "a/b.h5", "success": True},
-    }  # fmt: skip
+    }
 
 
-@pytest.mark.parametrize(("path", "dtype", "shape", "encoding"), [
-    ("steps/observation/state/joints", "float32", (2, 3), "none"),
-    ("steps/double", "float64", (2,), "none"),
-    ("steps/ints", "int64", (3,), "none"),
-    ("steps/bytes", "uint8", (2,), "none"),
-    ("steps/unsigned", "uint64", (), "none"),
-    ("steps/flag", "bool", (), "none"),
-    ("steps/label", "int64", (), "none"),
-    ("steps/zlib", "float64", (2,), "zlib"),
-    ("steps/raw", "int16", (4,), "bytes"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("path", "dtype", "shape", "encoding"),
+    [
+        ("steps/observation/state/joints", "float32", (2, 3), "none"),
+        ("steps/double", "float64", (2,), "none"),
+        ("steps/ints", "int64", (3,), "none"),
+        ("steps/bytes", "uint8", (2,), "none"),
+        ("steps/unsigned", "uint64", (), "none"),
+        ("steps/flag", "bool", (), "none"),
+        ("steps/label", "int64", (), "none"),
+        ("steps/zlib", "float64", (2,), "zlib"),
+        ("steps/raw", "int16", (4,), "bytes"),
+    ],
+)
 def test_numbers_are_those_of_tfds(path, dtype, shape, encoding):
     record = FEATURES.serialize_example(example())
     values = Column(path, "steps", dtype, shape, encoding).decode(parse_example(memoryview(record)))

@@ -19,8 +19,9 @@ from mimic_video.training.steps import TrainState
 LENGTHS = {"one": (12, 20, 9), "two": (40,), "three": (7, 7, 7), "four": (30, 25), "five": (15, 11)}  # steps of episodes
 WEIGHTS = (5.0, 1.0, 3.0, 0.5, 0.7)
 COUNTS = [502, 101, 301, 50, 70]  # of 1024; by weight 501.96, 100.39, 301.18, 50.20, 70.27
-CONFIG = DataConfig(image_size=SIZE, past_frames=1, future_frames=4, video_hz=10.0, action_horizon=4, control_hz=10.0,
-                    action_delay=0.1)  # fmt: skip
+CONFIG = DataConfig(
+    image_size=SIZE, past_frames=1, future_frames=4, video_hz=10.0, action_horizon=4, control_hz=10.0, action_delay=0.1
+)
 DECODER = ActionDecoderConfig(action_horizon=4, action_dim=2, proprio_dim=3)
 BATCH, STOP, NEXT = 64, 5, 16  # 1,024 samples after the stop, across the end of a block
 
@@ -34,16 +35,25 @@ def directories(request, tmp_path_factory):
     """Five prepared datasets. Episodes are numbered through, so that proprioception tells the dataset, episode and step."""
     numbers = itertools.count()
     return [
-        write_rlds(tmp_path_factory.mktemp(name), name, {"train": [step_episode(n, episode=next(numbers)) for n in lengths]},
-                   control_hz=10.0, image_size=SIZE, description="Steps that count.", file_format=request.param)
+        write_rlds(
+            tmp_path_factory.mktemp(name),
+            name,
+            {"train": [step_episode(n, episode=next(numbers)) for n in lengths]},
+            control_hz=10.0,
+            image_size=SIZE,
+            description="Steps that count.",
+            file_format=request.param,
+        )
         for name, lengths in LENGTHS.items()
-    ]  # fmt: skip
+    ]
 
 
 def opened(directories):
     """The mixture as a process that starts anew opens it."""
-    parts = [Part(name, WindowDataset(RldsSource(directory, "train"), CONFIG, actions=True))
-             for name, directory in zip(LENGTHS, directories, strict=True)]  # fmt: skip
+    parts = [
+        Part(name, WindowDataset(RldsSource(directory, "train"), CONFIG, actions=True))
+        for name, directory in zip(LENGTHS, directories, strict=True)
+    ]
     return parts, Mixture([len(part.windows) for part in parts], [Phase(0, WEIGHTS)], BATCH, seed=3)
 
 
@@ -74,10 +84,15 @@ def restored(directories, run):
         return again, int(checkpoints.restore(manager, state).step)
 
 
-@pytest.mark.parametrize(("hosts", "workers"), [
-    (1, 0), (2, 0), (4, 0),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 1), (1, 2), (2, 2))),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("hosts", "workers"),
+    [
+        (1, 0),
+        (2, 0),
+        (4, 0),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 1), (1, 2), (2, 2))),
+    ],
+)
 def test_the_next_thousand_samples_are_those_of_the_uninterrupted_run(directories, whole, tmp_path, hosts, workers):
     mixed, step = restored(directories, tmp_path)
     rows = np.arange(BATCH).reshape(hosts, -1).tolist()
@@ -98,26 +113,42 @@ def test_both_readers_give_the_same_samples_and_are_the_same_data(tmp_path):
     """So a run continues on data that was converted in between, or lies elsewhere."""
     streams, states = [], []
     for file_format in ("tfrecord", "array_record"):
-        directory = write_rlds(tmp_path / file_format, "steps", {"train": [step_episode(n, episode=n) for n in (9, 12, 20)]},
-                               control_hz=10.0, image_size=SIZE, description="", file_format=file_format)  # fmt: skip
+        directory = write_rlds(
+            tmp_path / file_format,
+            "steps",
+            {"train": [step_episode(n, episode=n) for n in (9, 12, 20)]},
+            control_hz=10.0,
+            image_size=SIZE,
+            description="",
+            file_format=file_format,
+        )
         part = Part("steps", WindowDataset(RldsSource(directory, "train"), CONFIG, actions=True))
         mixed = [part], Mixture([len(part.windows)], [Phase(0, (1.0,))], BATCH, seed=3)
         streams.append(ids(*mixed, 0, 4))
         states.append(data_state(*mixed, 4))
     np.testing.assert_array_equal(*streams)
     assert states[0] == states[1]
-    assert states[0] | {"datasets": None} == {"next_step": 4, "next_sample": 256, "seed": 3, "batch_size": BATCH,
-                                              "phases": [[0, [1.0]]], "datasets": None}  # fmt: skip
+    assert states[0] | {"datasets": None} == {
+        "next_step": 4,
+        "next_sample": 256,
+        "seed": 3,
+        "batch_size": BATCH,
+        "phases": [[0, [1.0]]],
+        "datasets": None,
+    }
 
 
-@pytest.mark.parametrize(("changed", "differs"), [
-    ({"timestamps": np.arange(12) / 5.0}, {"content"}),
-    ({"actions": np.full((12, 2), 0.5, np.float32)}, {"content"}),
-    ({"proprio": np.zeros((12, 3), np.float32)}, {"content"}),
-    ({"instruction": "do something else"}, {"content"}),
-    ({"action_layout": "delta"}, {"content"}),
-    ({"name": "elsewhere", "frames": ArrayFrames(np.zeros((12, *SIZE, 3), np.uint8))}, set()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changed", "differs"),
+    [
+        ({"timestamps": np.arange(12) / 5.0}, {"content"}),
+        ({"actions": np.full((12, 2), 0.5, np.float32)}, {"content"}),
+        ({"proprio": np.zeros((12, 3), np.float32)}, {"content"}),
+        ({"instruction": "do something else"}, {"content"}),
+        ({"action_layout": "delta"}, {"content"}),
+        ({"name": "elsewhere", "frames": ArrayFrames(np.zeros((12, *SIZE, 3), np.uint8))}, set()),
+    ],
+)
 def test_a_changed_episode_is_other_data(make_source, changed, differs):
     source = make_source(40, 12)
     before = content_of(source)

@@ -31,8 +31,9 @@ def source(tmp_path, monkeypatch, request):
     """Two shards of two episodes in `train` and one in `val`."""
     monkeypatch.setattr(writers, "_EPISODES_PER_SHARD", 2)
     splits = {"train": [two_cameras(n, e) for e, n in enumerate(LENGTHS)], "val": [two_cameras(5, 9)]}
-    return write_rlds(tmp_path / "source", "demo", splits, control_hz=10.0, image_size=SIZE, description="A demo.",
-                      file_format=request.param)  # fmt: skip
+    return write_rlds(
+        tmp_path / "source", "demo", splits, control_hz=10.0, image_size=SIZE, description="A demo.", file_format=request.param
+    )
 
 
 def other_format(path):
@@ -179,12 +180,15 @@ def test_a_broken_image_names_the_step(source, tmp_path, monkeypatch):
         convert_rlds(source, tmp_path / "out", Conversion(jpeg_quality=50))
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"file_format": "riegeli"}, "file_format is 'riegeli'"),
-    ({"image_size": (0, 3)}, r"image_size is \(0, 3\)"),
-    ({"jpeg_quality": 101}, "jpeg_quality is 101; expected 1 to 100"),
-    ({"chunk_steps": 0}, "chunk_steps is 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"file_format": "riegeli"}, "file_format is 'riegeli'"),
+        ({"image_size": (0, 3)}, r"image_size is \(0, 3\)"),
+        ({"jpeg_quality": 101}, "jpeg_quality is 101; expected 1 to 100"),
+        ({"chunk_steps": 0}, "chunk_steps is 0"),
+    ],
+)
 def test_impossible_values_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         Conversion(**options)
@@ -195,8 +199,10 @@ def test_features_that_cannot_be_converted_are_named(source, tmp_path):
         convert_rlds(source, tmp_path / "out", Conversion(cameras=("top",)))
     tree = json.loads((source / "features.json").read_text())
     steps = tree["featuresDict"]["features"]["steps"]["sequence"]["feature"]["featuresDict"]["features"]
-    steps["words"] = {"pythonClassName": "tensorflow_datasets.core.features.sequence_feature.Sequence",
-                      "sequence": {"feature": steps["reward"], "length": "-1"}}  # fmt: skip
+    steps["words"] = {
+        "pythonClassName": "tensorflow_datasets.core.features.sequence_feature.Sequence",
+        "sequence": {"feature": steps["reward"], "length": "-1"},
+    }
     (source / "features.json").write_text(json.dumps(tree))
     with pytest.raises(DatasetError, match="feature 'steps/words' has a length that varies from step to step"):
         convert_rlds(source, tmp_path / "out", Conversion(chunk_steps=3))

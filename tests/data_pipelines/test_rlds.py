@@ -51,8 +51,15 @@ def edit_records(path, change, file_format="array_record"):
 def rlds(tmp_path, request):
     """The dataset of conftest.py in both formats."""
     splits = {"train": [step_episode(n, episode=e) for e, n in enumerate((12, 20, 15))], "val": [step_episode(14, episode=3)]}
-    return write_rlds(tmp_path, "steps_demo", splits, control_hz=10.0, image_size=SIZE, description="Steps that count.",
-                      file_format=request.param)
+    return write_rlds(
+        tmp_path,
+        "steps_demo",
+        splits,
+        control_hz=10.0,
+        image_size=SIZE,
+        description="Steps that count.",
+        file_format=request.param,
+    )
 
 
 def test_episodes_come_back(rlds, make_episode):
@@ -159,15 +166,24 @@ def test_missing_and_broken_metadata(rlds, file):
         RldsSource(rlds, "train")
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda top, steps: observation(steps).pop(IMAGE), r"no feature 'steps/observation/image_primary'; expected a uint8 Image"),
-    (lambda top, steps: observation(steps)[IMAGE]["image"].pop("shape"), r"image_primary' is Image.*None"),
-    (lambda top, steps: observation(steps).update({IMAGE: steps[ACTION]}), r"image_primary' is Tensor.*expected a uint8 Image"),
-    (lambda top, steps: steps[ACTION]["tensor"]["shape"].update(dimensions=["2", "2"]), r"action' is Tensor\(shape=\(2, 2\)"),
-    (lambda top, steps: steps[ACTION]["tensor"].update(dtype="int32"), r"steps/action' is Tensor.*int32.*floating"),
-    (lambda top, steps: steps.pop("language_instruction"), r"no feature 'steps/language_instruction'"),
-    (lambda top, steps: top.pop("steps"), r"no feature 'steps/observation/image_primary'"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda top, steps: observation(steps).pop(IMAGE),
+            r"no feature 'steps/observation/image_primary'; expected a uint8 Image",
+        ),
+        (lambda top, steps: observation(steps)[IMAGE]["image"].pop("shape"), r"image_primary' is Image.*None"),
+        (
+            lambda top, steps: observation(steps).update({IMAGE: steps[ACTION]}),
+            r"image_primary' is Tensor.*expected a uint8 Image",
+        ),
+        (lambda top, steps: steps[ACTION]["tensor"]["shape"].update(dimensions=["2", "2"]), r"action' is Tensor\(shape=\(2, 2\)"),
+        (lambda top, steps: steps[ACTION]["tensor"].update(dtype="int32"), r"steps/action' is Tensor.*int32.*floating"),
+        (lambda top, steps: steps.pop("language_instruction"), r"no feature 'steps/language_instruction'"),
+        (lambda top, steps: top.pop("steps"), r"no feature 'steps/observation/image_primary'"),
+    ],
+)
 def test_feature_errors_name_the_feature(rlds, change, message):
     edit_features(rlds, change)
     with pytest.raises(DatasetError, match=message):
@@ -261,8 +277,9 @@ def test_jpegs_decode_as_pillow_does():
         Image.fromarray(image).convert(mode).save(file, "JPEG", **options)
         expected = np.asarray(Image.open(file).convert("RGB"))
         np.testing.assert_array_equal(decode_image(file.getvalue()), expected)
-        np.testing.assert_array_equal(decode_image(memoryview(file.getvalue()), (48, 61), (20, 10)),
-                                      resize_images(expected, (20, 10)))  # fmt: skip
+        np.testing.assert_array_equal(
+            decode_image(memoryview(file.getvalue()), (48, 61), (20, 10)), resize_images(expected, (20, 10))
+        )
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG")
     np.testing.assert_array_equal(decode_image(file.getvalue()), image)
@@ -285,7 +302,10 @@ class Layout:
 
     def standardise(self, columns):
         assert {path: values.dtype.name for path, values in columns.items()} == {
-            "steps/action": "float64", "steps/observation/state/pose": "float32", "steps/open": "bool"}  # fmt: skip
+            "steps/action": "float64",
+            "steps/observation/state/pose": "float32",
+            "steps/open": "bool",
+        }
         if columns["steps/open"].all():
             raise ValueError("the gripper never closes")
         pose = columns["steps/observation/state/pose"].reshape(len(columns["steps/open"]), -1)
@@ -293,18 +313,22 @@ class Layout:
 
 
 def write_foreign(folder, file_format, lengths):
-    features = tfds.features.FeaturesDict({
-        "steps": tfds.features.Dataset({
-            "observation": {
-                "image_0": tfds.features.Image(shape=(6, 8, 3), encoding_format="png"),
-                "image_1": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
-                "state": {"pose": tfds.features.Tensor(shape=(2, 2), dtype=np.float32)},
-                "instruction": tfds.features.Tensor(shape=(16,), dtype=np.int32),
-            },
-            "action": tfds.features.Tensor(shape=(3,), dtype=np.float64),
-            "open": tfds.features.Scalar(np.bool_),
-        }),
-    })  # fmt: skip
+    features = tfds.features.FeaturesDict(
+        {
+            "steps": tfds.features.Dataset(
+                {
+                    "observation": {
+                        "image_0": tfds.features.Image(shape=(6, 8, 3), encoding_format="png"),
+                        "image_1": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
+                        "state": {"pose": tfds.features.Tensor(shape=(2, 2), dtype=np.float32)},
+                        "instruction": tfds.features.Tensor(shape=(16,), dtype=np.int32),
+                    },
+                    "action": tfds.features.Tensor(shape=(3,), dtype=np.float64),
+                    "open": tfds.features.Scalar(np.bool_),
+                }
+            ),
+        }
+    )
 
     def image(kind, size, value):
         file = io.BytesIO()
@@ -315,13 +339,28 @@ def write_foreign(folder, file_format, lengths):
         for number, length in enumerate(lengths):
             words = np.zeros(16, np.int32)
             words[:6] = list(f"lift {number}".encode())
-            writer.write(features.serialize_example({"steps": [{
-                "observation": {"image_0": image("PNG", (6, 8), k), "image_1": image("JPEG", (10 + k, 4), k),
-                                "state": {"pose": np.full((2, 2), k, np.float32)}, "instruction": words},
-                "action": np.full(3, 10 * number + k, np.float64), "open": bool(k % 2) or number == 2,
-            } for k in range(length)]}))  # fmt: skip
-    write_metadata(folder, "foreign", "1.0.0", features, {"train": SplitSize([len(lengths)], 0)}, file_format=file_format,
-                   description="")  # fmt: skip
+            writer.write(
+                features.serialize_example(
+                    {
+                        "steps": [
+                            {
+                                "observation": {
+                                    "image_0": image("PNG", (6, 8), k),
+                                    "image_1": image("JPEG", (10 + k, 4), k),
+                                    "state": {"pose": np.full((2, 2), k, np.float32)},
+                                    "instruction": words,
+                                },
+                                "action": np.full(3, 10 * number + k, np.float64),
+                                "open": bool(k % 2) or number == 2,
+                            }
+                            for k in range(length)
+                        ]
+                    }
+                )
+            )
+    write_metadata(
+        folder, "foreign", "1.0.0", features, {"train": SplitSize([len(lengths)], 0)}, file_format=file_format, description=""
+    )
 
 
 @pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
@@ -344,15 +383,18 @@ def test_other_layouts_are_read_through_their_spec(tmp_path, file_format):
     assert RldsSource(tmp_path, "train", spec=Layout(), image_size=(12, 6), control_hz=2.0)[0].timestamps[1] == 0.5
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"primary": None}, "its spec names no primary camera"),
-    ({"primary": "image"}, "no feature 'steps/observation/image'"),
-    ({"columns": ("steps/actions",)}, "no feature 'steps/actions'; expected a Tensor of numbers of a fixed shape"),
-    ({"columns": ("steps/observation/image_0",)}, "'steps/observation/image_0' is Image.*expected a Tensor of numbers"),
-    ({"columns": ("action",)}, "'action' is not a feature of steps"),
-    ({"language": "instruction"}, "no feature 'steps/instruction'; expected a Text"),
-    ({"language": "action"}, "'steps/action' is Tensor.*expected a Text"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"primary": None}, "its spec names no primary camera"),
+        ({"primary": "image"}, "no feature 'steps/observation/image'"),
+        ({"columns": ("steps/actions",)}, "no feature 'steps/actions'; expected a Tensor of numbers of a fixed shape"),
+        ({"columns": ("steps/observation/image_0",)}, "'steps/observation/image_0' is Image.*expected a Tensor of numbers"),
+        ({"columns": ("action",)}, "'action' is not a feature of steps"),
+        ({"language": "instruction"}, "no feature 'steps/instruction'; expected a Text"),
+        ({"language": "action"}, "'steps/action' is Tensor.*expected a Text"),
+    ],
+)
 def test_specs_that_do_not_fit_name_the_feature(tmp_path, change, message):
     write_foreign(tmp_path, "tfrecord", (4,))
     with pytest.raises(DatasetError, match=message):

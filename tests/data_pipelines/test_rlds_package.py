@@ -13,8 +13,9 @@ from data_pipelines.writers import write_rlds
 @pytest.mark.skipif(importlib.util.find_spec("rlds") is None, reason="the rlds package is not installed")
 def test_it_judges_what_we_write_as_rlds(tmp_path):
     source = LeRobotSource(write_lerobot(tmp_path / "demo", "v2.1", (5, 8)))
-    path = write_rlds(tmp_path, "demo_rlds", {"train": source}, control_hz=10.0, image_size=(16, 16), description="",
-                      file_format="tfrecord")  # fmt: skip
+    path = write_rlds(
+        tmp_path, "demo_rlds", {"train": source}, control_hz=10.0, image_size=(16, 16), description="", file_format="tfrecord"
+    )
     script = f"""
 from data_pipelines.rlds_package import import_rlds
 rlds = import_rlds()

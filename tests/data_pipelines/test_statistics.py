@@ -21,8 +21,11 @@ from mimic_video.transforms import compute_statistics
 def test_statistics_cover_every_window_and_no_image(make_source, config):
     source = make_source(12, 20)
     found = action_statistics(source, config)
-    windows = [action_window(episode, anchor, config) for episode in source
-               for anchor in anchors(episode.timestamps, config, actions=True)]
+    windows = [
+        action_window(episode, anchor, config)
+        for episode in source
+        for anchor in anchors(episode.timestamps, config, actions=True)
+    ]
     assert len(windows) == 11 + 19
     assert found["action"].mean.shape == (4, 2) and found["proprio"].mean.shape == (1, 3)
     np.testing.assert_allclose(found["action"].mean, np.mean([w["actions"] for w in windows], axis=0), rtol=1e-6)
@@ -76,8 +79,10 @@ def test_the_horizon_in_parts_equals_all_at_once(config, monkeypatch, memory, la
     off_grid = dataclasses.replace(config, control_hz=7.0)
     episodes = [random_episode(number, layout=layout) for number in range(5)]
     windows = [action_windows(episode, anchors(episode.timestamps, off_grid, actions=True), off_grid) for episode in episodes]
-    expected = {"action": compute_statistics(np.concatenate([window["actions"] for window in windows])),
-                "proprio": compute_statistics(np.concatenate([window["proprio"] for window in windows]))}  # fmt: skip
+    expected = {
+        "action": compute_statistics(np.concatenate([window["actions"] for window in windows])),
+        "proprio": compute_statistics(np.concatenate([window["proprio"] for window in windows])),
+    }
     assert_equal_bits(action_statistics(episodes, off_grid), expected)
 
 
@@ -90,8 +95,9 @@ class Together:
     def run(self, compute):
         """[compute(hosts) of each host]"""
         with concurrent.futures.ThreadPoolExecutor(self.count) as pool:
-            return list(pool.map(lambda index: compute(Hosts(index, self.count, lambda v: self._gather(index, v))),
-                                 range(self.count)))  # fmt: skip
+            return list(
+                pool.map(lambda index: compute(Hosts(index, self.count, lambda v: self._gather(index, v))), range(self.count))
+            )
 
     def _gather(self, index, values):
         self.given[index] = values
@@ -131,8 +137,9 @@ def test_the_same_data_elsewhere_and_in_another_format_is_computed_once(tmp_path
     found = []
     for file_format in ("tfrecord", "array_record"):
         splits = {"train": [make_episode(n, episode=n) for n in (12, 20, 15)]}
-        path = write_rlds(tmp_path / file_format, file_format, splits, control_hz=10.0, image_size=SIZE, description="",
-                          file_format=file_format)  # fmt: skip
+        path = write_rlds(
+            tmp_path / file_format, file_format, splits, control_hz=10.0, image_size=SIZE, description="", file_format=file_format
+        )
         found.append(cached_statistics(RldsSource(path, "train"), config))
     assert len(computed) == len(list(cache.iterdir())) == 1
     assert_equal_bits(found[1], found[0])
@@ -143,8 +150,13 @@ def test_other_data_and_other_windows_have_other_statistics(config, cache, compu
     episodes = [random_episode(number) for number in range(3)]
     other = dataclasses.replace(episodes[0], actions=episodes[0].actions + 1)
     cached_statistics(episodes, config)
-    for changed, window in [([other, *episodes[1:]], {}), (episodes, {"action_horizon": 3}), (episodes, {"control_hz": 5.0}),
-                            (episodes, {"action_delay": 0.2}), (episodes[:2], {})]:  # fmt: skip
+    for changed, window in [
+        ([other, *episodes[1:]], {}),
+        (episodes, {"action_horizon": 3}),
+        (episodes, {"control_hz": 5.0}),
+        (episodes, {"action_delay": 0.2}),
+        (episodes[:2], {}),
+    ]:
         before, wanted = len(computed), dataclasses.replace(config, **window)
         assert_equal_bits(cached_statistics(changed, wanted), action_statistics(changed, wanted))
         assert len(computed) == before + 1
@@ -199,8 +211,15 @@ def test_no_image_of_a_dataset_is_read(tmp_path, config, make_episode, monkeypat
     def fail(*_):
         raise AssertionError("an image was read")
 
-    path = write_rlds(tmp_path, "steps", {"train": [make_episode(12)]}, control_hz=10.0, image_size=SIZE, description="",
-                      file_format=file_format)  # fmt: skip
+    path = write_rlds(
+        tmp_path,
+        "steps",
+        {"train": [make_episode(12)]},
+        control_hz=10.0,
+        image_size=SIZE,
+        description="",
+        file_format=file_format,
+    )
     monkeypatch.setattr(RldsSource, "encoded", fail)
     windows = WindowDataset(RldsSource(path, "train"), config, actions=True)
     assert_equal_bits(action_statistics(windows.episodes, config), action_statistics([make_episode(12)], config))

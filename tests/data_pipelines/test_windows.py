@@ -21,13 +21,16 @@ def frame_steps(window) -> list[int]:
     return (window["video"][:, 0, 0, 0] // 4).tolist()
 
 
-@pytest.mark.parametrize("anchor, steps, mask", [
-    (6, [2, 3, 4, 5, 6, 7, 8, 9, 10], "111111111"),
-    (0, [0, 0, 0, 0, 0, 1, 2, 3, 4], "000011111"),
-    (1, [0, 0, 0, 0, 1, 2, 3, 4, 5], "000111111"),
-    (18, [14, 15, 16, 17, 18, 19, 19, 19, 19], "111111000"),
-    (19, [15, 16, 17, 18, 19, 19, 19, 19, 19], "111110000"),
-])
+@pytest.mark.parametrize(
+    "anchor, steps, mask",
+    [
+        (6, [2, 3, 4, 5, 6, 7, 8, 9, 10], "111111111"),
+        (0, [0, 0, 0, 0, 0, 1, 2, 3, 4], "000011111"),
+        (1, [0, 0, 0, 0, 1, 2, 3, 4, 5], "000111111"),
+        (18, [14, 15, 16, 17, 18, 19, 19, 19, 19], "111111000"),
+        (19, [15, 16, 17, 18, 19, 19, 19, 19, 19], "111110000"),
+    ],
+)
 def test_video_window_repeats_and_masks_the_ends(make_episode, config, anchor, steps, mask):
     window = video_window(make_episode(20), anchor, config)
     assert frame_steps(window) == steps
@@ -61,11 +64,14 @@ def test_each_frame_is_decoded_once(make_episode, config):
     assert episode.frames.taken == 5
 
 
-@pytest.mark.parametrize("anchor, steps, mask", [
-    (0, [1, 2, 3, 4], "1111"),
-    (16, [17, 18, 19, 19], "1110"),
-    (18, [19, 19, 19, 19], "1000"),
-])
+@pytest.mark.parametrize(
+    "anchor, steps, mask",
+    [
+        (0, [1, 2, 3, 4], "1111"),
+        (16, [17, 18, 19, 19], "1110"),
+        (18, [19, 19, 19, 19], "1000"),
+    ],
+)
 def test_action_window(make_episode, config, anchor, steps, mask):
     window = action_window(make_episode(20, episode=1), anchor, config)
     np.testing.assert_array_equal(window["actions"], np.repeat(100.5 + np.array(steps)[:, None], 2, axis=1))
@@ -138,9 +144,11 @@ def test_poses_between_steps():
     times = np.array([0.0, 1.0, 3.0])
     poses = np.float32([pose([0, 0, 0], 0, 1), pose([1, 2, 3], 90, 0), pose([3, 2, 1], -170, 0)])
     asked = np.array([[-1.0, 0.5], [0.75, 2.0], [3.0, 9.0]])
-    expected = [[pose([0, 0, 0], 0, 1), pose([0.5, 1, 1.5], 45, 1)],  # a tie goes to the earlier gripper
-                [pose([0.75, 1.5, 2.25], 67.5, 0), pose([2, 2, 2], 140, 0)],  # the short way round
-                [pose([3, 2, 1], -170, 0), pose([3, 2, 1], -170, 0)]]  # fmt: skip
+    expected = [
+        [pose([0, 0, 0], 0, 1), pose([0.5, 1, 1.5], 45, 1)],  # a tie goes to the earlier gripper
+        [pose([0.75, 1.5, 2.25], 67.5, 0), pose([2, 2, 2], 140, 0)],  # the short way round
+        [pose([3, 2, 1], -170, 0), pose([3, 2, 1], -170, 0)],
+    ]
     np.testing.assert_allclose(poses_at(times, poses, asked), expected, atol=1e-6)
     poses[:, 9] = [1.0, 0.5, 0.0]
     np.testing.assert_allclose(poses_at(times, poses, asked)[..., 9], [[1.0, 0.75], [0.625, 0.25], [0.0, 0.0]], atol=1e-6)
@@ -162,11 +170,14 @@ def test_actions_of_a_pose_layout_are_seen_from_the_current_pose():
     np.testing.assert_array_equal(window["action_mask"], [True, False])
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"proprio": None}, "proprio of a pose layout are missing; expected width 10"),
-    ({"proprio": np.zeros((4, 9), np.float32)}, "proprio of a pose layout are of width 9"),
-    ({"actions": np.zeros((4, 7), np.float32)}, "actions of a pose layout are of width 7"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"proprio": None}, "proprio of a pose layout are missing; expected width 10"),
+        ({"proprio": np.zeros((4, 9), np.float32)}, "proprio of a pose layout are of width 9"),
+        ({"actions": np.zeros((4, 7), np.float32)}, "actions of a pose layout are of width 7"),
+    ],
+)
 def test_an_episode_with_another_layout_than_it_says(changes, message):
     fields = {"proprio": np.zeros((4, 10), np.float32), "actions": np.zeros((4, 10), np.float32), "action_layout": "pose"}
     with pytest.raises(ValueError, match=message):

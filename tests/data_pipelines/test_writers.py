@@ -66,8 +66,14 @@ def test_further_cameras_and_action_layouts_come_back(tmp_path, make_episode, fi
     frames = [make_episode(5 + n).frames for n in range(3)]
     for n, camera in enumerate(frames):
         camera.frames = camera.frames[:5] + np.uint8(50 * n)
-    whole = dataclasses.replace(make_episode(5), frames=frames[0], further_cameras={"wrist": frames[2], "secondary": frames[1]},
-                                proprio=pose, actions=pose, action_layout="pose")  # fmt: skip
+    whole = dataclasses.replace(
+        make_episode(5),
+        frames=frames[0],
+        further_cameras={"wrist": frames[2], "secondary": frames[1]},
+        proprio=pose,
+        actions=pose,
+        action_layout="pose",
+    )
     source = RldsSource(write(tmp_path, {"train": [whole]}, file_format=file_format, image_size=(8, 16)), "train")
     episode = source[0]
     assert episode.action_layout == "pose" and set(episode.further_cameras) == {"secondary", "wrist"}

@@ -16,7 +16,7 @@ from mimic_video.evaluation.metaworld import (
     from_delta,
     hold,
     to_delta,
-)  # fmt: skip
+)
 from mimic_video.evaluation.rollouts import run_rollouts
 
 DRAWER = MetaworldFactory("drawer-open-v3", (64, 64))
@@ -150,8 +150,7 @@ def test_images_are_the_same_in_a_process_with_a_single_environment():
 
 def test_graphics_that_can_no_longer_be_chosen_are_an_error():
     program = (
-        "import mujoco; from mimic_video.evaluation.metaworld import MetaworldFactory\n"
-        "MetaworldFactory('reach-v3', (64, 64))()"
+        "import mujoco; from mimic_video.evaluation.metaworld import MetaworldFactory\nMetaworldFactory('reach-v3', (64, 64))()"
     )
     finished = _run(program)
     assert finished.returncode == 1 and b"set MUJOCO_GL=osmesa" in finished.stderr
@@ -222,11 +221,13 @@ def test_scripted_experts_succeed_through_the_rollouts():
         rows = zip(instructions, proprio.astype(np.float64), strict=True)
         return np.stack([np.clip(experts[text].get_action(state), -1, 1)[None] for text, state in rows]).astype(np.float32)
 
-    config = experiment_from({
-        "data": {"past_frames": 1, "video_hz": 20.0, "control_hz": 20.0},
-        "policy": {"execute_steps": 1},
-        "evaluation": {"tasks": ("drawer-open-v3", "reach-v3"), "episodes_per_task": 3, "max_steps": 60},
-    })
+    config = experiment_from(
+        {
+            "data": {"past_frames": 1, "video_hz": 20.0, "control_hz": 20.0},
+            "policy": {"execute_steps": 1},
+            "evaluation": {"tasks": ("drawer-open-v3", "reach-v3"), "episodes_per_task": 3, "max_steps": 60},
+        }
+    )
     results = run_rollouts(plan, StateFactory, config, record=1)
     assert [result.success for result in results] == [True] * 6
     assert results[0].frames.shape == (results[0].steps + 1, 64, 64, 3)

@@ -16,7 +16,7 @@ from mimic_video.evaluation.rollouts import EpisodeResult, success_table
 from mimic_video.training.run_directory import write_config, write_json
 from mimic_video.training.storage import RunError
 
-TASKS, SEEDS, LABEL = ("drawer-open-v3", "button-press-topdown-v3"), range(1000, 1008), "trained <b>&\"backbone\""
+TASKS, SEEDS, LABEL = ("drawer-open-v3", "button-press-topdown-v3"), range(1000, 1008), 'trained <b>&"backbone"'
 
 
 def _save_gif(path, frames):
@@ -54,8 +54,16 @@ def _closed_loop(successes):
 def make_policy_run(run, successes, error, **config):
     _train(run, "action", **config)
     actions = np.random.default_rng(0).normal(size=(6, 3, 2)).astype(np.float32)
-    windows = [{"video": np.zeros((2, 2, 2, 3), np.uint8), "proprio": np.zeros((1, 2)), "instruction": "go", "actions": chunk,
-                "action_mask": np.ones(3, bool)} for chunk in actions]  # fmt: skip
+    windows = [
+        {
+            "video": np.zeros((2, 2, 2, 3), np.uint8),
+            "proprio": np.zeros((1, 2)),
+            "instruction": "go",
+            "actions": chunk,
+            "action_mask": np.ones(3, bool),
+        }
+        for chunk in actions
+    ]
     plan = lambda images, proprio, instructions, query: np.concatenate([actions + error, actions[:2]])  # noqa: E731
     open_loop = action_errors(plan, windows, 1, SimpleNamespace(scale=1.0), batch_size=8)
     write_json(run / "evaluation.json", {"open_loop": open_loop, **_closed_loop(successes)})
@@ -109,8 +117,12 @@ def source(runs, tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "report.html"
     write_report(path, title="A <title>", **runs)
     assert {p.name for p in (path.parent / "figures").iterdir()} == {
-        "success.png", "training.png", "psnr.png", "action_error.png", "actions.png"
-    }  # fmt: skip
+        "success.png",
+        "training.png",
+        "psnr.png",
+        "action_error.png",
+        "actions.png",
+    }
     return path.read_text()
 
 

@@ -12,11 +12,19 @@ from mimic_video.evaluation.rollouts import EpisodeResult, run_rollouts, run_tas
 
 
 def _config(tasks=("easy",), episodes=3, max_steps=10, execute_steps=2, **data):
-    return experiment_from({
-        "data": {"past_frames": 5, "video_hz": 10.0, "control_hz": 20.0, **data},
-        "policy": {"execute_steps": execute_steps},
-        "evaluation": {"tasks": tasks, "episodes_per_task": episodes, "first_seed": 100, "max_steps": max_steps, "workers": 2},
-    })
+    return experiment_from(
+        {
+            "data": {"past_frames": 5, "video_hz": 10.0, "control_hz": 20.0, **data},
+            "policy": {"execute_steps": execute_steps},
+            "evaluation": {
+                "tasks": tasks,
+                "episodes_per_task": episodes,
+                "first_seed": 100,
+                "max_steps": max_steps,
+                "workers": 2,
+            },
+        }
+    )
 
 
 def _factory_for(task):
@@ -40,9 +48,13 @@ class SeedAsSpeed:
 def test_episodes_end_at_success_or_at_the_limit():
     results = run_rollouts(SeedAsSpeed(), _factory_for, _config(tasks=("easy", "hard")))
     assert [(r.task, r.seed, r.success, r.steps) for r in results] == [
-        ("easy", 100, True, 3), ("easy", 101, True, 2), ("easy", 102, True, 1),
-        ("hard", 100, False, 10), ("hard", 101, False, 10), ("hard", 102, False, 10),
-    ]  # fmt: skip
+        ("easy", 100, True, 3),
+        ("easy", 101, True, 2),
+        ("easy", 102, True, 1),
+        ("hard", 100, False, 10),
+        ("hard", 101, False, 10),
+        ("hard", 102, False, 10),
+    ]
     assert multiprocessing.active_children() == []
 
 
@@ -115,9 +127,13 @@ def test_actions_and_proprioception_of_every_step_are_kept():
     assert fast.proprio[:, 1].tolist() == [0, 2, 4]
 
 
-@pytest.mark.parametrize(("strategy", "executed"), [
-    ("receding_horizon", [0.5, 0.5, 1, 1, 0.5, 0.5, 1, 1]), ("real_time_chunking", [0.5, 0.5, 1, 1, 1, 1, 1, 1]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("strategy", "executed"),
+    [
+        ("receding_horizon", [0.5, 0.5, 1, 1, 0.5, 0.5, 1, 1]),
+        ("real_time_chunking", [0.5, 0.5, 1, 1, 1, 1, 1, 1]),
+    ],
+)
 def test_robots_hold_while_a_plan_is_made_and_nothing_is_left(strategy, executed):
     """Half an action stands for holding here."""
     config, committed, last_seen = _config(tasks=("hard",), max_steps=8), [], []

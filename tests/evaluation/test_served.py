@@ -14,13 +14,24 @@ from mimic_video.policy.observations import PolicyLayout
 
 EPISODES = 3
 LAYOUT = PolicyLayout(
-    embodiment="counter", cameras=("primary",), image_size=(2, 2), past_frames=5, video_hz=10.0, proprio_dim=4, action_dim=2,
-    action_horizon=4, control_hz=20.0, execute_steps=2,
-)  # fmt: skip
-CONFIG = experiment_from({
-    "data": {"past_frames": 5, "video_hz": 10.0, "control_hz": 20.0}, "policy": {"execute_steps": 2},
-    "evaluation": {"tasks": ("count",), "episodes_per_task": EPISODES, "first_seed": 100, "max_steps": 10, "workers": 1},
-})  # fmt: skip
+    embodiment="counter",
+    cameras=("primary",),
+    image_size=(2, 2),
+    past_frames=5,
+    video_hz=10.0,
+    proprio_dim=4,
+    action_dim=2,
+    action_horizon=4,
+    control_hz=20.0,
+    execute_steps=2,
+)
+CONFIG = experiment_from(
+    {
+        "data": {"past_frames": 5, "video_hz": 10.0, "control_hz": 20.0},
+        "policy": {"execute_steps": 2},
+        "evaluation": {"tasks": ("count",), "episodes_per_task": EPISODES, "first_seed": 100, "max_steps": 10, "workers": 1},
+    }
+)
 
 
 class FrameCounter:
@@ -70,6 +81,8 @@ def test_frames_that_would_be_missing_are_told():
 
 
 def test_evaluation_of_a_served_policy_needs_no_jax():
-    code = ("import sys; sys.modules['jax'] = sys.modules['flax'] = None; sys.path.insert(0, 'launch')\n"
-            "import evaluate_served; from mimic_video.evaluation import metaworld; import configs.quickstart")  # fmt: skip
+    code = (
+        "import sys; sys.modules['jax'] = sys.modules['flax'] = None; sys.path.insert(0, 'launch')\n"
+        "import evaluate_served; from mimic_video.evaluation import metaworld; import configs.quickstart"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=pathlib.Path(__file__).resolve().parents[2], check=True)

@@ -135,10 +135,14 @@ def test_the_published_loss_weight_is_an_error_of_velocities():  # SPEC 4.2
         np.testing.assert_allclose(published, (output - (noise - x0)) ** 2, rtol=1e-2 if sigma < 1 else 1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("config", [
-    NoiseConfig(),
-    NoiseConfig(log_mean=1.0, log_std=0.5, scale=1.0, tail_probability=0.3, tail_range=(2.0, 50.0)),
-], ids=["default", "overlapping"])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        NoiseConfig(),
+        NoiseConfig(log_mean=1.0, log_std=0.5, scale=1.0, tail_probability=0.3, tail_range=(2.0, 50.0)),
+    ],
+    ids=["default", "overlapping"],
+)
 def test_quantiles_of_the_training_noise(config):
     probabilities = np.array([0.05, 0.35, 0.65, 0.9, 0.97])
     sigma = np.asarray(matching.sample_video_sigma(jax.random.key(0), SAMPLES, config))

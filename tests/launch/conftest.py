@@ -43,8 +43,10 @@ def config_file(tmp_path_factory):
 
     def write(experiment):
         path = tmp_path_factory.mktemp("configs") / "tiny_config.py"
-        path.write_text(f"import ml_collections\n\ndef get_config(stage={experiment.stage!r}):\n"
-                        f"    return ml_collections.ConfigDict({to_dict(experiment)!r} | {{'stage': stage}})\n")  # fmt: skip
+        path.write_text(
+            f"import ml_collections\n\ndef get_config(stage={experiment.stage!r}):\n"
+            f"    return ml_collections.ConfigDict({to_dict(experiment)!r} | {{'stage': stage}})\n"
+        )
         return path
 
     return write

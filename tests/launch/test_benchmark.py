@@ -38,8 +38,10 @@ def test_an_unknown_benchmark(launch):
 
 
 def test_what_reads_data_is_not_needed():
-    code = ("import runpy, sys; sys.modules['grain'] = sys.modules['tensorflow_datasets'] = None; sys.path.insert(0, 'launch')\n"
-            "sys.argv = ['launch/benchmark.py', 'cold_start']; runpy.run_path(sys.argv[0], run_name='__main__')")  # fmt: skip
+    code = (
+        "import runpy, sys; sys.modules['grain'] = sys.modules['tensorflow_datasets'] = None; sys.path.insert(0, 'launch')\n"
+        "sys.argv = ['launch/benchmark.py', 'cold_start']; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert "error: --policy is missing" in ended.stderr

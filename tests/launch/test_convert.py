@@ -24,12 +24,19 @@ from mimic_video.weights.published import ACTION_DECODER_NAMES, VIDEO_DIT_NAMES,
 from mimic_video.weights.wan_names import WAN_VAE_NAMES
 
 ACTION = tiny.experiment(
-    precision="bfloat16", tokenizer={"kind": "wan", "width": 2}, backbone={"num_heads": 1},
-    decoder={"action_dim": 10, "proprio_dim": 10}, data={"raw_action_dims": (3, 4, 5, 6, 7, 8)}, train={"ema_decay": 0.0},
-)  # fmt: skip
+    precision="bfloat16",
+    tokenizer={"kind": "wan", "width": 2},
+    backbone={"num_heads": 1},
+    decoder={"action_dim": 10, "proprio_dim": 10},
+    data={"raw_action_dims": (3, 4, 5, 6, 7, 8)},
+    train={"ema_decay": 0.0},
+)
 NAMES = {"tokenizer": WAN_VAE_NAMES, "backbone": VIDEO_DIT_NAMES, "decoder": ACTION_DECODER_NAMES}
-FILES = {"tokenizer": "video_backbone/tokenizer/tokenizer.pth", "backbone": "video_backbone/v2w_bridge_lora_fused.pt",
-         "decoder": "action_decoder/w2a_bridge_iter_1.pt"}  # fmt: skip
+FILES = {
+    "tokenizer": "video_backbone/tokenizer/tokenizer.pth",
+    "backbone": "video_backbone/v2w_bridge_lora_fused.pt",
+    "decoder": "action_decoder/w2a_bridge_iter_1.pt",
+}
 PATTERNS = (
     "--backbone=video_backbone/v2w_*.pt",
     "--decoder=action_decoder/*bridge*.pt",
@@ -49,15 +56,19 @@ def tensors():
     def fill(part, struct):
         return random.standard_normal(struct.shape, np.float32).astype(np.float32 if part == "tokenizer" else ml_dtypes.bfloat16)
 
-    return {part: {name: fill(part, struct) for name, struct in published_shapes(names, shapes[part]).items()}
-            for part, names in NAMES.items()}  # fmt: skip
+    return {
+        part: {name: fill(part, struct) for name, struct in published_shapes(names, shapes[part]).items()}
+        for part, names in NAMES.items()
+    }
 
 
 @pytest.fixture(scope="module")
 def statistics():
     random = np.random.default_rng(1)
-    return {"action": compute_statistics(random.standard_normal((20, ACTION.data.action_horizon, 10))),
-            "proprio": compute_statistics(random.standard_normal((20, 1, 10)))}  # fmt: skip
+    return {
+        "action": compute_statistics(random.standard_normal((20, ACTION.data.action_horizon, 10))),
+        "proprio": compute_statistics(random.standard_normal((20, 1, 10))),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +89,9 @@ def convert(launch, tmp_path, config_file):
     """Runs launch/convert.py towards tmp_path/run and returns what it says."""
 
     def run(source, *arguments, config=ACTION, stage="action"):
-        return launch("convert", f"--config={config_file(config)}:{stage}", f"--source={source}", f"--out={tmp_path / 'run'}",
-                      *arguments)  # fmt: skip
+        return launch(
+            "convert", f"--config={config_file(config)}:{stage}", f"--source={source}", f"--out={tmp_path / 'run'}", *arguments
+        )
 
     return run
 
@@ -129,9 +141,14 @@ def test_a_run_as_published_files(convert, launch, source, tmp_path, tensors, st
     out = tmp_path / "export"
     launch("convert", f"--run={tmp_path / 'run'}", f"--out={out}", f"--format={form}", "--robot=bridge")
     tokenizer = "tokenizer.pth" if form == "pt" else "tokenizer.safetensors"
-    assert sorted(str(path.relative_to(out)) for path in out.rglob("*.*")) == sorted([
-        f"video_backbone/tokenizer/{tokenizer}", f"video_backbone/run.{form}", f"action_decoder/run.{form}",
-        "dataset_statistics/run.json"])  # fmt: skip
+    assert sorted(str(path.relative_to(out)) for path in out.rglob("*.*")) == sorted(
+        [
+            f"video_backbone/tokenizer/{tokenizer}",
+            f"video_backbone/run.{form}",
+            f"action_decoder/run.{form}",
+            "dataset_statistics/run.json",
+        ]
+    )
     for part, folder in (("backbone", "video_backbone"), ("decoder", "action_decoder")):
         assert_same(open_tensors(out / folder / f"run.{form}"), {f"net.{name}": value for name, value in tensors[part].items()})
     assert_same(open_tensors(out / "video_backbone" / "tokenizer" / tokenizer), tensors["tokenizer"])
@@ -146,8 +163,13 @@ def test_an_export_in_float32_with_our_own_statistics_comes_back(convert, launch
     wide = {part: {name: np.float32(value) for name, value in values.items()} for part, values in tensors.items()}
     backbone = safetensors.numpy.load_file(tmp_path / "export" / "video_backbone" / "first.safetensors")
     assert_same(backbone, {f"net.{name}": value for name, value in wide["backbone"].items()})
-    convert(tmp_path / "export", "--backbone=video_backbone/*.safetensors", "--decoder=action_decoder/*",
-            "--statistics=dataset_statistics/*", "--tokenizer=video_backbone/tokenizer/*")  # fmt: skip
+    convert(
+        tmp_path / "export",
+        "--backbone=video_backbone/*.safetensors",
+        "--decoder=action_decoder/*",
+        "--statistics=dataset_statistics/*",
+        "--tokenizer=video_backbone/tokenizer/*",
+    )
     assert_params(tmp_path / "run", wide)
     robots = [next(iter(run_directory.load_embodiments(tmp_path / name).values())) for name in ("first", "run")]
     assert to_json(robots[0].statistics) == to_json(robots[1].statistics)
@@ -176,8 +198,10 @@ def test_lora_and_moving_averages(convert, tmp_path, tensors):
     np.testing.assert_allclose(np.float32(kernel[1]).T, expected, rtol=2**-6, atol=0.05)
     (tmp_path / "run").rename(tmp_path / "first")
     convert(folder, PATTERNS[0], "--ema", stage="video")
-    assert_params(tmp_path / "run", {"tokenizer": tensors["tokenizer"],
-                                     "backbone": {name: -value for name, value in tensors["backbone"].items()}})  # fmt: skip
+    assert_params(
+        tmp_path / "run",
+        {"tokenizer": tensors["tokenizer"], "backbone": {name: -value for name, value in tensors["backbone"].items()}},
+    )
 
 
 @pytest.fixture
@@ -186,10 +210,16 @@ def diffusers_folder(tmp_path):
     torch.manual_seed(0)
     backbone = ACTION.backbone
     transformer = CosmosTransformer3DModel(
-        in_channels=17, num_attention_heads=backbone.num_heads, attention_head_dim=backbone.width // backbone.num_heads,
-        num_layers=backbone.num_blocks, mlp_ratio=backbone.mlp_ratio, text_embed_dim=backbone.text_width,
-        adaln_lora_dim=backbone.adaln_lora_dim, rope_scale=backbone.rope_ratio, extra_pos_embed_type=None,
-    ).to(torch.bfloat16)  # fmt: skip
+        in_channels=17,
+        num_attention_heads=backbone.num_heads,
+        attention_head_dim=backbone.width // backbone.num_heads,
+        num_layers=backbone.num_blocks,
+        mlp_ratio=backbone.mlp_ratio,
+        text_embed_dim=backbone.text_width,
+        adaln_lora_dim=backbone.adaln_lora_dim,
+        rope_scale=backbone.rope_ratio,
+        extra_pos_embed_type=None,
+    ).to(torch.bfloat16)
     folder = tmp_path / "diffusers"
     transformer.save_pretrained(folder / "transformer", max_shard_size="10KB")
     AutoencoderKLWan(base_dim=ACTION.tokenizer.width).save_pretrained(folder / "vae")
@@ -202,30 +232,42 @@ def test_a_folder_of_diffusers(convert, diffusers_folder, tmp_path):
     convert(folder, stage="video")
     params = checkpoints.load_params(tmp_path / "run", "stored")[0]
     block = transformer.transformer_blocks[1]
-    np.testing.assert_array_equal(np.float32(params["backbone"]["blocks"]["cross_attn"]["k_proj"]["kernel"][1]).T,
-                                  block.attn2.to_k.weight.detach().float().numpy())  # fmt: skip
+    np.testing.assert_array_equal(
+        np.float32(params["backbone"]["blocks"]["cross_attn"]["k_proj"]["kernel"][1]).T,
+        block.attn2.to_k.weight.detach().float().numpy(),
+    )
     assert params["backbone"]["patch_proj"]["kernel"].dtype == ml_dtypes.bfloat16
     assert params["tokenizer"]["quant_conv"]["kernel"].dtype == np.float32
 
 
 def test_a_folder_of_diffusers_with_another_network(convert, diffusers_folder):
     other = tiny.experiment(tokenizer={"kind": "wan", "width": 3}, backbone={"num_blocks": 3})
-    assert_refused(convert(diffusers_folder[0], config=other, stage="video"),
-                   r"'backbone.num_blocks' is 3, there 2", r"'tokenizer.width' is 3, there 2")  # fmt: skip
+    assert_refused(
+        convert(diffusers_folder[0], config=other, stage="video"),
+        r"'backbone.num_blocks' is 3, there 2",
+        r"'tokenizer.width' is 3, there 2",
+    )
 
 
-@pytest.mark.parametrize(("arguments", "stage", "parts"), [
-    (PATTERNS[:1], "action", ["stage 'action' needs --decoder and --statistics"]),
-    (PATTERNS[1:], "action", ["stage 'action' needs --backbone"]),
-    (PATTERNS, "video", ["stage 'video' has no use for --decoder and --statistics"]),
-    ((), "video", ["is not a diffusers folder: it has no transformer/config.json"]),
-    (("--backbone=video_backbone/v3w_*.pt",), "video", ["matches 0 files", FILES["backbone"], FILES["decoder"]]),
-    (("--backbone=**/*.pt",), "video", ["matches 2 files", FILES["backbone"], FILES["decoder"]]),
-    (("--backbone=/data/x.pt",), "video", ["is absolute; expected a pattern relative to --source"]),
-    (("--backbone=action_decoder/*.pt",), "video", [r"w2a_bridge_iter_1\.pt does not fit", "missing 'x_embedder", "unexpected"]),
-    ((*PATTERNS[:2], "--statistics=action_decoder/*.pt"), "action", ["is not a dataset statistics file"]),
-    ((PATTERNS[0], "--ema"), "video", [r"v2w_bridge_lora_fused\.pt holds no moving average"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "stage", "parts"),
+    [
+        (PATTERNS[:1], "action", ["stage 'action' needs --decoder and --statistics"]),
+        (PATTERNS[1:], "action", ["stage 'action' needs --backbone"]),
+        (PATTERNS, "video", ["stage 'video' has no use for --decoder and --statistics"]),
+        ((), "video", ["is not a diffusers folder: it has no transformer/config.json"]),
+        (("--backbone=video_backbone/v3w_*.pt",), "video", ["matches 0 files", FILES["backbone"], FILES["decoder"]]),
+        (("--backbone=**/*.pt",), "video", ["matches 2 files", FILES["backbone"], FILES["decoder"]]),
+        (("--backbone=/data/x.pt",), "video", ["is absolute; expected a pattern relative to --source"]),
+        (
+            ("--backbone=action_decoder/*.pt",),
+            "video",
+            [r"w2a_bridge_iter_1\.pt does not fit", "missing 'x_embedder", "unexpected"],
+        ),
+        ((*PATTERNS[:2], "--statistics=action_decoder/*.pt"), "action", ["is not a dataset statistics file"]),
+        ((PATTERNS[0], "--ema"), "video", [r"v2w_bridge_lora_fused\.pt holds no moving average"]),
+    ],
+)
 def test_mistakes_on_the_command_line(convert, source, tmp_path, arguments, stage, parts):
     assert_refused(convert(source, *arguments, stage=stage), *parts)
     assert not (tmp_path / "run").exists()
@@ -233,11 +275,16 @@ def test_mistakes_on_the_command_line(convert, source, tmp_path, arguments, stag
 
 def test_configurations_of_other_networks(convert, source):
     wider = tiny.experiment(tokenizer={"kind": "wan", "width": 2}, backbone={"width": 32})
-    assert_refused(convert(source, PATTERNS[0], config=wider, stage="video"),
-                   r"'x_embedder.proj.1.weight' has shape \(16, 72\); expected \(32, 72\)")  # fmt: skip
+    assert_refused(
+        convert(source, PATTERNS[0], config=wider, stage="video"),
+        r"'x_embedder.proj.1.weight' has shape \(16, 72\); expected \(32, 72\)",
+    )
     assert_refused(convert(source, PATTERNS[0], config=tiny.experiment(), stage="video"), "'tokenizer.kind' is 'pca'")
-    longer = tiny.experiment(tokenizer={"kind": "wan", "width": 2}, data={"action_horizon": 6},
-                             decoder={"action_horizon": 6, "action_dim": 10, "proprio_dim": 10})  # fmt: skip
+    longer = tiny.experiment(
+        tokenizer={"kind": "wan", "width": 2},
+        data={"action_horizon": 6},
+        decoder={"action_horizon": 6, "action_dim": 10, "proprio_dim": 10},
+    )
     assert_refused(convert(source, *PATTERNS, config=longer), r"'action' has shape \(4, 10\); the decoder expects \(6, 10\)")
 
 
@@ -270,8 +317,9 @@ def test_sources_that_are_not_there(convert, tmp_path, monkeypatch):
         raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    assert_refused(convert("somebody/some-weights", PATTERNS[0], stage="video"),
-                   "could not be fetched from Hugging Face: .*no connection")  # fmt: skip
+    assert_refused(
+        convert("somebody/some-weights", PATTERNS[0], stage="video"), "could not be fetched from Hugging Face: .*no connection"
+    )
 
 
 def test_exports_that_are_refused(convert, launch, source, tmp_path):

@@ -26,32 +26,55 @@ def bridge(tmp_path):
     folder = tmp_path / "data" / "bridge_orig" / "1.0.0"
     folder.mkdir(parents=True)
     cameras = {f"image_{k}": tfds.features.Image(shape=(12, 16, 3), encoding_format="jpeg") for k in range(2)}
-    features = tfds.features.FeaturesDict({
-        "steps": tfds.features.Dataset({
-            "observation": cameras | {"state": tfds.features.Tensor(shape=(7,), dtype=np.float32)},
-            "action": tfds.features.Tensor(shape=(7,), dtype=np.float32),
-            "language_instruction": tfds.features.Text(),
-            "is_first": tfds.features.Scalar(np.bool_),
-            "language_embedding": tfds.features.Tensor(shape=(5,), dtype=np.float32),
-        }),
-    })  # fmt: skip
+    features = tfds.features.FeaturesDict(
+        {
+            "steps": tfds.features.Dataset(
+                {
+                    "observation": cameras | {"state": tfds.features.Tensor(shape=(7,), dtype=np.float32)},
+                    "action": tfds.features.Tensor(shape=(7,), dtype=np.float32),
+                    "language_instruction": tfds.features.Text(),
+                    "is_first": tfds.features.Scalar(np.bool_),
+                    "language_embedding": tfds.features.Tensor(shape=(5,), dtype=np.float32),
+                }
+            ),
+        }
+    )
     rng, file = np.random.default_rng(0), io.BytesIO()
     Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).save(file, "JPEG")
     with RecordWriter(shard_path(folder, "bridge_orig", "train", "tfrecord", 0), "tfrecord") as writer:
         for number in range(2):
-            writer.write(features.serialize_example({"steps": [{
-                "observation": {key: io.BytesIO(file.getvalue()) for key in cameras}
-                | {"state": rng.uniform(0, 1, 7).astype(np.float32)},
-                "action": rng.uniform(0, 1, 7).astype(np.float32), "language_instruction": f"task {number}", "is_first": k == 0,
-                "language_embedding": rng.normal(size=5).astype(np.float32),
-            } for k in range(10)]}))  # fmt: skip
+            writer.write(
+                features.serialize_example(
+                    {
+                        "steps": [
+                            {
+                                "observation": {key: io.BytesIO(file.getvalue()) for key in cameras}
+                                | {"state": rng.uniform(0, 1, 7).astype(np.float32)},
+                                "action": rng.uniform(0, 1, 7).astype(np.float32),
+                                "language_instruction": f"task {number}",
+                                "is_first": k == 0,
+                                "language_embedding": rng.normal(size=5).astype(np.float32),
+                            }
+                            for k in range(10)
+                        ]
+                    }
+                )
+            )
     write_metadata(folder, "bridge_orig", "1.0.0", features, {"train": SplitSize([2], 0)}, file_format="tfrecord", description="")
     return folder
 
 
 def test_own_datasets(launch, own, tmp_path):
-    output = launch("convert_dataset", f"--source={own}", f"--out={tmp_path / 'out'}", "--format=tfrecord", "--workers=1",
-                    "--cameras=primary", "--image_size=8,10", "--chunk_steps=4")  # fmt: skip
+    output = launch(
+        "convert_dataset",
+        f"--source={own}",
+        f"--out={tmp_path / 'out'}",
+        "--format=tfrecord",
+        "--workers=1",
+        "--cameras=primary",
+        "--image_size=8,10",
+        "--chunk_steps=4",
+    )
     path = tmp_path / "out" / "tiny" / "1.0.0"
     assert f"wrote {path}\n" in output and "train: 8 records, 2 episodes" in output and "val: 3 records, 1 episodes" in output
     assert open_dataset(path).file_format == "tfrecord"
@@ -63,8 +86,14 @@ def test_own_datasets(launch, own, tmp_path):
 def test_datasets_of_the_registry(launch, bridge, tmp_path):
     from data_pipelines.oxe import registry
 
-    output = launch("convert_dataset", f"--source={bridge}", f"--out={tmp_path / 'out'}", "--dataset=bridge_orig",
-                    "--cameras=primary", "--workers=2")  # fmt: skip
+    output = launch(
+        "convert_dataset",
+        f"--source={bridge}",
+        f"--out={tmp_path / 'out'}",
+        "--dataset=bridge_orig",
+        "--cameras=primary",
+        "--workers=2",
+    )
     assert "train: 2 records, 2 episodes" in output
     spec = registry.find("bridge_orig")
     before, after = (RldsSource(path, "train", spec=spec)[1] for path in (bridge, tmp_path / "out" / "bridge_orig" / "1.0.0"))
@@ -74,17 +103,20 @@ def test_datasets_of_the_registry(launch, bridge, tmp_path):
     assert before.further_cameras and not after.further_cameras
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--cameras=top"], "has no image 'steps/observation/top'"),
-    (["--cameras=wrist"], "has no image 'steps/observation/image_wrist'"),
-    (["--image_size=8"], "--image_size is 8; expected HEIGHT,WIDTH"),
-    (["--image_size=8,x"], "--image_size is 8,x; expected HEIGHT,WIDTH"),
-    (["--image_size=8,0"], r"image_size is \(8, 0\)"),
-    (["--dataset=bridge_orgi"], "no dataset 'bridge_orgi' is registered; the nearest are .*'bridge_orig'"),
-    (["--dataset=bridge_orig", "--cameras=wrist"], "--cameras names wrist, which 'bridge_orig' has not got"),
-    (["--source=nowhere"], "dataset directory nowhere does not exist"),
-    (["--format=riegeli"], "riegeli"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cameras=top"], "has no image 'steps/observation/top'"),
+        (["--cameras=wrist"], "has no image 'steps/observation/image_wrist'"),
+        (["--image_size=8"], "--image_size is 8; expected HEIGHT,WIDTH"),
+        (["--image_size=8,x"], "--image_size is 8,x; expected HEIGHT,WIDTH"),
+        (["--image_size=8,0"], r"image_size is \(8, 0\)"),
+        (["--dataset=bridge_orgi"], "no dataset 'bridge_orgi' is registered; the nearest are .*'bridge_orig'"),
+        (["--dataset=bridge_orig", "--cameras=wrist"], "--cameras names wrist, which 'bridge_orig' has not got"),
+        (["--source=nowhere"], "dataset directory nowhere does not exist"),
+        (["--format=riegeli"], "riegeli"),
+    ],
+)
 def test_the_message_names_the_mistake(launch, own, tmp_path, arguments, message):
     output = launch("convert_dataset", f"--source={own}", f"--out={tmp_path / 'out'}", *arguments)
     assert re.search(message, output)

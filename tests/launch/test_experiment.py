@@ -26,10 +26,23 @@ def test_compiled_programs_are_kept_unless_switched_off(config_file, tmp_path):
     ]
     processes = []
     for home, variables, arguments in starts:
-        environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'launch'}", "XDG_CACHE_HOME": str(home),
-                                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | variables  # fmt: skip
-        processes.append(subprocess.Popen([sys.executable, "-c", COMPILING, f"--config={file}", *arguments], env=environment,
-                                          stdout=subprocess.PIPE, text=True))  # fmt: skip
+        environment = (
+            os.environ
+            | {
+                "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'launch'}",
+                "XDG_CACHE_HOME": str(home),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            }
+            | variables
+        )
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", COMPILING, f"--config={file}", *arguments],
+                env=environment,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
     assert [process.communicate(timeout=120)[0].strip() for process in processes] == ["5"] * 3
     assert list((user / "mimic_video" / "xla").iterdir()) and list(own.iterdir())
     assert not (tmp_path / "unused").exists() and not off.exists()

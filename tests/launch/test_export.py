@@ -23,10 +23,15 @@ from mimic_video.transforms import compute_statistics
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = tiny.experiment(backbone={"num_blocks": 1}, decoder={"num_blocks": 1}, lora={"rank": 2})
-ROBOT = Embodiment("arm", 0, {
-    "action": compute_statistics(np.random.default_rng(0).normal([5, -3], [0.1, 2.0], (200, 4, 2))),
-    "proprio": compute_statistics(np.random.default_rng(1).normal(1.0, 2.0, (200, 1, 3))),
-}, {"action": (), "proprio": ()})  # fmt: skip
+ROBOT = Embodiment(
+    "arm",
+    0,
+    {
+        "action": compute_statistics(np.random.default_rng(0).normal([5, -3], [0.1, 2.0], (200, 4, 2))),
+        "proprio": compute_statistics(np.random.default_rng(1).normal(1.0, 2.0, (200, 1, 3))),
+    },
+    {"action": (), "proprio": ()},
+)
 IMAGES = np.random.default_rng(2).integers(0, 256, (1, 5, *tiny.SIZE, 3), np.uint8)
 PROPRIO, INSTRUCTION = np.array([[0.5, 1.5, -1.0]], np.float32), "open the drawer"
 
@@ -90,16 +95,27 @@ def in_fresh_process(script, bundle, inputs, path):
 def inputs():
     """Of the first plan of a policy whose seed is 0."""
     key = jax.random.fold_in(jax.random.key(0), 0)
-    return {"images": IMAGES, "proprio": PROPRIO, "text": make_text_encoder(CONFIG.text)(INSTRUCTION)[None],
-            "key": np.asarray(jax.random.key_data(key)), "instruction": INSTRUCTION}  # fmt: skip
+    return {
+        "images": IMAGES,
+        "proprio": PROPRIO,
+        "text": make_text_encoder(CONFIG.text)(INSTRUCTION)[None],
+        "key": np.asarray(jax.random.key_data(key)),
+        "instruction": INSTRUCTION,
+    }
 
 
 @pytest.mark.slow
 def test_an_exported_policy_plans_as_the_run_does(launch, run, inputs, tmp_path):
     """To the bit: after reading the bundle in a fresh process, and by the StableHLO program alone."""
     (tmp_path / "prompts.txt").write_text(f"{INSTRUCTION}\n\nclose it\n")
-    said = launch("export", f"--checkpoint={run}", f"--out={tmp_path / 'bundle'}", "--stablehlo=cpu,cuda,tpu", "--safetensors",
-                  f"--prompts={tmp_path / 'prompts.txt'}")  # fmt: skip
+    said = launch(
+        "export",
+        f"--checkpoint={run}",
+        f"--out={tmp_path / 'bundle'}",
+        "--stablehlo=cpu,cuda,tpu",
+        "--safetensors",
+        f"--prompts={tmp_path / 'prompts.txt'}",
+    )
     assert f"wrote {tmp_path / 'bundle'}: step 4 of {run}, float32, 2 known instructions" in said
     expected = Policy.load(run)(IMAGES, PROPRIO, [INSTRUCTION])
     assert np.abs(expected - [5, -3]).max() < 20 and expected.std() > 0

@@ -31,8 +31,15 @@ def pictures(tmp_path_factory):
 @pytest.fixture
 def generate(launch, config_file, run_directory, pictures, tmp_path):
     def run(source, out, *arguments):
-        return launch("generate", f"--config={config_file(CONFIG)}", f"--workdir={run_directory}", f"--input={pictures / source}",
-                      f"--out={tmp_path / out}", "--prompt=close it", *arguments)  # fmt: skip
+        return launch(
+            "generate",
+            f"--config={config_file(CONFIG)}",
+            f"--workdir={run_directory}",
+            f"--input={pictures / source}",
+            f"--out={tmp_path / out}",
+            "--prompt=close it",
+            *arguments,
+        )
 
     return run
 
@@ -55,10 +62,14 @@ def test_settings_of_the_window_and_the_sampler(generate, tmp_path):
     assert read_frames(tmp_path / "long.mp4", 10.0, 99).shape == (13, 32, 32, 3)
     samples = {}
     for name, arguments in {
-        "first": [], "again": [], "seed": ["--config.seed=1"], "prompt": ["--prompt=open it"],
-        "noise": ["--config.policy.noise=numpy"], "steps": ["--config.policy.video_steps=2"],
+        "first": [],
+        "again": [],
+        "seed": ["--config.seed=1"],
+        "prompt": ["--prompt=open it"],
+        "noise": ["--config.policy.noise=numpy"],
+        "steps": ["--config.policy.video_steps=2"],
         "guided": ["--guidance=4", "--negative_prompt=open it"],
-    }.items():  # fmt: skip
+    }.items():
         generate("one.png", f"{name}.mp4", *arguments)
         samples[name] = read_frames(tmp_path / f"{name}.mp4", 10.0, 99)
     first = samples.pop("first")
@@ -67,13 +78,16 @@ def test_settings_of_the_window_and_the_sampler(generate, tmp_path):
         assert (sample[1:] != first[1:]).any(), name
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--config.backbone.width=32"], "'backbone.width' is 32, there 16"),
-    (["--input=another.png"], "there are 2 --input; expected one for each camera of primary"),
-    (["--out=out.avi"], "out.avi ends in '.avi'; expected .gif or .mp4"),
-    (["--workdir=absent"], "absent is not a run directory"),
-    (["--guidance=-1"], "guidance"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.backbone.width=32"], "'backbone.width' is 32, there 16"),
+        (["--input=another.png"], "there are 2 --input; expected one for each camera of primary"),
+        (["--out=out.avi"], "out.avi ends in '.avi'; expected .gif or .mp4"),
+        (["--workdir=absent"], "absent is not a run directory"),
+        (["--guidance=-1"], "guidance"),
+    ],
+)
 def test_mistakes(generate, arguments, message):
     assert message in generate("one.png", "out.gif", *arguments)
 

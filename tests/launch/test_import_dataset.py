@@ -14,8 +14,9 @@ MOVES = np.tile([0.5, 0, 0, 0, 0, 0.1, -1.0], (5, 1))
 @pytest.fixture
 def convert(launch, tmp_path):
     """Runs the command with --out=tmp_path/out; returns what it printed, or its message where it failed."""
-    return lambda kind, source, *more: launch("import_dataset", f"--format={kind}", f"--source={source}",
-                                              f"--out={tmp_path / 'out'}", *more)  # fmt: skip
+    return lambda kind, source, *more: launch(
+        "import_dataset", f"--format={kind}", f"--source={source}", f"--out={tmp_path / 'out'}", *more
+    )
 
 
 @pytest.fixture
@@ -108,8 +109,15 @@ def test_held_out_episodes(convert, read, tmp_path):
 
 def test_chosen_cameras_and_columns(convert, read, tmp_path):
     directory = write_lerobot(tmp_path / "demo", "v3.0", cameras=(TOP, FRONT, WRIST))
-    convert("lerobot", directory, f"--camera=primary={FRONT}", f"--camera=wrist={TOP}", "--state=action", "--action=",
-            "--action_layout=delta")  # fmt: skip
+    convert(
+        "lerobot",
+        directory,
+        f"--camera=primary={FRONT}",
+        f"--camera=wrist={TOP}",
+        "--state=action",
+        "--action=",
+        "--action_layout=delta",
+    )
     episode = read("demo")[0]
     assert episode.actions is None and episode.action_layout == "delta" and set(episode.further_cameras) == {"wrist"}
     np.testing.assert_allclose(episode.frames.take([2]).mean(), grey(0, 2, 1), atol=3)
@@ -142,22 +150,25 @@ def test_nothing_remains(convert, tmp_path):
     assert message == "error: split 'train' has no episodes"
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--format=lerobot", "--source=nowhere"], "no meta/info.json"),
-    (["--format=lerobot", "--camera=top"], "--camera=top; expected ROLE=KEY"),
-    (["--format=lerobot", "--camera=primary=a", "--camera=primary=b"], "names a role twice"),
-    (["--format=lerobot", "--camera=primary=a"], f"no camera feature 'a' for the role 'primary'; it has {TOP}, {WRIST}"),
-    (["--format=lerobot", "--action_layout=pose"], "of a pose layout are of width 3"),
-    (["--format=lerobot", "--upside_down"], "--upside_down does not apply to --format=lerobot"),
-    (["--format=libero", "--state=x"], "--state does not apply to --format=libero"),
-    (["--format=libero"], "not an HDF5 file nor a folder with any"),
-    (["--format=bridge"], "no usable **/raw/traj_group*/traj*"),
-    (["--format=lerobot", "--image_size=480"], "--image_size=480; expected HEIGHT,WIDTH"),
-    (["--format=lerobot", "--image_size=480,x"], "--image_size=480,x; expected HEIGHT,WIDTH"),
-    (["--format=lerobot", "--control_hz=-1"], "--control_hz=-1.0; expected a positive rate"),
-    (["--format=lerobot", "--name=My Data"], "'My Data' is no name"),
-    (["--format=zarr"], "lerobot|libero|bridge"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format=lerobot", "--source=nowhere"], "no meta/info.json"),
+        (["--format=lerobot", "--camera=top"], "--camera=top; expected ROLE=KEY"),
+        (["--format=lerobot", "--camera=primary=a", "--camera=primary=b"], "names a role twice"),
+        (["--format=lerobot", "--camera=primary=a"], f"no camera feature 'a' for the role 'primary'; it has {TOP}, {WRIST}"),
+        (["--format=lerobot", "--action_layout=pose"], "of a pose layout are of width 3"),
+        (["--format=lerobot", "--upside_down"], "--upside_down does not apply to --format=lerobot"),
+        (["--format=libero", "--state=x"], "--state does not apply to --format=libero"),
+        (["--format=libero"], "not an HDF5 file nor a folder with any"),
+        (["--format=bridge"], "no usable **/raw/traj_group*/traj*"),
+        (["--format=lerobot", "--image_size=480"], "--image_size=480; expected HEIGHT,WIDTH"),
+        (["--format=lerobot", "--image_size=480,x"], "--image_size=480,x; expected HEIGHT,WIDTH"),
+        (["--format=lerobot", "--control_hz=-1"], "--control_hz=-1.0; expected a positive rate"),
+        (["--format=lerobot", "--name=My Data"], "'My Data' is no name"),
+        (["--format=zarr"], "lerobot|libero|bridge"),
+    ],
+)
 def test_the_message_names_the_mistake(launch, tmp_path, arguments, message):
     directory = write_lerobot(tmp_path / "demo", "v2.1", (3,))
     assert message in launch("import_dataset", f"--source={directory}", f"--out={tmp_path / 'out'}", *arguments)

@@ -29,25 +29,39 @@ def write_bridge(root, name="bridge_orig", episodes=2, action_dim=7):
     directory = root / name / "1.0.0"
     directory.mkdir(parents=True)
     image = tfds.features.Image(shape=(24, 32, 3), dtype=np.uint8, encoding_format="jpeg")
-    features = tfds.features.FeaturesDict({
-        "steps": tfds.features.Dataset({
-            "observation": {"image_0": image, "image_1": image, "state": tfds.features.Tensor(shape=(7,), dtype=np.float32)},
-            "action": tfds.features.Tensor(shape=(action_dim,), dtype=np.float32),
-            "language_instruction": tfds.features.Text(),
-            "is_first": np.bool_, "is_last": np.bool_,
-        }),
-        "episode_metadata": {"file_path": tfds.features.Text()},
-    })
+    features = tfds.features.FeaturesDict(
+        {
+            "steps": tfds.features.Dataset(
+                {
+                    "observation": {
+                        "image_0": image,
+                        "image_1": image,
+                        "state": tfds.features.Tensor(shape=(7,), dtype=np.float32),
+                    },
+                    "action": tfds.features.Tensor(shape=(action_dim,), dtype=np.float32),
+                    "language_instruction": tfds.features.Text(),
+                    "is_first": np.bool_,
+                    "is_last": np.bool_,
+                }
+            ),
+            "episode_metadata": {"file_path": tfds.features.Text()},
+        }
+    )
     identity = tfds.core.DatasetIdentity(name, tfds.core.Version("1.0.0"), data_dir=str(directory), module_name="")
     info = tfds.core.DatasetInfo(builder=identity, features=features)
     writer = tfds.core.SequentialWriter(info, 10, file_format="array_record")
     writer.initialize_splits(["train"])
     for episode in range(episodes):
-        steps = [{
-            "observation": {"image_0": jpeg(40 * k), "image_1": jpeg(255), "state": np.full(7, 0.1 * k, np.float32)},
-            "action": np.full(action_dim, 0.1 * k, np.float32), "language_instruction": f"task {episode}",
-            "is_first": k == 0, "is_last": k == STEPS - 1,
-        } for k in range(STEPS)]
+        steps = [
+            {
+                "observation": {"image_0": jpeg(40 * k), "image_1": jpeg(255), "state": np.full(7, 0.1 * k, np.float32)},
+                "action": np.full(action_dim, 0.1 * k, np.float32),
+                "language_instruction": f"task {episode}",
+                "is_first": k == 0,
+                "is_last": k == STEPS - 1,
+            }
+            for k in range(STEPS)
+        ]
         writer.add_examples({"train": [{"steps": steps, "episode_metadata": {"file_path": ""}}]})
     writer.close_all()
     return directory
@@ -108,8 +122,14 @@ def test_features_that_differ(launch, tmp_path):
 @pytest.mark.parametrize("labelled", [True, False])
 def test_our_own_layout(launch, tmp_path, labelled):
     values = np.arange(STEPS, dtype=np.float32)[:, None]
-    episode = Episode("e", np.arange(STEPS) / 5.0, ArrayFrames(np.zeros((STEPS, 16, 16, 3), np.uint8)), "wait",
-                      values if labelled else None, values if labelled else None)
+    episode = Episode(
+        "e",
+        np.arange(STEPS) / 5.0,
+        ArrayFrames(np.zeros((STEPS, 16, 16, 3), np.uint8)),
+        "wait",
+        values if labelled else None,
+        values if labelled else None,
+    )
     directory = write_rlds(tmp_path, "mine", {"train": [episode]}, control_hz=5.0, image_size=(16, 16), description="")
     output = launch("inspect_data", directory, f"--out={tmp_path / 'out'}")
     assert "dataset mine: not registered" in output

@@ -161,8 +161,9 @@ def test_a_run_that_has_begun_checks_its_own_tokenizer(command, tmp_path):
 @pytest.mark.slow
 def test_a_record_that_cannot_be_read(command, tmp_path):
     splits = {"train": [tiny.episode(15, seed) for seed in (0, 1)]}
-    broken = write_rlds(tmp_path, "broken", splits, control_hz=10.0, image_size=tiny.SIZE, description="Noise.",
-                        file_format="tfrecord")  # fmt: skip
+    broken = write_rlds(
+        tmp_path, "broken", splits, control_hz=10.0, image_size=tiny.SIZE, description="Noise.", file_format="tfrecord"
+    )
     RldsSource(broken, "train")  # indexes it
     shard = next(broken.glob("*tfrecord*"))
     content = bytearray(shard.read_bytes())
@@ -179,17 +180,20 @@ def test_a_record_that_cannot_be_read(command, tmp_path):
     assert np.isfinite(losses[::3]).all()
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--config.data.latents="], r"'data\.latents' is empty; expected the folder to fill"),
-    (["--config.backbone_run="], r"'data\.latents' is .*; expected no folder, since 'backbone_run'"),
-    (["--config.backbone_run=nowhere"], "nowhere is not a run directory"),
-    (["--config.tokenizer.kind=wan"], "'tokenizer.kind' is 'wan', there 'pca'"),
-    (["--shard=2/2"], "--shard is '2/2'; expected i/n with i from 0 to n - 1"),
-    (["--shard=half"], "--shard is 'half'"),
-    (["--stride=0"], "--stride"),
-    (["--config.data.train_split=training"], "no split 'training'"),
-    (["--config.train.batch_size=6"], r"'train\.batch_size' is 6; expected a multiple of mesh data x fsdp = 8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.data.latents="], r"'data\.latents' is empty; expected the folder to fill"),
+        (["--config.backbone_run="], r"'data\.latents' is .*; expected no folder, since 'backbone_run'"),
+        (["--config.backbone_run=nowhere"], "nowhere is not a run directory"),
+        (["--config.tokenizer.kind=wan"], "'tokenizer.kind' is 'wan', there 'pca'"),
+        (["--shard=2/2"], "--shard is '2/2'; expected i/n with i from 0 to n - 1"),
+        (["--shard=half"], "--shard is 'half'"),
+        (["--stride=0"], "--stride"),
+        (["--config.data.train_split=training"], "no split 'training'"),
+        (["--config.train.batch_size=6"], r"'train\.batch_size' is 6; expected a multiple of mesh data x fsdp = 8"),
+    ],
+)
 def test_the_message_names_the_mistake(command, tmp_path, arguments, message):
     assert re.search(message, command("precompute_latents", *arguments))
     assert not list(tmp_path.glob("latents/*/*/*.npy"))

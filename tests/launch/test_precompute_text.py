@@ -37,8 +37,9 @@ def experiment_file(tmp_path_factory, model, config_file):
 @pytest.fixture
 def precompute(launch, experiment_file, tmp_path):
     """Runs the command with `--config.text.cache=tmp_path/cache`; returns what it printed, or its message where it failed."""
-    return lambda *arguments: launch("precompute_text", f"--config={experiment_file}",
-                                     f"--config.text.cache={tmp_path / 'cache'}", *arguments)  # fmt: skip
+    return lambda *arguments: launch(
+        "precompute_text", f"--config={experiment_file}", f"--config.text.cache={tmp_path / 'cache'}", *arguments
+    )
 
 
 def prompts_in(cache):
@@ -71,8 +72,12 @@ def test_a_split_that_is_only_validated_on(precompute, tmp_path):
 
 
 def test_a_mixture(precompute, tmp_path):
-    one, two = (write_rlds(tmp_path, name, {"train": [tiny.episode(15, seed)]}, control_hz=10.0, image_size=tiny.SIZE,
-                           description="Noise.") for seed, name in enumerate(("one", "two")))  # fmt: skip
+    one, two = (
+        write_rlds(
+            tmp_path, name, {"train": [tiny.episode(15, seed)]}, control_hz=10.0, image_size=tiny.SIZE, description="Noise."
+        )
+        for seed, name in enumerate(("one", "two"))
+    )
     precompute(f"--config.data.action_dataset={one},{two}*2")
     assert prompts_in(tmp_path / "cache") == ["do task 0", "do task 1"]
 
@@ -93,16 +98,19 @@ def test_no_model_is_needed_where_nothing_is_missing(precompute, tmp_path, monke
     assert "embedded 0 prompts" in precompute("--config.text.model=elsewhere/model")
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--config.text.cache="], r"'text\.cache' is empty"),
-    (["--config.text.kind=hash"], r"'text\.kind' is 'hash'; expected 't5'"),
-    (["--config.data.action_dataset="], r"nothing to embed.*--prompts"),
-    (["--prompts=nowhere.txt"], r"--prompts=nowhere\.txt cannot be read"),
-    (["--config.data.action_dataset=nowhere"], "dataset directory nowhere does not exist"),
-    (["--config.data.train_split=training"], "no split 'training'"),
-    (["--config.text.model=elsewhere/model"], r"'text\.model' is 'elsewhere/model', which is not on this machine"),
-    (["--device=abacus"], "cannot be loaded on 'abacus'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.text.cache="], r"'text\.cache' is empty"),
+        (["--config.text.kind=hash"], r"'text\.kind' is 'hash'; expected 't5'"),
+        (["--config.data.action_dataset="], r"nothing to embed.*--prompts"),
+        (["--prompts=nowhere.txt"], r"--prompts=nowhere\.txt cannot be read"),
+        (["--config.data.action_dataset=nowhere"], "dataset directory nowhere does not exist"),
+        (["--config.data.train_split=training"], "no split 'training'"),
+        (["--config.text.model=elsewhere/model"], r"'text\.model' is 'elsewhere/model', which is not on this machine"),
+        (["--device=abacus"], "cannot be loaded on 'abacus'"),
+    ],
+)
 def test_the_message_names_the_mistake(precompute, tmp_path, arguments, message):
     assert re.search(message, precompute(*arguments))
     assert prompts_in(tmp_path / "cache") == []

@@ -56,8 +56,14 @@ class Processes:
         self.processes = []
         for index, error in enumerate(self.errors):
             if slurm:
-                job = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": count, "SLURM_PROCID": index,
-                       "SLURM_LOCALID": index, "JAX_COORDINATOR_PORT": port}  # fmt: skip
+                job = {
+                    "SLURM_JOB_ID": "7",
+                    "SLURM_STEP_NODELIST": "localhost",
+                    "SLURM_NTASKS": count,
+                    "SLURM_PROCID": index,
+                    "SLURM_LOCALID": index,
+                    "JAX_COORDINATOR_PORT": port,
+                }
             else:
                 job = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": count, "JAX_PROCESS_ID": index}
             environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)} | {k: str(v) for k, v in job.items()}

@@ -23,8 +23,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 def run(tmp_path_factory):
     """A run directory of stage `action`."""
     folder, config = tmp_path_factory.mktemp("run"), tiny.experiment()
-    statistics = {"action": compute_statistics(np.random.default_rng(0).normal([5, -3], [0.1, 2.0], (200, 4, 2))),
-                  "proprio": compute_statistics(np.random.default_rng(1).normal(1.0, 2.0, (200, 1, 3)))}  # fmt: skip
+    statistics = {
+        "action": compute_statistics(np.random.default_rng(0).normal([5, -3], [0.1, 2.0], (200, 4, 2))),
+        "proprio": compute_statistics(np.random.default_rng(1).normal(1.0, 2.0, (200, 1, 3))),
+    }
     run_directory.write_config(folder, config)
     trained, frozen = split_params(tiny.params(config), config)
     checkpoints.save_frozen(folder, frozen)
@@ -68,10 +70,13 @@ def test_a_policy_is_served_until_it_is_told_to_end(run):
         process.communicate()
 
 
-@pytest.mark.parametrize(("arguments", "complaint"), [
-    (["--rename=front"], "--rename='front' is not of the form NAME=KNOWN"),
-    ([], "is not a run directory"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--rename=front"], "--rename='front' is not of the form NAME=KNOWN"),
+        ([], "is not a run directory"),
+    ],
+)
 @pytest.mark.slow
 def test_mistakes_are_told(tmp_path, arguments, complaint):
     process = start(f"--policy={tmp_path}", *arguments)

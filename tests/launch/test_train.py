@@ -52,8 +52,10 @@ def test_either_stage_starts_from_converted_weights(launch, config_file, pretrai
     assert step == 2
     for expected, found in zip(jax.tree.leaves(params["tokenizer"]), jax.tree.leaves(trained["tokenizer"]), strict=True):
         np.testing.assert_array_equal(np.float32(found), np.float32(expected))
-    moved = [np.abs(np.float32(found) - np.float32(expected)).max()
-             for expected, found in zip(jax.tree.leaves(params["backbone"]), jax.tree.leaves(trained["backbone"]), strict=True)]
+    moved = [
+        np.abs(np.float32(found) - np.float32(expected)).max()
+        for expected, found in zip(jax.tree.leaves(params["backbone"]), jax.tree.leaves(trained["backbone"]), strict=True)
+    ]
     if stage == "video":  # small steps from where the weights were, in float32
         assert 0 < max(moved) < 0.01 and jax.tree.leaves(trained["backbone"])[0].dtype == jnp.float32
     else:  # frozen, and still in bfloat16
@@ -106,8 +108,10 @@ def test_two_processes_compute_statistics_together_and_the_first_writes_them(tmp
     paths = os.pathsep.join(map(str, (root, root / "launch", root / "tests")))
     environment = os.environ | {"PYTHONPATH": paths, "XDG_CACHE_HOME": str(tmp_path / "cache")}
     command = [sys.executable, "-c", HOST, address]
-    processes = [subprocess.Popen([*command, str(index), data, run], env=environment, stdout=subprocess.PIPE, text=True)
-                 for index in range(2)]  # fmt: skip
+    processes = [
+        subprocess.Popen([*command, str(index), data, run], env=environment, stdout=subprocess.PIPE, text=True)
+        for index in range(2)
+    ]
     try:
         printed = [process.communicate(timeout=120)[0].splitlines() for process in processes]
     finally:

@@ -43,25 +43,37 @@ def assert_says(message, *parts):
         assert re.search(part, message), f"{part!r} is not in {message!r}"
 
 
-@pytest.mark.parametrize(("arguments", "parts"), [
-    (["--config.train.stepz=5"], ["'train.stepz'", "did you mean 'train.steps'"]),
-    (["--config.backbnoe.width=32"], ["'backbnoe.width'", "did you mean 'backbone.width'"]),
-    (["--config.train.steps=5", "--config.train.warmup_steps=9"], ["'train.warmup_steps' is 9"]),
-    (["--config.stage=vdeo"], ["'stage' is 'vdeo'", "'video', 'action'"]),
-    (["--config.decoder.action_dim=3"], ["action width 2", r"'decoder\.action_dim' is 3"]),
-    (["--config.decoder.proprio_dim=4"], ["proprio width 3", r"'decoder\.proprio_dim' is 4"]),
-    (["--config.data.image_size=(32, 32)"], [r"image size of camera 'primary' \(16, 32\)", r"'data\.image_size' is \(32, 32\)"]),
-    (["--config.data.action_horizon=40", "--config.decoder.action_horizon=40"], [r"'data\.action_horizon' is 40", r"1\.40 s"]),
-    (["--config.data.future_frames=20"], [r"'data\.future_frames' is 20", r"1\.40 s"]),
-    (["--config.data.train_split=training"], ["no split 'training'", "train"]),
-    (["--config.train.validate_every=2"], ["no split 'val'"]),
-    (["--config.data.action_dataset="], [r"'data\.action_dataset' is empty"]),
-    (["--config.backbone_run=runs/nowhere"], ["runs/nowhere is not a run directory"]),
-    (["--config.tokenizer.kind=wan"], ["'backbone_run' is empty", "Wan tokenizer"]),
-    (["--config.mesh.data=3"], ["'mesh'", "8 devices"]),
-    (["--profile=ten"], ["--profile is 'ten'; expected FIRST:LAST"]),
-    (["--config.mesh.data=1", "--config.mesh.fsdp=8", "--config.decoder.width=20"], [r"'mesh\.fsdp' is 8", "decoder/blocks/"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--config.train.stepz=5"], ["'train.stepz'", "did you mean 'train.steps'"]),
+        (["--config.backbnoe.width=32"], ["'backbnoe.width'", "did you mean 'backbone.width'"]),
+        (["--config.train.steps=5", "--config.train.warmup_steps=9"], ["'train.warmup_steps' is 9"]),
+        (["--config.stage=vdeo"], ["'stage' is 'vdeo'", "'video', 'action'"]),
+        (["--config.decoder.action_dim=3"], ["action width 2", r"'decoder\.action_dim' is 3"]),
+        (["--config.decoder.proprio_dim=4"], ["proprio width 3", r"'decoder\.proprio_dim' is 4"]),
+        (
+            ["--config.data.image_size=(32, 32)"],
+            [r"image size of camera 'primary' \(16, 32\)", r"'data\.image_size' is \(32, 32\)"],
+        ),
+        (
+            ["--config.data.action_horizon=40", "--config.decoder.action_horizon=40"],
+            [r"'data\.action_horizon' is 40", r"1\.40 s"],
+        ),
+        (["--config.data.future_frames=20"], [r"'data\.future_frames' is 20", r"1\.40 s"]),
+        (["--config.data.train_split=training"], ["no split 'training'", "train"]),
+        (["--config.train.validate_every=2"], ["no split 'val'"]),
+        (["--config.data.action_dataset="], [r"'data\.action_dataset' is empty"]),
+        (["--config.backbone_run=runs/nowhere"], ["runs/nowhere is not a run directory"]),
+        (["--config.tokenizer.kind=wan"], ["'backbone_run' is empty", "Wan tokenizer"]),
+        (["--config.mesh.data=3"], ["'mesh'", "8 devices"]),
+        (["--profile=ten"], ["--profile is 'ten'; expected FIRST:LAST"]),
+        (
+            ["--config.mesh.data=1", "--config.mesh.fsdp=8", "--config.decoder.width=20"],
+            [r"'mesh\.fsdp' is 8", "decoder/blocks/"],
+        ),
+    ],
+)
 def test_the_message_names_the_mistake(train, arguments, parts):
     assert_says(train(*arguments), *parts)
 

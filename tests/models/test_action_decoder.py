@@ -10,8 +10,18 @@ from flax import nnx
 from mimic_video.config import ActionDecoderConfig
 from mimic_video.models.action_decoder import ActionDecoder, Embedder, embedder_widths, time_features
 
-CONFIG = ActionDecoderConfig(width=16, num_blocks=3, num_heads=2, mlp_ratio=2.0, adaln_lora_dim=4, time_rank=8, obs_horizon=2,
-                             action_horizon=5, proprio_dim=3, action_dim=2)  # fmt: skip
+CONFIG = ActionDecoderConfig(
+    width=16,
+    num_blocks=3,
+    num_heads=2,
+    mlp_ratio=2.0,
+    adaln_lora_dim=4,
+    time_rank=8,
+    obs_horizon=2,
+    action_horizon=5,
+    proprio_dim=3,
+    action_dim=2,
+)
 CONTEXT = 12
 
 
@@ -42,8 +52,13 @@ def run(decoder):
 
 
 def inputs(batch=2):
-    return [random(batch, 2, 3), random(batch, 5, 2, seed=1), jnp.linspace(0.2, 0.9, batch), jnp.linspace(0.5, 0.99, batch),
-            random(batch, 7, CONTEXT, seed=2)]  # fmt: skip
+    return [
+        random(batch, 2, 3),
+        random(batch, 5, 2, seed=1),
+        jnp.linspace(0.2, 0.9, batch),
+        jnp.linspace(0.5, 0.99, batch),
+        random(batch, 7, CONTEXT, seed=2),
+    ]
 
 
 @pytest.mark.parametrize(("horizon", "parameters"), [(15, 498_990_730), (60, 499_036_810)])
@@ -56,13 +71,16 @@ def test_published_sizes(horizon, parameters):
     assert sum(math.prod(leaf.shape[1:]) for leaf in stacked) == 20_447_744  # parameters of a block
 
 
-@pytest.mark.parametrize(("inputs", "outputs", "widths"), [
-    (10, 1024, [10, 47, 220, 1024]),
-    (4, 64, [4, 16, 64]),
-    (16, 64, [16, 64]),
-    (64, 64, [64, 64]),
-    (64, 16, [64, 16]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "widths"),
+    [
+        (10, 1024, [10, 47, 220, 1024]),
+        (4, 64, [4, 16, 64]),
+        (16, 64, [16, 64]),
+        (64, 64, [64, 64]),
+        (64, 16, [64, 16]),
+    ],
+)
 def test_embedder_widths(inputs, outputs, widths):
     assert embedder_widths(inputs, outputs) == widths
 
@@ -82,10 +100,15 @@ def test_embedder():
 @pytest.mark.parametrize("width", [96, 1024])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_time_features_are_as_exact_as_in_float64(width, compiled):
-    times = np.concatenate([
-        np.linspace(0, 1, 1001), 1 - np.geomspace(1e-7, 1e-2, 200), np.geomspace(1e-7, 1e-2, 200),
-        np.random.default_rng(0).uniform(0.001, 1, 1000), [1e-3, 80 / 81, np.nextafter(np.float32(1), np.float32(0))],
-    ]).astype(np.float32)  # fmt: skip
+    times = np.concatenate(
+        [
+            np.linspace(0, 1, 1001),
+            1 - np.geomspace(1e-7, 1e-2, 200),
+            np.geomspace(1e-7, 1e-2, 200),
+            np.random.default_rng(0).uniform(0.001, 1, 1000),
+            [1e-3, 80 / 81, np.nextafter(np.float32(1), np.float32(0))],
+        ]
+    ).astype(np.float32)
     periods = 0.004 * 1000.0 ** (np.arange(width // 2) / (width // 2 - 1))
     angles = 2 * np.pi * times.astype(np.float64)[:, None] / periods
     function = jax.jit(time_features, static_argnums=1) if compiled else time_features

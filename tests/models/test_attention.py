@@ -35,15 +35,25 @@ def assert_close(found, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("queries", "keys", "masked", "head_dim"), [
-    (130, 130, False, HEAD_DIM), (128, 256, False, HEAD_DIM), (1100, 200, True, HEAD_DIM), (30, 130, False, 32),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("queries", "keys", "masked", "head_dim"),
+    [
+        (130, 130, False, HEAD_DIM),
+        (128, 256, False, HEAD_DIM),
+        (1100, 200, True, HEAD_DIM),
+        (30, 130, False, 32),
+    ],
+)
 def test_splash_attention_is_attention(queries, keys, masked, head_dim):
     """Also where tokens fill no whole blocks, and where keys are masked; in interpret mode, where heads may be narrower."""
     q, k, v = random(2, queries, 2, head_dim), random(2, keys, 2, head_dim, seed=1), random(2, keys, 2, head_dim, seed=2)
     mask = jnp.asarray(np.random.default_rng(3).random((2, keys)) > 0.3) if masked else None
-    assert_close(*(outputs_and_gradients(lambda *heads, backend=backend: attention(*heads, mask, backend), q, k, v)
-                   for backend in ("splash", "xla")))  # fmt: skip
+    assert_close(
+        *(
+            outputs_and_gradients(lambda *heads, backend=backend: attention(*heads, mask, backend), q, k, v)
+            for backend in ("splash", "xla")
+        )
+    )
 
 
 # Queries that share keys.
@@ -84,9 +94,16 @@ def test_devices_share_the_samples_and_heads_of_whole_tokens(mesh):
 # What cuDNN is given.
 
 
-@pytest.mark.parametrize(("queries", "keys", "masked"), [
-    (64, 128, False), (61, 128, False), (64, 127, False), (64, 128, True), (61, 127, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("queries", "keys", "masked"),
+    [
+        (64, 128, False),
+        (61, 128, False),
+        (64, 127, False),
+        (64, 128, True),
+        (61, 127, True),
+    ],
+)
 def test_cudnn_is_given_the_same_attention(queries, keys, masked, monkeypatch):
     """Even numbers of tokens, and lengths in place of masks; XLA, which knows lengths too, computes what the GPU would."""
     of_jax, asked = jax.nn.dot_product_attention, []
@@ -100,15 +117,24 @@ def test_cudnn_is_given_the_same_attention(queries, keys, masked, monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
     q, k, v = random(6, queries, 2, 8), random(2, keys, 2, 8, seed=1), random(2, keys, 2, 8, seed=2)
     mask = jnp.asarray(np.random.default_rng(3).random((2, keys)) > 0.3) if masked else None
-    assert_close(*(outputs_and_gradients(lambda *heads, backend=backend: attention(*heads, mask, backend), q, k, v)
-                   for backend in ("cudnn", "xla")))  # fmt: skip
+    assert_close(
+        *(
+            outputs_and_gradients(lambda *heads, backend=backend: attention(*heads, mask, backend), q, k, v)
+            for backend in ("cudnn", "xla")
+        )
+    )
     assert asked == ["cudnn", "xla"]
 
 
-@pytest.mark.parametrize(("version", "capability", "expected"), [
-    ("PJRT C API\ncuda 13000", "9.0", (9, 0)), ("PJRT C API\ncuda 12090", "12.1", (12, 1)),
-    ("PJRT C API\nrocm 60300", "gfx942", None), ("cpu", None, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("version", "capability", "expected"),
+    [
+        ("PJRT C API\ncuda 13000", "9.0", (9, 0)),
+        ("PJRT C API\ncuda 12090", "12.1", (12, 1)),
+        ("PJRT C API\nrocm 60300", "gfx942", None),
+        ("cpu", None, None),
+    ],
+)
 def test_compute_capability_is_that_of_cuda(version, capability, expected, monkeypatch):
     device = types.SimpleNamespace(client=types.SimpleNamespace(platform_version=version), compute_capability=capability)
     monkeypatch.setattr(jax, "local_devices", lambda: [device])

@@ -16,18 +16,29 @@ from mimic_video.weights.diffusers import DIFFUSERS_DIT_NAMES, video_dit_config
 from mimic_video.weights.published import import_params
 
 SMALL = {
-    "in_channels": 17, "out_channels": 16, "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "mlp_ratio": 4.0,
-    "text_embed_dim": 8, "adaln_lora_dim": 4, "patch_size": (1, 2, 2), "rope_scale": (1.0, 3.0, 3.0),
+    "in_channels": 17,
+    "out_channels": 16,
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "num_layers": 2,
+    "mlp_ratio": 4.0,
+    "text_embed_dim": 8,
+    "adaln_lora_dim": 4,
+    "patch_size": (1, 2, 2),
+    "rope_scale": (1.0, 3.0, 3.0),
     "extra_pos_embed_type": None,
-}  # fmt: skip
+}
 # (changed settings, (b, t, h, w) of the latents, text rows)
 CASES = {
     "small": ({}, (2, 3, 4, 6), 5),
     "deeper, heads of 16": ({"num_layers": 5, "attention_head_dim": 16, "mlp_ratio": 2.0}, (1, 2, 6, 4), 3),
-    "one head of 32, stretched time": ({"num_attention_heads": 1, "attention_head_dim": 32, "rope_scale": (20 / 24, 2.0, 2.0)},
-                                       (1, 5, 2, 8), 7),
+    "one head of 32, stretched time": (
+        {"num_attention_heads": 1, "attention_head_dim": 32, "rope_scale": (20 / 24, 2.0, 2.0)},
+        (1, 5, 2, 8),
+        7,
+    ),
     "one frame, wide patches": ({"patch_size": (1, 2, 4), "text_embed_dim": 12, "adaln_lora_dim": 6}, (3, 1, 4, 8), 1),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)
@@ -77,14 +88,16 @@ def run_theirs(model, inputs, dtype):
     outputs = []
     for latents, times, text, condition, padding in zip(*map(torch.tensor, inputs), strict=True):
         t, h, w, _ = latents.shape
-        outputs.append(model(
-            hidden_states=latents.movedim(-1, 0)[None].to(dtype),
-            timestep=times.reshape(1, 1, t, 1, 1),
-            encoder_hidden_states=text[None].to(dtype),
-            condition_mask=condition.reshape(1, 1, t, 1, 1).expand(1, 1, t, h, w).to(dtype),
-            padding_mask=padding.repeat_interleave(8, 0).repeat_interleave(8, 1)[None, None].to(dtype),
-            return_dict=False,
-        )[0])  # fmt: skip
+        outputs.append(
+            model(
+                hidden_states=latents.movedim(-1, 0)[None].to(dtype),
+                timestep=times.reshape(1, 1, t, 1, 1),
+                encoder_hidden_states=text[None].to(dtype),
+                condition_mask=condition.reshape(1, 1, t, 1, 1).expand(1, 1, t, h, w).to(dtype),
+                padding_mask=padding.repeat_interleave(8, 0).repeat_interleave(8, 1)[None, None].to(dtype),
+                return_dict=False,
+            )[0]
+        )
     return np.moveaxis(torch.cat(outputs).float().numpy(), 1, -1)
 
 
@@ -132,7 +145,13 @@ def test_every_input_matters():
 
 
 def test_settings_are_those_of_the_2b_model():
-    released = SMALL | {"num_attention_heads": 16, "attention_head_dim": 128, "num_layers": 28, "text_embed_dim": 1024,
-                        "adaln_lora_dim": 256, "_class_name": "CosmosTransformer3DModel"}  # fmt: skip
+    released = SMALL | {
+        "num_attention_heads": 16,
+        "attention_head_dim": 128,
+        "num_layers": 28,
+        "text_embed_dim": 1024,
+        "adaln_lora_dim": 256,
+        "_class_name": "CosmosTransformer3DModel",
+    }
     config = video_dit_config(released, hidden_block=20)
     assert dataclasses.asdict(config) == dataclasses.asdict(type(config)())

@@ -113,8 +113,10 @@ def test_attention_module(padding):
     module = Attention(8, 2, nnx.Rngs(0), context_width=5)
     x, context = random(2, 3, 8), np.pad(random(2, 4, 5, seed=1), [(0, 0), (0, padding), (0, 0)])
     module.q_norm.scale[...], module.k_norm.scale[...] = jnp.asarray(random(4, seed=2)), jnp.asarray(random(4, seed=3))
-    q, k, v = ((array @ np.asarray(layer.kernel[...])).reshape(2, -1, 2, 4) for array, layer in
-               ((x, module.q_proj), (context, module.k_proj), (context, module.v_proj)))  # fmt: skip
+    q, k, v = (
+        (array @ np.asarray(layer.kernel[...])).reshape(2, -1, 2, 4)
+        for array, layer in ((x, module.q_proj), (context, module.k_proj), (context, module.v_proj))
+    )
     mixed = numpy_attention(numpy_rms_norm(q) * random(4, seed=2), numpy_rms_norm(k) * random(4, seed=3), v)
     expected = mixed.reshape(2, 3, 8) @ np.asarray(module.out_proj.kernel[...])
     np.testing.assert_allclose(module(x, module.keys_values(context)), expected, atol=1e-5)

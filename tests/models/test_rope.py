@@ -36,8 +36,11 @@ def test_published_roundings_are_bit_exact():
     np.testing.assert_array_equal(rope_frequencies(42, 3.0, bfloat16=True), np.float32(SPATIAL))
     angles = rope_angles((16, 30, 40), 128, RATIO, bfloat16=True).reshape(16, 30, 40, 64)
     torch = pytest.importorskip("torch")  # the published code multiplies bfloat16 positions and frequencies
-    for axis, count, frequencies, part in ((0, 16, TEMPORAL, slice(0, 22)), (1, 30, SPATIAL, slice(22, 43)),
-                                           (2, 40, SPATIAL, slice(43, 64))):  # fmt: skip
+    for axis, count, frequencies, part in (
+        (0, 16, TEMPORAL, slice(0, 22)),
+        (1, 30, SPATIAL, slice(22, 43)),
+        (2, 40, SPATIAL, slice(43, 64)),
+    ):
         expected = torch.outer(torch.arange(count, dtype=torch.bfloat16), torch.tensor(frequencies, dtype=torch.bfloat16))
         found = np.moveaxis(angles, axis, 0)[:, 0, 0, part]
         np.testing.assert_array_equal(found, expected.float().numpy())

@@ -81,8 +81,9 @@ def t5(model, cache="", **fields):
 
 def published(model, prompt, rows=ROWS):
     """Features the way the published system makes them: padded to `rows` tokens first, zeroed afterwards."""
-    tokens = AutoTokenizer.from_pretrained(model)([prompt], padding="max_length", truncation=True, max_length=rows,
-                                                  return_tensors="pt")  # fmt: skip
+    tokens = AutoTokenizer.from_pretrained(model)(
+        [prompt], padding="max_length", truncation=True, max_length=rows, return_tensors="pt"
+    )
     encoder = T5EncoderModel.from_pretrained(model)
     with torch.no_grad():
         hidden = encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state[0].numpy().copy()
@@ -210,8 +211,10 @@ def test_no_model_is_loaded_for_prompts_that_are_kept(saved, cache, without_libr
 def test_an_entry_can_be_read_by_people_and_holds_real_rows_only(saved, cache):
     make_text_encoder(t5(saved[0], cache))("Pick up the CARROT, s'il te plaît!")
     (path,) = entries(cache)
-    assert re.fullmatch(rf"t5-tiny-float32-{ROWS}rows-[0-9a-f]{{16}}/pick_up_the_carrot_s_il_te_pla_t-[0-9a-f]{{16}}\.npz",
-                        path.relative_to(cache).as_posix())  # fmt: skip
+    assert re.fullmatch(
+        rf"t5-tiny-float32-{ROWS}rows-[0-9a-f]{{16}}/pick_up_the_carrot_s_il_te_pla_t-[0-9a-f]{{16}}\.npz",
+        path.relative_to(cache).as_posix(),
+    )
     with np.load(path) as entry:
         assert entry["prompt"].item() == "Pick up the CARROT, s'il te plaît!"
         assert 10 < len(entry["features"]) < ROWS and np.abs(entry["features"]).max(axis=1).min() > 0.01
@@ -348,10 +351,13 @@ def test_worker_processes_use_the_same_cache(saved, cache):
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(encode))(CARROT), features)
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("config.json", r"has no config\.json; expected the folder of a T5 model"),
-    ("model.safetensors", r"has no model\.safetensors or .*pytorch_model\.bin"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("config.json", r"has no config\.json; expected the folder of a T5 model"),
+        ("model.safetensors", r"has no model\.safetensors or .*pytorch_model\.bin"),
+    ],
+)
 def test_a_folder_that_lacks_a_file(model, name, message):
     (model / name).unlink()
     with pytest.raises(ConfigError, match=message):

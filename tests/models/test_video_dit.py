@@ -11,8 +11,9 @@ from mimic_video.config import VideoDiTConfig
 from mimic_video.models.rope import rope_angles, rotate
 from mimic_video.models.video_dit import VideoDiT, time_features
 
-CONFIG = VideoDiTConfig(width=16, num_blocks=3, num_heads=2, mlp_ratio=2.0, text_width=6, adaln_lora_dim=4, latent_channels=3,
-                        hidden_block=2)  # fmt: skip
+CONFIG = VideoDiTConfig(
+    width=16, num_blocks=3, num_heads=2, mlp_ratio=2.0, text_width=6, adaln_lora_dim=4, latent_channels=3, hidden_block=2
+)
 
 
 def random(*shape, seed=0):
@@ -66,8 +67,14 @@ def test_patches_enter_channel_slowest(state, hidden):  # SPEC 3.3: index ((c·1
     padding = random(1, 4, 6, seed=7)
     embedded = hidden(state, latents, times, text, mask, padding, stop=0)
     assert embedded.shape == (1, 2, 6, 16)
-    planes = np.concatenate([latents[0], np.broadcast_to(mask[0][:, None, None, None], (2, 4, 6, 1)),
-                             np.broadcast_to(padding[0][None, :, :, None], (2, 4, 6, 1))], axis=-1)  # fmt: skip
+    planes = np.concatenate(
+        [
+            latents[0],
+            np.broadcast_to(mask[0][:, None, None, None], (2, 4, 6, 1)),
+            np.broadcast_to(padding[0][None, :, :, None], (2, 4, 6, 1)),
+        ],
+        axis=-1,
+    )
     kernel = np.asarray(state["patch_proj"]["kernel"][...])
     for frame, row, column in ((0, 0, 0), (0, 1, 0), (1, 0, 2), (1, 1, 1)):
         features = [planes[frame, 2 * row + m, 2 * column + n, c] for c in range(5) for m in range(2) for n in range(2)]

@@ -254,16 +254,29 @@ def test_published_rounding_of_the_statistics(params):
 
 def test_published_names():
     shapes = published_shapes(WAN_VAE_NAMES, split(width=96)[1])
-    convolutions = {"encoder.conv1": (96, 3, 3, 3, 3), "encoder.downsamples.3.residual.2": (192, 96, 3, 3, 3),
-                    "encoder.downsamples.6.shortcut": (384, 192, 1, 1, 1), "encoder.downsamples.2.resample.1": (96, 96, 3, 3),
-                    "encoder.downsamples.5.time_conv": (192, 192, 3, 1, 1), "encoder.middle.1.to_qkv": (1152, 384, 1, 1),
-                    "encoder.head.2": (32, 384, 3, 3, 3), "conv1": (32, 32, 1, 1, 1), "conv2": (16, 16, 1, 1, 1),
-                    "decoder.upsamples.3.time_conv": (768, 384, 3, 1, 1), "decoder.upsamples.4.shortcut": (384, 192, 1, 1, 1),
-                    "decoder.upsamples.11.resample.1": (96, 192, 3, 3), "decoder.head.2": (3, 96, 3, 3, 3)}  # fmt: skip
+    convolutions = {
+        "encoder.conv1": (96, 3, 3, 3, 3),
+        "encoder.downsamples.3.residual.2": (192, 96, 3, 3, 3),
+        "encoder.downsamples.6.shortcut": (384, 192, 1, 1, 1),
+        "encoder.downsamples.2.resample.1": (96, 96, 3, 3),
+        "encoder.downsamples.5.time_conv": (192, 192, 3, 1, 1),
+        "encoder.middle.1.to_qkv": (1152, 384, 1, 1),
+        "encoder.head.2": (32, 384, 3, 3, 3),
+        "conv1": (32, 32, 1, 1, 1),
+        "conv2": (16, 16, 1, 1, 1),
+        "decoder.upsamples.3.time_conv": (768, 384, 3, 1, 1),
+        "decoder.upsamples.4.shortcut": (384, 192, 1, 1, 1),
+        "decoder.upsamples.11.resample.1": (96, 192, 3, 3),
+        "decoder.head.2": (3, 96, 3, 3, 3),
+    }
     for name, shape in convolutions.items():
         assert shapes[f"{name}.weight"].shape == shape and shapes[f"{name}.bias"].shape == shape[:1], name
-    gammas = {"encoder.downsamples.0.residual.0": (96, 1, 1, 1), "decoder.middle.1.norm": (384, 1, 1),
-              "decoder.upsamples.14.residual.3": (96, 1, 1, 1), "decoder.head.0": (96, 1, 1, 1)}  # fmt: skip
+    gammas = {
+        "encoder.downsamples.0.residual.0": (96, 1, 1, 1),
+        "decoder.middle.1.norm": (384, 1, 1),
+        "decoder.upsamples.14.residual.3": (96, 1, 1, 1),
+        "decoder.head.0": (96, 1, 1, 1),
+    }
     for name, shape in gammas.items():
         assert shapes[f"{name}.gamma"].shape == shape, name
     assert len(shapes) == 194
@@ -305,5 +318,8 @@ def test_weights_survive_the_way_out_and_back(params):
 def test_wrong_shapes(direction, shape, message):
     graphdef, shapes = split()
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(lambda params, x: getattr(nnx.merge(graphdef, nnx.State(params)), direction)(x),
-                       shapes, jax.ShapeDtypeStruct(shape, jnp.float32))  # fmt: skip
+        jax.eval_shape(
+            lambda params, x: getattr(nnx.merge(graphdef, nnx.State(params)), direction)(x),
+            shapes,
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+        )

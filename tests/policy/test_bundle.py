@@ -14,10 +14,13 @@ from mimic_video.training.storage import RunError
 from mimic_video.transforms import compute_statistics
 
 CONFIG = tiny.experiment(backbone={"num_blocks": 1}, decoder={"num_blocks": 1})
-STATISTICS = {"action": compute_statistics(np.random.default_rng(0).normal(0, 1, (50, 4, 2))),
-              "proprio": compute_statistics(np.random.default_rng(1).normal(0, 1, (50, 1, 3)))}  # fmt: skip
-ROBOTS = {name: Embodiment(name, index, STATISTICS, {"action": (1,), "proprio": ()})
-          for index, name in enumerate(("arm", "lift"))}  # fmt: skip
+STATISTICS = {
+    "action": compute_statistics(np.random.default_rng(0).normal(0, 1, (50, 4, 2))),
+    "proprio": compute_statistics(np.random.default_rng(1).normal(0, 1, (50, 1, 3))),
+}
+ROBOTS = {
+    name: Embodiment(name, index, STATISTICS, {"action": (1,), "proprio": ()}) for index, name in enumerate(("arm", "lift"))
+}
 
 
 @pytest.fixture(scope="module")
@@ -69,18 +72,26 @@ def manifest(bundle, **changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-@pytest.mark.parametrize(("damage", "complaint"), [
-    (lambda bundle: change(bundle / "embodiments.json"), r"embodiments.json is not what was written"),
-    (lambda bundle: change(max((bundle / "params").rglob("*"), key=lambda file: file.is_file() and file.stat().st_size)),
-     r"params/.* is not what was written"),
-    (lambda bundle: (bundle / "config.json").unlink(), r"config.json is missing"),
-    (lambda bundle: (bundle / "text" / "more.npz").write_bytes(b""), r"text/more.npz is not one of its files"),
-    (lambda bundle: (bundle / "manifest.json").unlink(), r"has no manifest.json: it is not a complete bundle"),
-    (lambda bundle: (bundle / "manifest.json").write_text('{"format"'), r"manifest.json is damaged"),
-    (lambda bundle: manifest(bundle, files=None), r"manifest.json is damaged: it has no list of files"),
-    (lambda bundle: manifest(bundle, version=VERSION + 1), r"version 2; this version of mimic_video reads .* up to version 1"),
-    (lambda bundle: manifest(bundle, format="another"), r"format 'another'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda bundle: change(bundle / "embodiments.json"), r"embodiments.json is not what was written"),
+        (
+            lambda bundle: change(max((bundle / "params").rglob("*"), key=lambda file: file.is_file() and file.stat().st_size)),
+            r"params/.* is not what was written",
+        ),
+        (lambda bundle: (bundle / "config.json").unlink(), r"config.json is missing"),
+        (lambda bundle: (bundle / "text" / "more.npz").write_bytes(b""), r"text/more.npz is not one of its files"),
+        (lambda bundle: (bundle / "manifest.json").unlink(), r"has no manifest.json: it is not a complete bundle"),
+        (lambda bundle: (bundle / "manifest.json").write_text('{"format"'), r"manifest.json is damaged"),
+        (lambda bundle: manifest(bundle, files=None), r"manifest.json is damaged: it has no list of files"),
+        (
+            lambda bundle: manifest(bundle, version=VERSION + 1),
+            r"version 2; this version of mimic_video reads .* up to version 1",
+        ),
+        (lambda bundle: manifest(bundle, format="another"), r"format 'another'"),
+    ],
+)
 def test_what_is_no_whole_bundle_is_refused(bundle, damage, complaint):
     damage(bundle)
     with pytest.raises(BundleError, match=complaint):

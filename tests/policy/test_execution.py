@@ -15,7 +15,7 @@ from mimic_video.policy.execution import (
     control_loop,
     in_base_frame,
     make_strategy,
-)  # fmt: skip
+)
 from mimic_video.transforms import absolute_poses, rot6d_from_matrix
 
 HORIZON = 6
@@ -232,12 +232,15 @@ def test_poses_seen_from_the_hand_are_continued_in_the_base_frame():
     assert seen[0].delay == 1 and np.abs(seen[0].actions - relative[:, 2:]).max() > 0.1
 
 
-@pytest.mark.parametrize(("field", "value", "complaint"), [
-    ("strategy", "sometimes", "policy.strategy.*is 'sometimes'; expected one of 'open_loop'"),
-    ("execute_steps", 4, "policy.execute_steps' is 4; expected less than decoder.action_horizon=4"),
-    ("guidance_clip", 0.0, "guidance_clip' is 0.0; expected a positive number"),
-    ("ensemble_decay", -1.0, "policy.ensemble_decay' is -1.0; expected zero or more"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("field", "value", "complaint"),
+    [
+        ("strategy", "sometimes", "policy.strategy.*is 'sometimes'; expected one of 'open_loop'"),
+        ("execute_steps", 4, "policy.execute_steps' is 4; expected less than decoder.action_horizon=4"),
+        ("guidance_clip", 0.0, "guidance_clip' is 0.0; expected a positive number"),
+        ("ensemble_decay", -1.0, "policy.ensemble_decay' is -1.0; expected zero or more"),
+    ],
+)
 def test_settings_that_make_no_sense_are_named(field, value, complaint):
     policy = {"strategy": "real_time_chunking", "execute_steps": 2, field: value}
     sizes = {"data": {"action_horizon": 4}, "decoder": {"action_horizon": 4}}

@@ -52,12 +52,15 @@ def test_a_refused_message_changes_nothing():
     assert seen(request) == [1, 1, 1, 3, 3] and request.instructions == ["a"]
 
 
-@pytest.mark.parametrize("names", [
-    ("observation.images.primary", "observation.state", "task"),  # LeRobot
-    ("observation/image", "observation/state", "prompt"),  # openpi
-    ("images", "state", "prompt"),
-    ("observation.images.front", "observation.qpos", "goal"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("observation.images.primary", "observation.state", "task"),  # LeRobot
+        ("observation/image", "observation/state", "prompt"),  # openpi
+        ("images", "state", "prompt"),
+        ("observation.images.front", "observation.qpos", "goal"),
+    ],
+)
 def test_names_of_several_robot_stacks(names):
     renames = {"observation.images.front": "images.primary", "qpos": "state", "observation/goal": "prompt", "gripper": ""}
     plain = observation()
@@ -102,31 +105,37 @@ def test_a_repeated_request_is_the_same_request():
     assert seen(request) == [1, 1, 1, 1, 2] and request.history_frames == 2
 
 
-@pytest.mark.parametrize(("change", "complaint"), [
-    ({"stat": 1}, r"unknown field 'stat'; expected state, .*did you mean 'state'"),
-    ({"state": np.zeros(4)}, r"'state' has shape \(4,\); expected \(3,\)"),
-    ({"state": np.array([1, 2, np.nan])}, "'state' is .*nan.*; expected finite numbers"),
-    ({"state": np.array([1, 2, 1e300])}, "'state' is .*; expected finite numbers"),
-    ({"state": np.array([True, True, True])}, "'state' has dtype bool; expected numbers"),
-    ({"state": "abc"}, "'state' is a str; expected an array"),
-    ({"images": np.zeros((3, 8, 16), np.uint8)}, r"'images.primary' has shape \(3, 8, 16\); expected \(H, W, 3\) or \(5, H, W"),
-    ({"images": np.zeros((4, 8, 16, 3), np.uint8)}, r"has shape \(4, 8, 16, 3\)"),
-    ({"images": np.zeros((0, 16, 3), np.uint8)}, "sides of up to 4096 pixels"),
-    ({"images": np.zeros((8, 16, 3), np.float32)}, "'images.primary' has dtype float32; expected uint8"),
-    ({"images": {"wrist": np.zeros((8, 16, 3), np.uint8)}}, "unknown field 'images.wrist'"),
-    ({"images": {}}, "'images.primary' is missing; expected an array"),
-    ({"image": np.zeros((8, 16, 3), np.uint8)}, "'image' is 'images.primary', which the message has already"),
-    ({"prompt": ""}, "'prompt' is '', 0 characters; expected 1 to 2000"),
-    ({"prompt": "a" * 2001}, "2001 characters"),
-    ({"prompt": ["a", "b"]}, r"'prompt' is .*; expected a string"),
-    ({"prompt": 3}, "'prompt' is '3'; expected a string"),
-    ({"robots": 5}, "'robots' is '5'; expected a whole number from 1 to 4"),
-    ({"robots": 2}, r"'images.primary' has shape \(8, 16, 3\); expected \(2, H, W, 3\) or \(2, 5, H, W, 3\)"),
-    ({"query": True}, "'query' is 'True'; expected a whole number"),
-    ({"deadline": 0}, "'deadline' is 0; expected a positive number"),
-    ({"deadline": float("inf")}, "'deadline' is 'inf'; expected a finite number"),
-    ({"plan": "no"}, "'plan' is 'no'; expected true or false"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"stat": 1}, r"unknown field 'stat'; expected state, .*did you mean 'state'"),
+        ({"state": np.zeros(4)}, r"'state' has shape \(4,\); expected \(3,\)"),
+        ({"state": np.array([1, 2, np.nan])}, "'state' is .*nan.*; expected finite numbers"),
+        ({"state": np.array([1, 2, 1e300])}, "'state' is .*; expected finite numbers"),
+        ({"state": np.array([True, True, True])}, "'state' has dtype bool; expected numbers"),
+        ({"state": "abc"}, "'state' is a str; expected an array"),
+        (
+            {"images": np.zeros((3, 8, 16), np.uint8)},
+            r"'images.primary' has shape \(3, 8, 16\); expected \(H, W, 3\) or \(5, H, W",
+        ),
+        ({"images": np.zeros((4, 8, 16, 3), np.uint8)}, r"has shape \(4, 8, 16, 3\)"),
+        ({"images": np.zeros((0, 16, 3), np.uint8)}, "sides of up to 4096 pixels"),
+        ({"images": np.zeros((8, 16, 3), np.float32)}, "'images.primary' has dtype float32; expected uint8"),
+        ({"images": {"wrist": np.zeros((8, 16, 3), np.uint8)}}, "unknown field 'images.wrist'"),
+        ({"images": {}}, "'images.primary' is missing; expected an array"),
+        ({"image": np.zeros((8, 16, 3), np.uint8)}, "'image' is 'images.primary', which the message has already"),
+        ({"prompt": ""}, "'prompt' is '', 0 characters; expected 1 to 2000"),
+        ({"prompt": "a" * 2001}, "2001 characters"),
+        ({"prompt": ["a", "b"]}, r"'prompt' is .*; expected a string"),
+        ({"prompt": 3}, "'prompt' is '3'; expected a string"),
+        ({"robots": 5}, "'robots' is '5'; expected a whole number from 1 to 4"),
+        ({"robots": 2}, r"'images.primary' has shape \(8, 16, 3\); expected \(2, H, W, 3\) or \(2, 5, H, W, 3\)"),
+        ({"query": True}, "'query' is 'True'; expected a whole number"),
+        ({"deadline": 0}, "'deadline' is 0; expected a positive number"),
+        ({"deadline": float("inf")}, "'deadline' is 'inf'; expected a finite number"),
+        ({"plan": "no"}, "'plan' is 'no'; expected true or false"),
+    ],
+)
 def test_a_wrong_field_is_named(change, complaint):
     with pytest.raises(BadRequest, match=complaint):
         session().accept(observation(prompt="a") | change, now=0.0)

@@ -129,14 +129,21 @@ def test_plans_are_in_raw_units(policy, params):
     np.testing.assert_allclose(policy(images, proprio, instructions), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "value", "complaint"), [
-    ("images", np.zeros((2, 4, 16, 32, 3), np.uint8), r"'images' has shape \(2, 4, 16, 32, 3\); expected \(2, 5, 16, 32, 3\)"),
-    ("images", np.zeros((2, 5, 16, 32), np.uint8), r"'images' has shape \(2, 5, 16, 32\); expected \(2, 5, 16, 32, 3\)"),
-    ("images", np.zeros((1, 5, 16, 32, 3), np.uint8), r"'images' has shape"),
-    ("images", np.zeros((2, 5, 16, 32, 3), np.float32), "'images' has dtype float32; expected uint8"),
-    ("proprio", np.zeros((2, 4), np.float32), r"'proprio' has shape \(2, 4\); expected \(2, 3\)"),
-    ("proprio", np.zeros((2, 1, 3), np.float32), r"'proprio' has shape \(2, 1, 3\); expected \(2, 3\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "value", "complaint"),
+    [
+        (
+            "images",
+            np.zeros((2, 4, 16, 32, 3), np.uint8),
+            r"'images' has shape \(2, 4, 16, 32, 3\); expected \(2, 5, 16, 32, 3\)",
+        ),
+        ("images", np.zeros((2, 5, 16, 32), np.uint8), r"'images' has shape \(2, 5, 16, 32\); expected \(2, 5, 16, 32, 3\)"),
+        ("images", np.zeros((1, 5, 16, 32, 3), np.uint8), r"'images' has shape"),
+        ("images", np.zeros((2, 5, 16, 32, 3), np.float32), "'images' has dtype float32; expected uint8"),
+        ("proprio", np.zeros((2, 4), np.float32), r"'proprio' has shape \(2, 4\); expected \(2, 3\)"),
+        ("proprio", np.zeros((2, 1, 3), np.float32), r"'proprio' has shape \(2, 1, 3\); expected \(2, 3\)"),
+    ],
+)
 def test_a_wrong_argument_is_named(policy, name, value, complaint):
     arguments = dict(zip(("images", "proprio", "instructions"), observation(), strict=True)) | {name: value}
     with pytest.raises(ValueError, match=complaint):
@@ -156,14 +163,17 @@ def test_a_plan_continues_what_is_committed(params):
     np.testing.assert_allclose((one[:, :2] - low[:, :2]) / entry.std_clamped[:2], 0, atol=0.5)
 
 
-@pytest.mark.parametrize(("committed", "complaint"), [
-    (Committed(np.zeros((2, 0, 2)), 0), r"'committed' has actions of shape \(2, 0, 2\); expected \(2, 1 to 4, 2\)"),
-    (Committed(np.zeros((2, 5, 2)), 0), r"'committed' has actions of shape \(2, 5, 2\)"),
-    (Committed(np.zeros((2, 3)), 0), r"'committed' has actions of shape \(2, 3\)"),
-    (Committed(np.zeros((1, 3, 2)), 0), r"'committed' has actions of shape \(1, 3, 2\)"),
-    (Committed(np.full((2, 3, 2), np.nan), 0), "'committed' has actions that are not finite"),
-    (Committed(np.zeros((2, 3, 2)), 4), "delay is 4 and overlap 3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("committed", "complaint"),
+    [
+        (Committed(np.zeros((2, 0, 2)), 0), r"'committed' has actions of shape \(2, 0, 2\); expected \(2, 1 to 4, 2\)"),
+        (Committed(np.zeros((2, 5, 2)), 0), r"'committed' has actions of shape \(2, 5, 2\)"),
+        (Committed(np.zeros((2, 3)), 0), r"'committed' has actions of shape \(2, 3\)"),
+        (Committed(np.zeros((1, 3, 2)), 0), r"'committed' has actions of shape \(1, 3, 2\)"),
+        (Committed(np.full((2, 3, 2), np.nan), 0), "'committed' has actions that are not finite"),
+        (Committed(np.zeros((2, 3, 2)), 4), "delay is 4 and overlap 3"),
+    ],
+)
 def test_commitments_that_cannot_be_kept(policy, committed, complaint):
     with pytest.raises(ValueError, match=complaint):
         policy(*observation(), committed=committed)
@@ -215,8 +225,10 @@ def test_normalisers_as_configured():
 def test_one_model_for_two_robots(tmp_path):
     """Of a mixture: each with its own widths, statistics and token."""
     config = tiny.experiment(decoder={"embodiments": 2}, policy={"action_steps": 10})
-    narrow = {"action": compute_statistics(np.random.default_rng(2).normal(50, 1.0, (200, 4, 1))),
-              "proprio": compute_statistics(np.random.default_rng(3).normal(0, 1.0, (200, 1, 2)))}  # fmt: skip
+    narrow = {
+        "action": compute_statistics(np.random.default_rng(2).normal(50, 1.0, (200, 4, 1))),
+        "proprio": compute_statistics(np.random.default_rng(3).normal(0, 1.0, (200, 1, 2))),
+    }
     robots = {"arm": ROBOT, "lift": Embodiment("lift", 1, narrow, {"action": (), "proprio": ()})}
     params = tiny.params(config)
     write_run(tmp_path, config, params)
@@ -251,8 +263,9 @@ def test_cameras_by_name():
     with pytest.raises(ValueError, match=r"is of the cameras \['primary'\]; expected \['primary', 'wrist'\]"):
         both({"primary": images}, *rest)
     small = resize_images(images, (8, 16))
-    np.testing.assert_array_equal(both(cameras | {"wrist": small}, *rest),
-                                  both(cameras | {"wrist": resize_images(small, tiny.SIZE)}, *rest))
+    np.testing.assert_array_equal(
+        both(cameras | {"wrist": small}, *rest), both(cameras | {"wrist": resize_images(small, tiny.SIZE)}, *rest)
+    )
     with pytest.raises(ValueError, match=r"'images' has shapes .* expected one and the same but for height and width"):
         both(cameras | {"wrist": images[:, :4]}, *rest)
     with pytest.raises(ValueError, match=r"'images' has shape .*; expected \(2, 5, 32, 32, 3\)"):

@@ -68,8 +68,15 @@ def test_health_and_metrics_are_plain_http():
             client.infer(observation(prompt="a", timestamp=float(index)))
         with pytest.raises(RequestRefused):
             client.infer({})
-        expected = {"requests_total": 4, "answers_total": 3, 'errors_total{kind="bad_request"}': 1, "connections": 1,
-                    "latency_seconds_count": 3, 'batch_robots_bucket{le="1"}': 3, "queue_depth": 0}  # fmt: skip
+        expected = {
+            "requests_total": 4,
+            "answers_total": 3,
+            'errors_total{kind="bad_request"}': 1,
+            "connections": 1,
+            "latency_seconds_count": 3,
+            'batch_robots_bucket{le="1"}': 3,
+            "queue_depth": 0,
+        }
         assert {name: metric(running, name) for name in expected} == expected
 
 
@@ -141,9 +148,11 @@ def test_a_full_queue_refuses_and_goes_on():
 def test_what_is_too_late_is_not_computed():
     recorder = Recorder()
     with (
-        serving(recorder, batch_sizes=(1,)) as running, concurrent.futures.ThreadPoolExecutor(2) as pool,
-        running.client() as slow, running.client() as late,
-    ):  # fmt: skip
+        serving(recorder, batch_sizes=(1,)) as running,
+        concurrent.futures.ThreadPoolExecutor(2) as pool,
+        running.client() as slow,
+        running.client() as late,
+    ):
         recorder.gate.clear()
         first = pool.submit(slow.infer, observation(prompt="a"))
         wait_until(lambda: recorder.busy)
@@ -176,10 +185,13 @@ def test_a_client_that_has_gone_is_not_computed_for():
         assert recorder.instructions == [[""], ["a"], ["c"]]
 
 
-@pytest.mark.parametrize(("failure", "complaint"), [
-    (ConfigError("instruction 'fail' has too many words"), "bad_request: instruction 'fail' has too many words"),
-    (ZeroDivisionError("no"), "internal: the policy failed: ZeroDivisionError: no"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("failure", "complaint"),
+    [
+        (ConfigError("instruction 'fail' has too many words"), "bad_request: instruction 'fail' has too many words"),
+        (ZeroDivisionError("no"), "internal: the policy failed: ZeroDivisionError: no"),
+    ],
+)
 def test_a_failure_reaches_only_who_caused_it(failure, complaint):
     recorder = Recorder()
     recorder.failure = failure
@@ -213,9 +225,12 @@ def test_actions_that_are_not_finite_are_not_sent():
 def test_a_drain_answers_what_was_taken_and_refuses_the_rest():
     recorder = Recorder()
     with (
-        serving(recorder, batch_sizes=(1,)) as running, concurrent.futures.ThreadPoolExecutor(2) as pool,
-        running.client() as busy, running.client() as queued, running.client() as late,
-    ):  # fmt: skip
+        serving(recorder, batch_sizes=(1,)) as running,
+        concurrent.futures.ThreadPoolExecutor(2) as pool,
+        running.client() as busy,
+        running.client() as queued,
+        running.client() as late,
+    ):
         recorder.gate.clear()
         taken = [pool.submit(busy.infer, observation(prompt="a"))]
         wait_until(lambda: recorder.busy)
@@ -276,8 +291,25 @@ def corrupted(generator, valid):
         return data[: generator.randrange(len(data))]
     if kind == 3:
         name = generator.choice(("state", "prompt", "images", "timestamp", "deadline", "query", "robots", "reset", "plan"))
-        values = [None, -1, 2**63, 1e308, float("nan"), "", "a" * 5000, [], {}, [[[]]], b"raw", True, np.zeros((3, 3, 3, 3)),
-                  np.zeros(3, bool), np.zeros((0, 3)), np.full(3, np.inf), np.uint8(3)]  # fmt: skip
+        values = [
+            None,
+            -1,
+            2**63,
+            1e308,
+            float("nan"),
+            "",
+            "a" * 5000,
+            [],
+            {},
+            [[[]]],
+            b"raw",
+            True,
+            np.zeros((3, 3, 3, 3)),
+            np.zeros(3, bool),
+            np.zeros((0, 3)),
+            np.full(3, np.inf),
+            np.uint8(3),
+        ]
         return pack(valid | {name: generator.choice(values)})
     if kind == 4:
         shape = [generator.choice([-1, 0, 3, 2**31, 2**63 - 1]) for _ in range(generator.randrange(12))]
@@ -339,8 +371,10 @@ def test_a_slow_reader_and_abrupt_ends_hold_up_nobody(monkeypatch):
     with serving(plan, layout, batch_sizes=(1,)) as running:
         slow = socket.create_connection(("127.0.0.1", running.server.port))
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        slow.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-                     b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n")  # fmt: skip
+        slow.sendall(
+            b"GET / HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+            b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+        )
 
         def frame(data):
             return b"\x82\xfe" + len(data).to_bytes(2, "big") + bytes(4) + data  # masked with zeros
@@ -370,10 +404,15 @@ def test_a_client_does_not_take_a_late_answer_for_the_next():
             client.infer(observation(prompt="b"))
 
 
-@pytest.mark.parametrize(("options", "complaint"), [
-    ({"batch_sizes": ()}, "batch_sizes"), ({"batch_sizes": (0, 1)}, "batch_sizes"), ({"max_queue": 0}, "max_queue is 0"),
-    ({"deadline": -1.0}, "deadline is -1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"batch_sizes": ()}, "batch_sizes"),
+        ({"batch_sizes": (0, 1)}, "batch_sizes"),
+        ({"max_queue": 0}, "max_queue is 0"),
+        ({"deadline": -1.0}, "deadline is -1"),
+    ],
+)
 def test_options_that_cannot_be(options, complaint):
     with pytest.raises(ValueError, match=complaint):
         ServerOptions(**options)
@@ -383,8 +422,10 @@ def test_options_that_cannot_be(options, complaint):
 def policy():
     config = tiny.experiment()
     random_values = np.random.default_rng(0)
-    statistics = {"action": compute_statistics(random_values.normal([5, -3], [0.1, 2.0], (200, 4, 2))),
-                  "proprio": compute_statistics(random_values.normal(1.0, 2.0, (200, 1, 3)))}  # fmt: skip
+    statistics = {
+        "action": compute_statistics(random_values.normal([5, -3], [0.1, 2.0], (200, 4, 2))),
+        "proprio": compute_statistics(random_values.normal(1.0, 2.0, (200, 1, 3))),
+    }
     return Policy(config, tiny.params(config), Embodiment("arm", 0, statistics, {"action": (), "proprio": ()}))
 
 
@@ -399,8 +440,16 @@ def test_a_real_policy_plans_the_same_through_the_server(policy):
         np.testing.assert_array_equal(client.infer(message)["actions"], expected)
         # Frame by frame, of one robot, in a batch that is filled up.
         for step in range(5):
-            answer = client.infer({"images": images[0, step], "state": proprio[0], "prompt": "open", "query": 3,
-                                   "timestamp": step / layout.video_hz, "reset": step == 0})  # fmt: skip
+            answer = client.infer(
+                {
+                    "images": images[0, step],
+                    "state": proprio[0],
+                    "prompt": "open",
+                    "query": 3,
+                    "timestamp": step / layout.video_hz,
+                    "reset": step == 0,
+                }
+            )
     np.testing.assert_allclose(answer["actions"], expected[0], rtol=1e-4, atol=1e-4)
 
 
@@ -411,8 +460,12 @@ def test_32_clients_of_a_real_policy(policy):
     proprio = np.random.default_rng(3).standard_normal((32, 3)).astype(np.float32)
     noise_free = Policy(tiny.experiment(policy={"noise": "numpy"}), policy.params, policy.embodiment)
     # The noise is that of the robot's row in its batch, so that each robot has as many right plans as the batch has rows.
-    right = np.stack([noise_free(np.repeat(images[i : i + 1], batches, 0), np.repeat(proprio[i : i + 1], batches, 0),
-                                 ["do it"] * batches) for i in range(32)])  # fmt: skip
+    right = np.stack(
+        [
+            noise_free(np.repeat(images[i : i + 1], batches, 0), np.repeat(proprio[i : i + 1], batches, 0), ["do it"] * batches)
+            for i in range(32)
+        ]
+    )
 
     def drive(index):
         with running.client() as client:

@@ -11,8 +11,11 @@ from mimic_video.training.sharding import make_mesh
 from mimic_video.training.steps import make_state, place
 
 CONFIG = tiny.experiment()
-DATA = {"next_step": 5, "phases": [[0, [1.0, 0.1]]],
-        "datasets": {"one": {"windows": 12, "content": "ab"}, "two": {"windows": 9, "content": "cd"}}}  # fmt: skip
+DATA = {
+    "next_step": 5,
+    "phases": [[0, [1.0, 0.1]]],
+    "datasets": {"one": {"windows": 12, "content": "ab"}, "two": {"windows": 9, "content": "cd"}},
+}
 ONE_DEVICE = make_mesh(MeshConfig(data=1), jax.devices()[:1])
 
 

@@ -24,19 +24,23 @@ def test_batches_have_the_shapes_of_the_loader(stage):
 
 def test_batches_of_latents_views_and_robots():
     data = {"latents": "there", "cameras": ("primary", "wrist")}
-    config = tiny.experiment(precision="bfloat16", backbone_run="there", data=data, backbone={"views": 2},
-                             decoder={"embodiments": 3})  # fmt: skip
+    config = tiny.experiment(
+        precision="bfloat16", backbone_run="there", data=data, backbone={"views": 2}, decoder={"embodiments": 3}
+    )
     shapes = aot.batch_shapes(config)
     assert "video" not in shapes and shapes["latents"].shape == (8, 3, 4, 4, 16) and shapes["latents"].dtype == "bfloat16"
     assert shapes["view_mask"].shape == (8, 2) and shapes["embodiment"].shape == (8,)
 
 
-@pytest.mark.parametrize("message", [
-    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (27.97G) exceeds available HBM "
-    "(15.75G).",
-    "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 27.97G of 15.75G hbm. "
-    "Exceeded hbm capacity by 12.22G.",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (27.97G) exceeds "
+        "available HBM (15.75G).",
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 27.97G of 15.75G hbm. "
+        "Exceeded hbm capacity by 12.22G.",
+    ],
+)
 def test_a_refusal_for_memory_has_its_numbers(message):
     error = aot.out_of_memory(message)
     assert (error.required, error.limit) == (27.97 * 2**30, 15.75 * 2**30)
@@ -44,8 +48,13 @@ def test_a_refusal_for_memory_has_its_numbers(message):
 
 
 def test_memory_adds_up():
-    analysis = types.SimpleNamespace(argument_size_in_bytes=100, output_size_in_bytes=90, alias_size_in_bytes=80,
-                                     temp_size_in_bytes=50, generated_code_size_in_bytes=7)  # fmt: skip
+    analysis = types.SimpleNamespace(
+        argument_size_in_bytes=100,
+        output_size_in_bytes=90,
+        alias_size_in_bytes=80,
+        temp_size_in_bytes=50,
+        generated_code_size_in_bytes=7,
+    )
     memory = aot.memory_of(analysis, limit=200.0, resident=103)
     assert (memory.unread, memory.peak, memory.free) == (3, 170, pytest.approx(0.15))
     assert memory.fits and not dataclasses.replace(memory, limit=169).fits
@@ -84,10 +93,12 @@ def test_a_mesh_that_does_not_fit_the_topology():
 def small(**changes):
     """Wide enough for what TPUs do by default: heads of 128 and tokens enough for splash attention."""
     values = {
-        "precision": "bfloat16", "text": {"rows": 128, "width": 128}, "data": {"image_size": (128, 128)},
+        "precision": "bfloat16",
+        "text": {"rows": 128, "width": 128},
+        "data": {"image_size": (128, 128)},
         "backbone": {"width": 256, "num_blocks": 4, "text_width": 128, "hidden_block": 3},
         "train": {"remat": "full", "batch_size": 4},
-    }  # fmt: skip
+    }
     return tiny.experiment(**values | changes)
 
 

@@ -16,17 +16,30 @@ from mimic_video.training.storage import RunError
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(("environment", "message"), [
-    ({"JAX_NUM_PROCESSES": "4"}, "JAX_COORDINATOR_ADDRESS is not set, but JAX_NUM_PROCESSES is"),
-    ({"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_PROCESS_ID": "0"},
-     "JAX_NUM_PROCESSES is not set, but JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID is"),
-    ({"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "4"}, "JAX_PROCESS_ID is not set"),
-    ({"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "4"},
-     "JAX_PROCESS_ID is '4'; expected a number from 0 to 3"),
-    ({"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "four", "JAX_PROCESS_ID": "0"}, "JAX_NUM_PROCESSES is 'four'"),
-    ({"JAX_COORDINATOR_ADDRESS": "host", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS is 'host'"),
-    ({"SLURM_STEP_NODELIST": "host[1-4]", "SLURM_NTASKS": "?"}, r"SLURM_NTASKS is '\?'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"JAX_NUM_PROCESSES": "4"}, "JAX_COORDINATOR_ADDRESS is not set, but JAX_NUM_PROCESSES is"),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_PROCESS_ID": "0"},
+            "JAX_NUM_PROCESSES is not set, but JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID is",
+        ),
+        ({"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "4"}, "JAX_PROCESS_ID is not set"),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "4"},
+            "JAX_PROCESS_ID is '4'; expected a number from 0 to 3",
+        ),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "four", "JAX_PROCESS_ID": "0"},
+            "JAX_NUM_PROCESSES is 'four'",
+        ),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "host", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "0"},
+            "JAX_COORDINATOR_ADDRESS is 'host'",
+        ),
+        ({"SLURM_STEP_NODELIST": "host[1-4]", "SLURM_NTASKS": "?"}, r"SLURM_NTASKS is '\?'"),
+    ],
+)
 def test_half_set_and_impossible_variables_are_named(environment, message):
     with pytest.raises(ConfigError, match=f"environment variable {message}"):
         initialize(environment)
@@ -104,9 +117,10 @@ def test_two_processes_hold_the_arrays_of_one():
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))), "JAX_COORDINATOR_ADDRESS": address,
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))),
+        "JAX_COORDINATOR_ADDRESS": address,
         "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4"),
-    }  # fmt: skip
+    }
     running = []
     for index in range(2):
         own = environment | {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}

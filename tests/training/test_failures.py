@@ -100,8 +100,11 @@ def test_a_full_disk_ends_training_with_what_is_left_and_the_next_start_continue
 
         with pytest.raises(run_directory.RunError) as error:
             train(tmp_path, at=fill)
-    assert re.fullmatch(f"step 4 could not be saved in {tmp_path}/checkpoints: .*File too large.*; the last good checkpoint is "
-                        "that of step 2, from where the same command continues", str(error.value))  # fmt: skip
+    assert re.fullmatch(
+        f"step 4 could not be saved in {tmp_path}/checkpoints: .*File too large.*; the last good checkpoint is "
+        "that of step 2, from where the same command continues",
+        str(error.value),
+    )
     assert saved_steps(tmp_path) == [2]
     wait_until_nothing_is_written(tmp_path)
     assert int(train(tmp_path).step) == 6
@@ -120,8 +123,10 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 @pytest.mark.slow
 def test_a_directory_that_cannot_be_written_is_found_out_at_the_start(tmp_path):
     config = tmp_path / "tiny_config.py"
-    config.write_text("import ml_collections\nfrom mimic_video.config import ExperimentConfig, to_dict\n"
-                      "def get_config():\n    return ml_collections.ConfigDict(to_dict(ExperimentConfig()))\n")  # fmt: skip
+    config.write_text(
+        "import ml_collections\nfrom mimic_video.config import ExperimentConfig, to_dict\n"
+        "def get_config():\n    return ml_collections.ConfigDict(to_dict(ExperimentConfig()))\n"
+    )
     folder = tmp_path / "read-only"
     folder.mkdir()
     folder.chmod(0o555)

@@ -38,8 +38,13 @@ def test_fingerprints_are_the_same_on_every_mesh(mesh):
         axes = (("fsdp", "data"), "sequence")[: leaf.ndim]
         return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*axes)))
 
-    expected = {"a/0/bfloat16": spell_out(TREE["a"][0]["bfloat16"]), "a/0/float32": spell_out(VALUES),
-                "bool": spell_out(TREE["bool"]), "int32": spell_out(TREE["int32"]), "number": spell_out(TREE["number"])}
+    expected = {
+        "a/0/bfloat16": spell_out(TREE["a"][0]["bfloat16"]),
+        "a/0/float32": spell_out(VALUES),
+        "bool": spell_out(TREE["bool"]),
+        "int32": spell_out(TREE["int32"]),
+        "number": spell_out(TREE["number"]),
+    }
     assert fingerprints(jax.tree.map(place, TREE)) == expected
 
 

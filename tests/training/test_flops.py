@@ -43,15 +43,19 @@ def gradient(config: ExperimentConfig):
     return jax.grad(loss), (trained, frozen, batch_shapes(config))
 
 
-@pytest.mark.parametrize("changes", [
-    {"stage": "video"},
-    {"stage": "action", "train": {"action_draws": 3}},
-    {"stage": "action", "decoder": {"embodiments": 2}, "data": {"cameras": ("primary", "wrist")}, "backbone": {"views": 2}},
-    {"stage": "video", "data": {"latents": "there"}, "backbone_run": "there"},
-    {"stage": "video", "lora": {"rank": 2}},
-    {"stage": "video", "lora": {"rank": 2, "targets": ("q_proj", "mlp/up"), "trained": ()}},
-    {"stage": "action", "lora": {"rank": 2, "targets": ("q_proj", "mlp"), "trained": ("final_modulation",)}},
-], ids=["video", "several draws", "robots and views", "latents", "adapters", "few adapters", "adapted decoder"])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"stage": "video"},
+        {"stage": "action", "train": {"action_draws": 3}},
+        {"stage": "action", "decoder": {"embodiments": 2}, "data": {"cameras": ("primary", "wrist")}, "backbone": {"views": 2}},
+        {"stage": "video", "data": {"latents": "there"}, "backbone_run": "there"},
+        {"stage": "video", "lora": {"rank": 2}},
+        {"stage": "video", "lora": {"rank": 2, "targets": ("q_proj", "mlp/up"), "trained": ()}},
+        {"stage": "action", "lora": {"rank": 2, "targets": ("q_proj", "mlp"), "trained": ("final_modulation",)}},
+    ],
+    ids=["video", "several draws", "robots and views", "latents", "adapters", "few adapters", "adapted decoder"],
+)
 def test_the_count_is_that_of_the_traced_step(changes):
     config = tiny.experiment(**changes)
     counted = flops.step_flops(config)
@@ -60,18 +64,28 @@ def test_the_count_is_that_of_the_traced_step(changes):
     assert (counted.tokenizer == 0) == bool(config.data.latents)
 
 
-@pytest.mark.parametrize("changes", [
-    {"tokenizer": {"kind": "wan", "width": 4}}, {"policy": {"stop_step": 2}}, {"policy": {"stop_time": 0.9}},
-    {"train": {"action_draws": 4}, "decoder": {"embodiments": 2}},
-], ids=["one pass", "two steps before", "until a flow time", "robots"])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tokenizer": {"kind": "wan", "width": 4}},
+        {"policy": {"stop_step": 2}},
+        {"policy": {"stop_time": 0.9}},
+        {"train": {"action_draws": 4}, "decoder": {"embodiments": 2}},
+    ],
+    ids=["one pass", "two steps before", "until a flow time", "robots"],
+)
 def test_a_policy_is_counted_as_traced(changes):
     config = tiny.experiment(**changes)
     data, decoder, counted = config.data, config.decoder, flops.policy_flops(config)
     params, robots = jax.eval_shape(VideoActionModel(config).init, jax.random.key(0)), decoder.embodiments
     struct = jax.ShapeDtypeStruct
-    shapes = (params, struct((1, data.past_frames, *data.frame_size, 3), "uint8"), struct((1, 1, decoder.proprio_dim), "float32"),
-              struct((1, config.text.rows, config.text.width), "float32"),
-              jax.eval_shape(lambda: VideoActionModel(config).draw_noise(jax.random.key(0), 1)))  # fmt: skip
+    shapes = (
+        params,
+        struct((1, data.past_frames, *data.frame_size, 3), "uint8"),
+        struct((1, 1, decoder.proprio_dim), "float32"),
+        struct((1, config.text.rows, config.text.width), "float32"),
+        jax.eval_shape(lambda: VideoActionModel(config).draw_noise(jax.random.key(0), 1)),
+    )
 
     def plan(*arguments):
         return VideoActionModel(config).sample_actions(*arguments, Robots(jax.numpy.zeros(1, int) if robots else None))
@@ -82,9 +96,12 @@ def test_a_policy_is_counted_as_traced(changes):
 def test_xla_counts_the_same_and_little_else():
     """In one block, since XLA counts the body of a loop once; its count has elementwise operations too."""
     config = tiny.experiment(
-        stage="video", text={"rows": 64, "width": 256}, train={"batch_size": 1}, data={"image_size": (64, 128)},
+        stage="video",
+        text={"rows": 64, "width": 256},
+        train={"batch_size": 1},
+        data={"image_size": (64, 128)},
         backbone={"width": 256, "num_blocks": 1, "text_width": 256, "hidden_block": 1, "mlp_ratio": 4.0},
-    )  # fmt: skip
+    )
     step, shapes = gradient(config)
     counted = flops.step_flops(config)
     assert jax.jit(step).lower(*shapes).cost_analysis()["flops"] == pytest.approx(counted.model + counted.tokenizer, rel=0.05)
@@ -129,7 +146,15 @@ def test_utilisation_is_of_known_chips_only():
         def __init__(self, kind):
             self.device_kind = kind
 
-    kinds = {"TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6 lite": 918e12,
-             "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}  # fmt: skip
+    kinds = {
+        "TPU v4": 275e12,
+        "TPU v5 lite": 197e12,
+        "TPU v5p": 459e12,
+        "TPU v5": 459e12,
+        "TPU v6 lite": 918e12,
+        "NVIDIA A100-SXM4-40GB": 312e12,
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA H200": 989e12,
+    }
     assert all(flops.mfu(peak, 2 * [Device(kind)]) == 0.5 for kind, peak in kinds.items())
     assert flops.mfu(1e12, jax.devices()) is None

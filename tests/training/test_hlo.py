@@ -82,8 +82,10 @@ def test_traffic_is_of_main_memory_and_of_slices_where_only_they_are_read():
 
 
 def test_between_slices_the_runtime_reduces():
-    send = ('(f32[16,64]{1,0:T(8,128)}, u32[], token[]) send(%last, %token), channel_id=4, is_host_transfer=true, '
-            'frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}')  # fmt: skip
+    send = (
+        "(f32[16,64]{1,0:T(8,128)}, u32[], token[]) send(%last, %token), channel_id=4, is_host_transfer=true, "
+        'frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
     text = STEP.replace("  ROOT %total", f"  %token = token[] after-all()\n  %sent = {send}\n  ROOT %total")
     assert Collective("all-reduce", "dcn", 1, 2 * ROWS * 3 / 4) in Program(text).work(slices=4).collectives
 
@@ -101,14 +103,17 @@ def test_reductions_that_keep_a_part_are_scattered():
     assert Collective("reduce-scatter", "ici", 1, ROWS / 2) in Program(scatter + text).work().collectives
 
 
-@pytest.mark.parametrize(("groups", "size"), [
-    ("replica_groups={{0,1},{2,3}}", 2),
-    ("replica_groups=[1,4]<=[4]", 4),
-    ("replica_groups=[2,2]<=[2,2]T(1,0)", 2),
-    ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0'}", 2),
-    ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0','axis_1'}", 4),
-    ("replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_1'}", 4),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("replica_groups={{0,1},{2,3}}", 2),
+        ("replica_groups=[1,4]<=[4]", 4),
+        ("replica_groups=[2,2]<=[2,2]T(1,0)", 2),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0'}", 2),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0','axis_1'}", 4),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_1'}", 4),
+    ],
+)
 def test_groups_of_devices(groups, size):
     reduced = Program(STEP.replace("replica_groups={{0,2},{1,3}}", groups)).work().collectives[1]
     assert reduced.bytes == 2 * ROWS * (size - 1) / size
@@ -155,8 +160,10 @@ def test_what_xla_compiled_is_read():
     def loss(weights, x):
         return jnp.mean(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0])
 
-    weights, x = (jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
-                  for shape, spec in (((5, 32, 32), (None, "fsdp")), ((16, 32), ("fsdp",))))  # fmt: skip
+    weights, x = (
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+        for shape, spec in (((5, 32, 32), (None, "fsdp")), ((16, 32), ("fsdp",)))
+    )
     work = Program(jax.jit(loss).lower(weights, x).compile().as_text()).work()
     assert work.unknown_loops == 0
     assert work.flops == 5 * 2 * 2 * 32 * 32  # two rows a device

@@ -52,10 +52,15 @@ def test_a_step_of_every_experiment_lowers_for_a_gpu(name):
     assert lowered.arguments > 0 and list(lowered.largest) == sorted(lowered.largest, reverse=True)
 
 
-@pytest.mark.parametrize(("name", "changes"), [
-    ("published:bridge", {"mesh": MeshConfig(sequence=2)}), ("published:bridge_video", {"mesh": MeshConfig(sequence=2)}),
-    ("small:half_action", {"mesh": MeshConfig(fsdp=2)}), ("small:colab_video", {"mesh": MeshConfig(data=2)}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("published:bridge", {"mesh": MeshConfig(sequence=2)}),
+        ("published:bridge_video", {"mesh": MeshConfig(sequence=2)}),
+        ("small:half_action", {"mesh": MeshConfig(fsdp=2)}),
+        ("small:colab_video", {"mesh": MeshConfig(data=2)}),
+    ],
+)
 def test_a_step_on_two_gpus_lowers(name, changes):
     """Two that share every sample's tokens, or its parameters, or nothing; the batch in parts where the experiment has parts."""
     config = dataclasses.replace(forms.narrow(forms.shipped(name)), **changes)
@@ -93,9 +98,17 @@ def test_a_policy_of_every_form_lowers(name, experiment):
 # Attention.
 
 
-@pytest.mark.parametrize(("samples", "queries", "keys", "masked"), [
-    (2, 64, 128, False), (2, 61, 128, False), (2, 64, 127, False), (8, 17, 128, False), (2, 61, 127, True), (6, 61, 127, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("samples", "queries", "keys", "masked"),
+    [
+        (2, 64, 128, False),
+        (2, 61, 128, False),
+        (2, 64, 127, False),
+        (8, 17, 128, False),
+        (2, 61, 127, True),
+        (6, 61, 127, True),
+    ],
+)
 def test_gradients_of_any_lengths_lower(samples, queries, keys, masked):
     shapes = [heads(samples, queries, 4, 64), heads(2, keys, 4, 64), heads(2, keys, 4, 64)]
     assert kernels(gradient, *shapes, *([jax.ShapeDtypeStruct((2, keys), bool)] if masked else [])) == 2
@@ -109,15 +122,23 @@ def test_a_mask_costs_no_array_of_queries_by_keys():
     assert max(size for size, *_ in aot.largest_arrays(jaxpr.jaxpr)) <= 4 * 19_200 * 16 * 128
 
 
-@pytest.mark.parametrize(("capability", "dtype", "head_dim", "reason"), [
-    (H100, "float32", 64, "float32 (config field 'precision')"),
-    (H100, "bfloat16", 60, "heads of 60"),
-    (H100, "bfloat16", 264, "heads of 264"),
-    (A100, "bfloat16", 256, "heads of 256"),
-    (T4, "bfloat16", 64, "compute capability 7.5, which has no bfloat16 either: config field 'precision' had better be 'float32"),
-    (T4, "float32", 64, "compute capability 7.5"),
-    (None, "bfloat16", 64, "GPUs of an unknown compute capability"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "reason"),
+    [
+        (H100, "float32", 64, "float32 (config field 'precision')"),
+        (H100, "bfloat16", 60, "heads of 60"),
+        (H100, "bfloat16", 264, "heads of 264"),
+        (A100, "bfloat16", 256, "heads of 256"),
+        (
+            T4,
+            "bfloat16",
+            64,
+            "compute capability 7.5, which has no bfloat16 either: config field 'precision' had better be 'float32",
+        ),
+        (T4, "float32", 64, "compute capability 7.5"),
+        (None, "bfloat16", 64, "GPUs of an unknown compute capability"),
+    ],
+)
 def test_what_cudnn_does_not_take_is_left_to_xla_and_said_once(capability, dtype, head_dim, reason, caplog):
     module.REFUSED.clear()
     q = heads(2, 64, 4, head_dim, dtype=jnp.dtype(dtype))

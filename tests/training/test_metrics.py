@@ -97,8 +97,9 @@ def test_memory_is_that_of_the_fullest_device(monkeypatch):
 
     monkeypatch.setattr(jax, "local_devices", lambda: [Device(None)])
     assert device_memory() == {}  # CPU
-    monkeypatch.setattr(jax, "local_devices", lambda: [Device({"bytes_in_use": n * 10**9, "peak_bytes_in_use": 7 * 10**9})
-                                                       for n in (2, 3)])  # fmt: skip
+    monkeypatch.setattr(
+        jax, "local_devices", lambda: [Device({"bytes_in_use": n * 10**9, "peak_bytes_in_use": 7 * 10**9}) for n in (2, 3)]
+    )
     assert device_memory() == {"hbm_gb": 3.0, "hbm_gb_peak": 7.0}
 
 

@@ -24,11 +24,14 @@ def test_warm_up_from_a_millionth_of_the_peak(schedule):
     np.testing.assert_allclose(rates([0, 25, 99, 100], schedule=schedule), expected, rtol=1e-4, atol=2e-7)
 
 
-@pytest.mark.parametrize(("schedule", "values"), [  # after 0, 1/4, 1/2 and all of the 900 steps that follow the warm-up
-    ("constant", [2.0, 2.0, 2.0, 2.0]),
-    ("linear", [2.0, 1.6, 1.2, 0.4]),
-    ("cosine", [2.0, 0.4 + 1.6 * (1 + math.cos(math.pi / 4)) / 2, 1.2, 0.4]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("schedule", "values"),
+    [  # after 0, 1/4, 1/2 and all of the 900 steps that follow the warm-up
+        ("constant", [2.0, 2.0, 2.0, 2.0]),
+        ("linear", [2.0, 1.6, 1.2, 0.4]),
+        ("cosine", [2.0, 0.4 + 1.6 * (1 + math.cos(math.pi / 4)) / 2, 1.2, 0.4]),
+    ],
+)
 def test_after_the_warm_up(schedule, values):
     np.testing.assert_allclose(rates([100, 325, 550, 1000], schedule=schedule), values, rtol=1e-4)
     at_once = rates([0, 250, 500, 1000], schedule=schedule, warmup_steps=0)
@@ -47,8 +50,10 @@ def test_adamw_behind_global_clipping():
     config = TrainConfig(steps=10, warmup_steps=0, learning_rate=0.1, weight_decay=0.5, clip_norm=10.0, betas=(0.9, 0.99))
     optimizer = make_optimizer(config)
     params = {"kernel": np.array([[1.0, -2.0]]), "bias": np.array([3.0])}
-    gradients = [{"kernel": np.array([[30.0, 0.0]]), "bias": np.array([-40.0])},  # norm 50: scaled by 1/5
-                 {"kernel": np.array([[1.0, 2.0]]), "bias": np.array([0.5])}]  # fmt: skip
+    gradients = [
+        {"kernel": np.array([[30.0, 0.0]]), "bias": np.array([-40.0])},  # norm 50: scaled by 1/5
+        {"kernel": np.array([[1.0, 2.0]]), "bias": np.array([0.5])},
+    ]
     ours = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
     state, update = optimizer.init(ours), jax.jit(optimizer.update)
     m = dict.fromkeys(params, 0.0)
@@ -66,8 +71,10 @@ def test_adamw_behind_global_clipping():
 
 
 def test_a_schedule_may_be_longer_than_the_run():
-    long, short = (make_schedule(TrainConfig(steps=steps, warmup_steps=1000, schedule="linear", schedule_steps=500_000))
-                   for steps in (500_000, 14_112))  # fmt: skip
+    long, short = (
+        make_schedule(TrainConfig(steps=steps, warmup_steps=1000, schedule="linear", schedule_steps=500_000))
+        for steps in (500_000, 14_112)
+    )
     for step in (10, 1000, 14_112):
         assert short(step) == long(step)
 
@@ -93,12 +100,15 @@ def test_warmup_stable_decay():
     np.testing.assert_allclose(values, [2.0, 2.0, 2.0, 1.2, 0.4], rtol=1e-5)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"schedule": "wsd"}, r"'train\.decay_steps' is 0; expected 1 to 900"),
-    ({"schedule": "wsd", "decay_steps": 901}, r"'train\.decay_steps' is 901"),
-    ({"decay_steps": 5}, r"'train\.decay_steps' is 5; expected 0, since schedule is not 'wsd'"),
-    ({"spike_factor": 0.5}, r"'train\.spike_factor' is 0\.5"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": "wsd"}, r"'train\.decay_steps' is 0; expected 1 to 900"),
+        ({"schedule": "wsd", "decay_steps": 901}, r"'train\.decay_steps' is 901"),
+        ({"decay_steps": 5}, r"'train\.decay_steps' is 5; expected 0, since schedule is not 'wsd'"),
+        ({"spike_factor": 0.5}, r"'train\.spike_factor' is 0\.5"),
+    ],
+)
 def test_settings_that_make_no_sense(changes, message):
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(BASE, **changes)

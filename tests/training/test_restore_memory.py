@@ -52,7 +52,9 @@ def test_restoring_takes_the_memory_of_what_is_restored_and_little_more(tmp_path
     child("save")
     for dtype, itemsize in (("float32", 4), ("bfloat16", 2)):
         found = json.loads(child(dtype))
-        print(f"restored {found['size'] / 1e6:.0f} MB of {dtype} on eight devices; the peak of the process's memory rose by "
-              f"{found['rise'] / 1e6:.0f} MB")  # fmt: skip
+        print(
+            f"restored {found['size'] / 1e6:.0f} MB of {dtype} on eight devices; the peak of the process's memory rose by "
+            f"{found['rise'] / 1e6:.0f} MB"
+        )
         assert found["size"] == 2 * 16 * 2000 * 2000 * itemsize
         assert found["rise"] < 1.6 * found["size"]

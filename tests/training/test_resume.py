@@ -55,20 +55,36 @@ def train(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume")
     splits = {"train": [tiny.episode(length, seed) for seed, length in enumerate((14, 25, 11))], "val": [tiny.episode(16, 9)]}
     dataset = str(write_rlds(folder / "data", "tiny", splits, control_hz=10.0, image_size=tiny.SIZE, description="Noise."))
-    settings = {"steps": STEPS, "warmup_steps": 2, "schedule": "cosine", "batch_size": 4, "micro_batches": 2, "log_every": 1,
-                "validate_every": 10, "checkpoint_every": 100, "keep_checkpoints": 2, "action_draws": 2}  # fmt: skip
+    settings = {
+        "steps": STEPS,
+        "warmup_steps": 2,
+        "schedule": "cosine",
+        "batch_size": 4,
+        "micro_batches": 2,
+        "log_every": 1,
+        "validate_every": 10,
+        "checkpoint_every": 100,
+        "keep_checkpoints": 2,
+        "action_draws": 2,
+    }
     values = to_dict(tiny.experiment(train=settings, data={"video_dataset": dataset, "action_dataset": dataset}))
     config = folder / "tiny_config.py"
-    config.write_text(f"import ml_collections\n\ndef get_config(stage):\n"
-                      f"    return ml_collections.ConfigDict({values!r} | {{'stage': stage}})\n")  # fmt: skip
+    config.write_text(
+        f"import ml_collections\n\ndef get_config(stage):\n"
+        f"    return ml_collections.ConfigDict({values!r} | {{'stage': stage}})\n"
+    )
 
     def run(stage, workdir, *overrides, signal=0, step=0):
         flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
         environment = os.environ | {
-            "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'launch'}",
-            "SIGNAL_STEP": str(step), "SIGNAL": str(int(signal)), "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+            "XLA_FLAGS": flags,
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'launch'}",
+            "SIGNAL_STEP": str(step),
+            "SIGNAL": str(int(signal)),
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-        }  # fmt: skip
+        }
         command = [sys.executable, "-c", RECORD, f"--config={config}:{stage}", f"--workdir={workdir}", *overrides]
         return subprocess.run(command, env=environment, timeout=240, capture_output=True, text=True)
 
@@ -107,8 +123,10 @@ def assert_same_run(stopped, whole):
 
     def records(run):
         exact = ("loss", "grad_norm", "learning_rate", "validation")
-        return [{name: value for name, value in record.items() if name == "step" or name.startswith(exact)}
-                for record in read_metrics(run)]  # fmt: skip
+        return [
+            {name: value for name, value in record.items() if name == "step" or name.startswith(exact)}
+            for record in read_metrics(run)
+        ]
 
     assert records(stopped) == records(whole)
     assert len({record["loss"] for record in records(whole)}) == STEPS
@@ -171,8 +189,13 @@ def test_a_run_without_a_checkpoint_starts_again_on_the_frozen_parameters_it_kep
     monkeypatch.setattr(loop, "make_train_step", lambda *_: stop_before_the_first_step)
     for seed in (0, 1):
         with pytest.raises(StoppedError):
-            loop.train(config, tmp_path, init=lambda mesh, seed=seed: tiny.params(config, seed),
-                       batches=lambda step: iter([tiny.batch(config, 8)]), data=lambda step: {})  # fmt: skip
+            loop.train(
+                config,
+                tmp_path,
+                init=lambda mesh, seed=seed: tiny.params(config, seed),
+                batches=lambda step: iter([tiny.batch(config, 8)]),
+                data=lambda step: {},
+            )
     kept = jax.device_get(checkpoints.load_frozen(tmp_path))
     for frozen in used:
         jax.tree.map(np.testing.assert_array_equal, frozen, kept)

@@ -37,8 +37,12 @@ def test_what_a_run_may_not_change_is_listed(tmp_path):
 
 def test_what_a_run_may_change_is_recorded(tmp_path):
     run_directory.write_config(tmp_path, CONFIG)
-    changed = tiny.experiment(train={"log_every": 7, "checkpoint_every": 9, "keep_checkpoints": 1}, mesh={"fsdp": 2},
-                              policy={"stop_step": 2}, evaluation={"max_steps": 9})  # fmt: skip
+    changed = tiny.experiment(
+        train={"log_every": 7, "checkpoint_every": 9, "keep_checkpoints": 1},
+        mesh={"fsdp": 2},
+        policy={"stop_step": 2},
+        evaluation={"max_steps": 9},
+    )
     run_directory.write_config(tmp_path, changed)
     assert run_directory.read_config(tmp_path) == changed
 

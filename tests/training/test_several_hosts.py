@@ -72,9 +72,15 @@ def hosts(tmp_path):
         environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "XLA_FLAGS": flags}
         command = [sys.executable, "-c", HOST, address]
         processes = [
-            subprocess.Popen([*command, str(index), what, tmp_path / name], env=environment, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True) for index, name in enumerate(("run", other))
-        ]  # fmt: skip
+            subprocess.Popen(
+                [*command, str(index), what, tmp_path / name],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for index, name in enumerate(("run", other))
+        ]
         try:
             outputs = [process.communicate(timeout=240) for process in processes]
         finally:

@@ -34,11 +34,14 @@ def test_a_batch_is_split_over_data_and_fsdp():
     assert shards == [(start, (2, 3)) for start in (0, 0, 2, 2, 4, 4, 6, 6)]
 
 
-@pytest.mark.parametrize(("sizes", "expected"), [
-    ((-1, 1, 1), (8, 1, 1)),
-    ((2, -1, 2), (2, 2, 2)),
-    ((1, 1, 8), (1, 1, 8)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ((-1, 1, 1), (8, 1, 1)),
+        ((2, -1, 2), (2, 2, 2)),
+        ((1, 1, 8), (1, 1, 8)),
+    ],
+)
 def test_mesh_axes(sizes, expected):
     mesh = make_mesh(MeshConfig(*sizes))
     assert dict(mesh.shape) == dict(zip(("data", "fsdp", "sequence"), expected, strict=True))
@@ -65,10 +68,19 @@ def chips(slices):
     return [Chip(i, (i % 4, i // 4 % 4, 0), i // 16) for i in range(16 * slices)]
 
 
-@pytest.mark.parametrize(("slices", "sizes"), [
-    (1, (1, 16, 1)), (1, (2, 4, 2)), (1, (2, 1, 8)),
-    (2, (-1, 16, 1)), (2, (4, -1, 2)), (2, (-1, 2, 4)), (4, (4, 4, 4)), (4, (64, 1, 1)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("slices", "sizes"),
+    [
+        (1, (1, 16, 1)),
+        (1, (2, 4, 2)),
+        (1, (2, 1, 8)),
+        (2, (-1, 16, 1)),
+        (2, (4, -1, 2)),
+        (2, (-1, 2, 4)),
+        (4, (4, 4, 4)),
+        (4, (64, 1, 1)),
+    ],
+)
 def test_copies_of_the_parameters_lie_within_a_slice_and_samples_on_neighbours(slices, sizes):
     mesh = make_mesh(MeshConfig(*sizes), chips(slices))
     assert len(set(mesh.devices.flat)) == 16 * slices

@@ -33,8 +33,11 @@ def load_start(run, start_map, target):
 def target(run):
     """What a backbone of the same shapes would be started into: float32 on the second device."""
     where = jax.sharding.SingleDeviceSharding(jax.devices()[1])
-    return {name: jax.ShapeDtypeStruct(leaf.shape, np.float32, sharding=where) for name, leaf in run[1].items()
-            if name.startswith("backbone/")}  # fmt: skip
+    return {
+        name: jax.ShapeDtypeStruct(leaf.shape, np.float32, sharding=where)
+        for name, leaf in run[1].items()
+        if name.startswith("backbone/")
+    }
 
 
 def renamed(target, before, after):
@@ -80,11 +83,14 @@ def test_a_parameter_there_is_not_used_twice(run, target):
         load_start(run[0], (("copy", "up"),), target | {"backbone/blocks/mlp/copy/kernel": target[UP]})
 
 
-@pytest.mark.parametrize(("start_map", "message"), [
-    ((("decoder/", "backbone/"),), r"patterns \['decoder/'\] that no parameter is the first to match"),
-    ((("backbone(", "x"),), "expected regular expressions: "),
-    ((("backbone", r"\3"),), "expected regular expressions: invalid group reference"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("start_map", "message"),
+    [
+        ((("decoder/", "backbone/"),), r"patterns \['decoder/'\] that no parameter is the first to match"),
+        ((("backbone(", "x"),), "expected regular expressions: "),
+        ((("backbone", r"\3"),), "expected regular expressions: invalid group reference"),
+    ],
+)
 def test_a_map_that_means_nothing_is_an_error(run, target, start_map, message):
     with pytest.raises(ConfigError, match=message):
         load_start(run[0], start_map, target)

@@ -136,8 +136,10 @@ def test_adapters_change_nothing_at_first():
 def test_adapters_and_modulations_learn_and_the_rest_stays(adapted):
     _, before, (_, state, frozen) = adapted
     after = jax.device_get(state.params)
-    moved = {path_name(path): float(np.abs(a - b).max()) for (path, a), b in
-             zip(jax.tree_util.tree_leaves_with_path(after), jax.tree.leaves(before), strict=True)}  # fmt: skip
+    moved = {
+        path_name(path): float(np.abs(a - b).max())
+        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(after), jax.tree.leaves(before), strict=True)
+    }
     assert all(moved.values())
     names = {name.removeprefix("lora/") for name in moved if name.startswith("lora/")}
     assert {"blocks/self_attn/q_proj/kernel/a", "blocks/mlp/down/kernel/b", "patch_proj/kernel/a", "time_out/kernel/b"} <= names
@@ -160,19 +162,32 @@ def test_merged_adapters_are_the_scaled_product(adapted):
 
 
 def test_the_published_recipe_trains_as_many_parameters():  # SPEC 4.3
-    config = tiny.experiment(stage="video", lora={"rank": 256}, backbone={
-        "width": 2048, "num_blocks": 28, "num_heads": 16, "mlp_ratio": 4.0, "text_width": 1024, "adaln_lora_dim": 256,
-    }, text={"width": 1024})  # fmt: skip
+    config = tiny.experiment(
+        stage="video",
+        lora={"rank": 256},
+        backbone={
+            "width": 2048,
+            "num_blocks": 28,
+            "num_heads": 16,
+            "mlp_ratio": 4.0,
+            "text_width": 1024,
+            "adaln_lora_dim": 256,
+        },
+        text={"width": 1024},
+    )
     trained = jax.eval_shape(lambda: split_params(VideoActionModel(config).init(jax.random.key(0)), config)[0])
     adapters, full = (sum(leaf.size for leaf in jax.tree.leaves(trained[part])) for part in ("lora", "backbone"))
     assert (adapters, full) == (370_690_048, 177_733_632)
 
 
-@pytest.mark.parametrize(("lora", "message"), [
-    ({"targets": ("q_porj",)}, r"'lora\.targets' has 'q_porj', which names no parameter"),
-    ({"trained": ("modulations",)}, r"'lora\.trained' has 'modulations', which names no parameter"),
-    ({"trained": ("mlp",)}, r"both name .*/blocks/mlp/"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"targets": ("q_porj",)}, r"'lora\.targets' has 'q_porj', which names no parameter"),
+        ({"trained": ("modulations",)}, r"'lora\.trained' has 'modulations', which names no parameter"),
+        ({"trained": ("mlp",)}, r"both name .*/blocks/mlp/"),
+    ],
+)
 def test_names_that_cannot_be_adapted(lora, message):
     config = tiny.experiment(stage="video", lora=LORA | lora)
     with pytest.raises(ConfigError, match=message):

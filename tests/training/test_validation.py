@@ -47,8 +47,10 @@ def test_action_errors_are_those_of_the_policy_and_of_noised_true_video():
         """Chunks after two steps of the video sampler, and of the true video noised to the same time."""
         times = jnp.full(size, time)
         hidden = vam.hidden_of_noised_video(params, batch, {"video_time": times, "video": noise["video"]})
-        return {"generated": vam.sample_actions(params, batch["video"][:, :5], batch["proprio"], batch["text"], noise),
-                "ground_truth": vam.decode_actions(params, hidden, times, batch["proprio"], noise["actions"])}  # fmt: skip
+        return {
+            "generated": vam.sample_actions(params, batch["video"][:, :5], batch["proprio"], batch["text"], noise),
+            "ground_truth": vam.decode_actions(params, hidden, times, batch["proprio"], noise["actions"]),
+        }
 
     chunks = [planned(tiny.params(config), batch) for batch in batches]
     counts = np.concatenate([batch["action_mask"] for batch in batches])
@@ -77,8 +79,10 @@ def test_video_errors_by_noise_level_and_predicted_videos():
     def alone(params):
         draws = vam.draw(key, 8) | {"video_time": jnp.full(8, matching.flow_time(sigma))}
         noise = vam.draw_noise(key, 4)["video"]
-        return (vam.video_loss(params, batch, draws)[1]["video_mse"].value,
-                vam.sample_video(params, batch["video"][rows, :5], batch["text"][rows], noise))  # fmt: skip
+        return (
+            vam.video_loss(params, batch, draws)[1]["video_mse"].value,
+            vam.sample_video(params, batch["video"][rows, :5], batch["text"][rows], noise),
+        )
 
     error, video = alone(tiny.params(config))
     np.testing.assert_allclose(values[f"validation_video_mse/sigma_{sigma:.3g}"], error, rtol=1e-4)
@@ -120,7 +124,11 @@ def test_a_resumed_run_writes_all_of_it(tmp_path):
 
 def test_curves_as_a_picture():
     pytest.importorskip("matplotlib")
-    names = [f"validation_action_mse{raw}/{video}_video/tau_{time}" for raw in ("", "_raw")
-             for video in ("generated", "ground_truth") for time in (0.1, 0.9)]  # fmt: skip
+    names = [
+        f"validation_action_mse{raw}/{video}_video/tau_{time}"
+        for raw in ("", "_raw")
+        for video in ("generated", "ground_truth")
+        for time in (0.1, 0.9)
+    ]
     picture = draw_curves({name: float(number) for number, name in enumerate(names)})
     assert picture.dtype == np.uint8 and picture.shape[2] == 3 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 10

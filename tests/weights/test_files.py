@@ -17,8 +17,15 @@ from mimic_video.weights import files
 from mimic_video.weights.files import open_tensors, write_pt, write_safetensors
 from mimic_video.weights.published import WeightsError
 
-DTYPES = {"f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i64": torch.int64,
-          "u8": torch.uint8, "bool": torch.bool}  # fmt: skip
+DTYPES = {
+    "f64": torch.float64,
+    "f32": torch.float32,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+    "i64": torch.int64,
+    "u8": torch.uint8,
+    "bool": torch.bool,
+}
 
 
 @pytest.fixture
@@ -40,8 +47,10 @@ def assert_same(tensors, state):
 
 def arrays(state):
     bits = {torch.bfloat16: (torch.int16, ml_dtypes.bfloat16)}
-    return {name: value.view(bits[value.dtype][0]).numpy().view(bits[value.dtype][1]) if value.dtype in bits else value.numpy()
-            for name, value in state.items()}  # fmt: skip
+    return {
+        name: value.view(bits[value.dtype][0]).numpy().view(bits[value.dtype][1]) if value.dtype in bits else value.numpy()
+        for name, value in state.items()
+    }
 
 
 def refusal(path):
@@ -107,13 +116,16 @@ def test_tensors_are_written_as_they_come(tmp_path):
     assert path.exists()
 
 
-@pytest.mark.parametrize("tensors", [
-    [("a", np.zeros((2, 3), np.float32))],
-    [("b", np.zeros((2, 3), np.float32)), ("a", np.zeros((2, 3), np.float32))],
-    [("a", np.zeros((3, 2), np.float32)), ("b", np.zeros((2, 3), np.float32))],
-    [("a", np.zeros((2, 3), np.float16)), ("b", np.zeros((2, 3), np.float32))],
-    [(name, np.zeros((2, 3), np.float32)) for name in "abc"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        [("a", np.zeros((2, 3), np.float32))],
+        [("b", np.zeros((2, 3), np.float32)), ("a", np.zeros((2, 3), np.float32))],
+        [("a", np.zeros((3, 2), np.float32)), ("b", np.zeros((2, 3), np.float32))],
+        [("a", np.zeros((2, 3), np.float16)), ("b", np.zeros((2, 3), np.float32))],
+        [(name, np.zeros((2, 3), np.float32)) for name in "abc"],
+    ],
+)
 def test_tensors_that_were_not_announced(tmp_path, tensors):
     path = tmp_path / "x.safetensors"
     path.write_text("before")
@@ -127,8 +139,10 @@ def test_an_interrupted_export_leaves_nothing(tmp_path):
         yield "a", np.zeros(3, np.float32)
         raise KeyboardInterrupt
 
-    for write in (lambda: write_safetensors(tmp_path / "x.safetensors", {"a": np.zeros(3, np.float32)}, tensors()),
-                  lambda: write_pt(tmp_path / "x.pt", tensors())):  # fmt: skip
+    for write in (
+        lambda: write_safetensors(tmp_path / "x.safetensors", {"a": np.zeros(3, np.float32)}, tensors()),
+        lambda: write_pt(tmp_path / "x.pt", tensors()),
+    ):
         with pytest.raises(KeyboardInterrupt):
             write()
     assert list(tmp_path.iterdir()) == []
@@ -199,16 +213,19 @@ def test_bytes_behind_a_safetensors_file(tmp_path, state):
     assert "truncated or damaged" in refusal(tmp_path / "x.safetensors")
 
 
-@pytest.mark.parametrize("header", [
-    b"hello, this is no header",
-    b"[1, 2, 3]",
-    b'{"a": 3}',
-    b'{"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}',
-    b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
-    b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}',
-    b'{"a": {"dtype": "F32", "shape": ["1"], "data_offsets": [0, 4]}}',
-    b'{"a": {"dtype": "F32", "shape": [1]}}',
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"hello, this is no header",
+        b"[1, 2, 3]",
+        b'{"a": 3}',
+        b'{"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}',
+        b'{"a": {"dtype": "F32", "shape": ["1"], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [1]}}',
+    ],
+)
 def test_damaged_safetensors_headers(tmp_path, header):
     (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0\0\0")
     assert "no readable safetensors header" in refusal(tmp_path / "x.safetensors")
@@ -239,11 +256,14 @@ def test_code_in_a_file_is_not_executed(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize(("value", "part"), [
-    ([torch.zeros(2)], "holds a list; expected a state dict"),
-    (torch.zeros(2), "holds a Tensor; expected a state dict"),
-    ({"model": {"a": torch.zeros(2)}, "iteration": 3}, "'model' is a dict, 'iteration' is a int"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("value", "part"),
+    [
+        ([torch.zeros(2)], "holds a list; expected a state dict"),
+        (torch.zeros(2), "holds a Tensor; expected a state dict"),
+        ({"model": {"a": torch.zeros(2)}, "iteration": 3}, "'model' is a dict, 'iteration' is a int"),
+    ],
+)
 def test_pytorch_files_that_are_no_state_dicts(tmp_path, value, part):
     torch.save(value, tmp_path / "x.pt")
     assert part in refusal(tmp_path / "x.pt")

@@ -106,9 +106,14 @@ def test_published_sizes():
     for config, make, names, parameters, tensors in (
         (VideoDiTConfig(), lambda c: VideoDiT(c, nnx.Rngs(0)), VIDEO_DIT_NAMES, 1_956_413_440, 567),
         (ActionDecoderConfig(), lambda c: ActionDecoder(c, 2048, nnx.Rngs(0)), ACTION_DECODER_NAMES, 498_990_730, 509),
-        (ActionDecoderConfig(action_horizon=60), lambda c: ActionDecoder(c, 2048, nnx.Rngs(0)), ACTION_DECODER_NAMES,
-         499_036_810, 509),
-    ):  # fmt: skip
+        (
+            ActionDecoderConfig(action_horizon=60),
+            lambda c: ActionDecoder(c, 2048, nnx.Rngs(0)),
+            ACTION_DECODER_NAMES,
+            499_036_810,
+            509,
+        ),
+    ):
         expected = published_shapes(names, shapes_of(lambda make=make, config=config: make(config)))
         assert len(expected) == tensors
         assert sum(np.prod(struct.shape, dtype=int) for struct in expected.values()) == parameters
@@ -205,8 +210,17 @@ def test_another_networks_weights_are_refused():
         import_params(tensors, VIDEO_DIT_NAMES, backbone)
 
 
-@pytest.mark.parametrize("name", ["accum_iteration", "accum_video_sample_counter", "pos_embedder.seq", "_extra_state",
-                                  "pos_embedder.dim_spatial_range", "blocks.0.self_attn.q_norm._extra_state"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "accum_iteration",
+        "accum_video_sample_counter",
+        "pos_embedder.seq",
+        "_extra_state",
+        "pos_embedder.dim_spatial_range",
+        "blocks.0.self_attn.q_norm._extra_state",
+    ],
+)
 def test_counters_and_buffers_are_passed_over(name):
     shapes, tensors = small()
     import_params(tensors | {name: np.zeros(3, np.int64)}, NAMES, shapes)
@@ -243,10 +257,16 @@ def test_fused_lora_is_what_peft_merges(dtype, alpha):
     model = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(24, 40, bias=False), "adaln": torch.nn.Linear(24, 8, bias=False)})
     model = inject_adapter_in_model(LoraConfig(r=16, lora_alpha=alpha, target_modules=["q_proj"]), model).to(dtype)
     model["q_proj"].lora_B["default"].weight.data.normal_()
-    tensors = {name: value.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if dtype == torch.bfloat16 else value.numpy()
-               for name, value in model.state_dict().items()}  # fmt: skip
-    assert set(tensors) == {"q_proj.base_layer.weight", "q_proj.lora_A.default.weight", "q_proj.lora_B.default.weight",
-                            "adaln.weight"}  # fmt: skip
+    tensors = {
+        name: value.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if dtype == torch.bfloat16 else value.numpy()
+        for name, value in model.state_dict().items()
+    }
+    assert set(tensors) == {
+        "q_proj.base_layer.weight",
+        "q_proj.lora_A.default.weight",
+        "q_proj.lora_B.default.weight",
+        "adaln.weight",
+    }
     before = np.array(tensors["q_proj.base_layer.weight"], np.float32)
     fused = fuse_lora({name: value.copy() for name, value in tensors.items()}, alpha)
     result = np.asarray(fused["q_proj.weight"])
@@ -261,8 +281,11 @@ def test_fused_lora_is_what_peft_merges(dtype, alpha):
 
 def lora(**changes):
     f = np.float32
-    return {"net.x.base_layer.weight": np.zeros((4, 6), f), "net.x.lora_A.default.weight": np.zeros((2, 6), f),
-            "net.x.lora_B.default.weight": np.zeros((4, 2), f)} | changes  # fmt: skip
+    return {
+        "net.x.base_layer.weight": np.zeros((4, 6), f),
+        "net.x.lora_A.default.weight": np.zeros((2, 6), f),
+        "net.x.lora_B.default.weight": np.zeros((4, 2), f),
+    } | changes
 
 
 def test_lora_that_cannot_be_fused():

@@ -32,8 +32,10 @@ def make_columns(spec):
             columns[path][:, first:last] = matrix.T.ravel()
         if isinstance(part, Turn) and part.encoding.startswith("quat"):
             columns[path][:, first:last] = rng.normal(size=(STEPS, 4))
-    return {path: values.reshape(STEPS, *spec.features[path.removeprefix("steps/")]).astype(np.float32)
-            for path, values in columns.items()}  # fmt: skip
+    return {
+        path: values.reshape(STEPS, *spec.features[path.removeprefix("steps/")]).astype(np.float32)
+        for path, values in columns.items()
+    }
 
 
 def write_dataset(root: Path, spec, columns, as_bytes: bool = False) -> Path:

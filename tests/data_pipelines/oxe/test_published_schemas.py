@@ -29,8 +29,15 @@ FORMATS = ("array_record", pytest.param("tfrecord", marks=pytest.mark.slow))  # 
 def experiment(name: str, dataset: str, root: Path) -> ExperimentConfig:
     """Windows of 1 + 4 frames and two actions, one and two steps after the anchor."""
     hz = RATES[name]
-    window = {"image_size": SIZE, "past_frames": 1, "future_frames": 4, "video_hz": hz, "control_hz": hz, "action_horizon": 2,
-              "action_delay": 1 / hz}  # fmt: skip
+    window = {
+        "image_size": SIZE,
+        "past_frames": 1,
+        "future_frames": 4,
+        "video_hz": hz,
+        "control_hz": hz,
+        "action_horizon": 2,
+        "action_delay": 1 / hz,
+    }
     decoder = {"action_horizon": 2, "action_dim": 10, "proprio_dim": 10, "embodiments": len(RATES)}
     data = window | {"action_dataset": dataset, "root": str(root)}
     return experiment_from({"stage": "action", "data": data, "decoder": decoder, "policy": {"execute_steps": 2}})
@@ -59,11 +66,19 @@ def _open_all(root: Path, file_format: str) -> dict[str, WindowDataset]:
     for version in LEROBOT:
         source = foreign_formats.write_lerobot(root / f"lerobot {version}", version, (9,))
         episodes = LeRobotSource(source, cameras={"primary": foreign_formats.TOP})
-        path = write_rlds(root, f"lerobot_{version.replace('.', '_')}", {"train": episodes}, control_hz=10.0, image_size=SIZE,
-                          description="", file_format=file_format)  # fmt: skip
+        path = write_rlds(
+            root,
+            f"lerobot_{version.replace('.', '_')}",
+            {"train": episodes},
+            control_hz=10.0,
+            image_size=SIZE,
+            description="",
+            file_format=file_format,
+        )
         parts[version] = str(path)
-    return {name: next(iter(open_datasets(experiment(name, part, root), "train").windows.values()))
-            for name, part in parts.items()}  # fmt: skip
+    return {
+        name: next(iter(open_datasets(experiment(name, part, root), "train").windows.values())) for name, part in parts.items()
+    }
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -72,16 +87,27 @@ def rows(request, datasets):
     windows = datasets(request.param)
     parts = [Part(name, each) for name, each in windows.items()]
     mixture = Mixture([len(each) for each in windows.values()], [Phase(0, (1.0,) * len(parts))], 8, seed=0)
-    stream = make_batches(parts, mixture, batch_size=8, start_step=0, text=lambda words: np.full((2, 3), len(words), np.float32),
-                          decoder=experiment("bridge", "bridge", Path()).decoder)  # fmt: skip
+    stream = make_batches(
+        parts,
+        mixture,
+        batch_size=8,
+        start_step=0,
+        text=lambda words: np.full((2, 3), len(words), np.float32),
+        decoder=experiment("bridge", "bridge", Path()).decoder,
+    )
     found: dict[str, dict[str, np.ndarray]] = {}
     names = list(windows)
     for _ in range(1024 // 8):  # a block has every window of each dataset several times
         batch = next(stream)
         assert {key: (value.shape, value.dtype.name) for key, value in batch.items()} == {
-            "video": ((8, 5, *SIZE, 3), "uint8"), "video_mask": ((8, 5), "bool"), "text": ((8, 2, 3), "float32"),
-            "proprio": ((8, 1, 10), "float32"), "actions": ((8, 2, 10), "float32"), "action_mask": ((8, 2), "bool"),
-            "action_dims": ((8, 10), "bool"), "embodiment": ((8,), "int32"),
+            "video": ((8, 5, *SIZE, 3), "uint8"),
+            "video_mask": ((8, 5), "bool"),
+            "text": ((8, 2, 3), "float32"),
+            "proprio": ((8, 1, 10), "float32"),
+            "actions": ((8, 2, 10), "float32"),
+            "action_mask": ((8, 2), "bool"),
+            "action_dims": ((8, 10), "bool"),
+            "embodiment": ((8,), "int32"),
         }
         for row in range(8):
             name = names[batch["embodiment"][row]]
@@ -94,11 +120,14 @@ def rows(request, datasets):
 # By hand. A pose layout: the change from the anchor, 0.02 m along the base's x and 0.1 rad about its z a step, as the hand sees
 # it, whose x and y axes are turned by the angle t about that z.
 t = turn(ANCHOR)
-DROID = [[0.02 * n * cos(t), -0.02 * n * sin(t), 0, cos(0.1 * n), -sin(0.1 * n), 0, sin(0.1 * n), cos(0.1 * n), 0, 0.75]
-         for n in (3, 4)]  # a command is two steps ahead  # fmt: skip
+DROID = [
+    [0.02 * n * cos(t), -0.02 * n * sin(t), 0, cos(0.1 * n), -sin(0.1 * n), 0, sin(0.1 * n), cos(0.1 * n), 0, 0.75]
+    for n in (3, 4)
+]  # a command is two steps ahead
 # Of BridgeData the hand's axes are further turned: its z is the x and its −x is the z of that frame.
-BRIDGE = [[0, -0.02 * n * sin(t), 0.02 * n * cos(t), 1, 0, 0, 0, cos(0.1 * n), sin(0.1 * n), gripper]
-          for n, gripper in ((1, 1), (2, 0))]  # commanded at steps 2 and 3  # fmt: skip
+BRIDGE = [
+    [0, -0.02 * n * sin(t), 0.02 * n * cos(t), 1, 0, 0, 0, cos(0.1 * n), sin(0.1 * n), gripper] for n, gripper in ((1, 1), (2, 0))
+]  # commanded at steps 2 and 3
 # A delta layout: rows of the rotation first by ROLL about x, then by YAW about z.
 TURNED = [cos(YAW), -sin(YAW) * cos(ROLL), sin(YAW) * sin(ROLL), sin(YAW), cos(YAW) * cos(ROLL), -cos(YAW) * sin(ROLL)]
 ABOUT_Z = [cos(YAW), -sin(YAW), 0, sin(YAW), cos(YAW), 0]

@@ -72,65 +72,98 @@ def standardise(name, **columns):
 
 
 def test_bridge():
-    proprio, actions = standardise("bridge_orig", **{
-        "observation/state": [[0.1, 0.2, 0.3, 0, 0, 0, 0.9], [0.2, 0.2, 0.3, 0, 0, np.pi / 2, 1.1], [0, 0.2, 0.3, 0, 0, 0, 0.1]],
-        "action": [[0.0] * 7, [0.1, 0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0]],
-    })
+    proprio, actions = standardise(
+        "bridge_orig",
+        **{
+            "observation/state": [
+                [0.1, 0.2, 0.3, 0, 0, 0, 0.9],
+                [0.2, 0.2, 0.3, 0, 0, np.pi / 2, 1.1],
+                [0, 0.2, 0.3, 0, 0, 0, 0.1],
+            ],
+            "action": [[0.0] * 7, [0.1, 0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0]],
+        },
+    )
     # The recorded frame is the hand's, turned: with zero angles the hand's x axis points down, its z axis along the base's x.
-    np.testing.assert_allclose(proprio, [
-        [0.1, 0.2, 0.3, 0, 0, 1, 0, 1, 0, 0.9],
-        [0.2, 0.2, 0.3, 0, -1, 0, 0, 0, 1, 1.0],
-        [0.0, 0.2, 0.3, 0, 0, 1, 0, 1, 0, 0.1],
-    ], atol=1e-6)
+    np.testing.assert_allclose(
+        proprio,
+        [
+            [0.1, 0.2, 0.3, 0, 0, 1, 0, 1, 0, 0.9],
+            [0.2, 0.2, 0.3, 0, -1, 0, 0, 0, 1, 1.0],
+            [0.0, 0.2, 0.3, 0, 0, 1, 0, 1, 0, 0.1],
+        ],
+        atol=1e-6,
+    )
     np.testing.assert_array_equal(actions[:, :9], proprio[:, :9])  # poses that were reached
     np.testing.assert_array_equal(actions[:, 9], [1, 1, 1])  # with the command before; the first action is a placeholder
 
 
 def test_bridge_of_the_bucket():
-    _, actions = standardise("bridge", **{
-        "observation/state": np.zeros((3, 7)), "action/world_vector": np.ones((3, 3)), "action/rotation_delta": np.zeros((3, 3)),
-        "action/open_gripper": [True, False, True],
-    })
+    _, actions = standardise(
+        "bridge",
+        **{
+            "observation/state": np.zeros((3, 7)),
+            "action/world_vector": np.ones((3, 3)),
+            "action/rotation_delta": np.zeros((3, 3)),
+            "action/open_gripper": [True, False, True],
+        },
+    )
     np.testing.assert_array_equal(actions[:, 9], [1, 1, 0])
 
 
 def test_fractal():
     half = np.sqrt(0.5)
-    proprio, actions = standardise("fractal20220817_data", **{
-        "observation/base_pose_tool_reached": [[0.5, 0.1, 0.8, 0, 0, half, half]] * 3,
-        "observation/gripper_closed": [[0], [0.25], [1]],
-        "action/world_vector": [[0.01, 0, 0]] * 3, "action/rotation_delta": [[0, 0, np.pi / 2]] * 3,
-        "action/gripper_closedness_action": [[0], [1], [0]],
-    })
+    proprio, actions = standardise(
+        "fractal20220817_data",
+        **{
+            "observation/base_pose_tool_reached": [[0.5, 0.1, 0.8, 0, 0, half, half]] * 3,
+            "observation/gripper_closed": [[0], [0.25], [1]],
+            "action/world_vector": [[0.01, 0, 0]] * 3,
+            "action/rotation_delta": [[0, 0, np.pi / 2]] * 3,
+            "action/gripper_closedness_action": [[0], [1], [0]],
+        },
+    )
     np.testing.assert_allclose(proprio, [[0.5, 0.1, 0.8, *QUARTER, g] for g in (1, 0.75, 0)], atol=1e-6)
     np.testing.assert_allclose(actions, [[0.01, 0, 0, *QUARTER, g] for g in (1, 0, 0)], atol=1e-6)
 
 
 def test_kuka():
-    proprio, actions = standardise("kuka", **{
-        "observation/clip_function_input/base_pose_tool_reached": [[0.5, 0, 0.2, 0, 0, 0, 1]] * 2,
-        "observation/gripper_closed": [[1], [0]], "action/world_vector": [[0, 0, -0.05]] * 2,
-        "action/rotation_delta": [[0, 0, 0]] * 2, "action/gripper_closedness_action": [[0], [-1]],
-    })
+    proprio, actions = standardise(
+        "kuka",
+        **{
+            "observation/clip_function_input/base_pose_tool_reached": [[0.5, 0, 0.2, 0, 0, 0, 1]] * 2,
+            "observation/gripper_closed": [[1], [0]],
+            "action/world_vector": [[0, 0, -0.05]] * 2,
+            "action/rotation_delta": [[0, 0, 0]] * 2,
+            "action/gripper_closedness_action": [[0], [-1]],
+        },
+    )
     np.testing.assert_allclose(proprio, [[0.5, 0, 0.2, *NONE, 0], [0.5, 0, 0.2, *NONE, 1]], atol=1e-6)
     np.testing.assert_allclose(actions, [[0, 0, -0.05, *NONE, 0], [0, 0, -0.05, *NONE, 1]], atol=1e-6)
 
 
 def test_droid():
-    proprio, actions = standardise("droid", **{
-        "observation/cartesian_position": [[0.4, 0, 0.5, 0, 0, np.pi / 2]], "observation/gripper_position": [[0.25]],
-        "action_dict/cartesian_position": [[0.41, 0, 0.5, np.pi, 0, 0]], "action_dict/gripper_position": [[1.0]],
-    })
+    proprio, actions = standardise(
+        "droid",
+        **{
+            "observation/cartesian_position": [[0.4, 0, 0.5, 0, 0, np.pi / 2]],
+            "observation/gripper_position": [[0.25]],
+            "action_dict/cartesian_position": [[0.41, 0, 0.5, np.pi, 0, 0]],
+            "action_dict/gripper_position": [[1.0]],
+        },
+    )
     np.testing.assert_allclose(proprio, [[0.4, 0, 0.5, *QUARTER, 0.75]], atol=1e-6)
     np.testing.assert_allclose(actions, [[0.41, 0, 0.5, 1, 0, 0, 0, -1, 0, 0]], atol=1e-6)
     assert registry.find("droid").action_layout == "pose"
 
 
 def test_libero():
-    proprio, actions = standardise("libero_spatial_no_noops", **{
-        "observation/state": [[-0.2, 0, 1.17, 0, 0, np.pi / 2, 0.03, -0.03]],
-        "action": [[0.5, -0.5, 0, 0, 0, 0.3, -1]],
-    })
+    proprio, actions = standardise(
+        "libero_spatial_no_noops",
+        **{
+            "observation/state": [[-0.2, 0, 1.17, 0, 0, np.pi / 2, 0.03, -0.03]],
+            "action": [[0.5, -0.5, 0, 0, 0, 0.3, -1]],
+        },
+    )
     np.testing.assert_allclose(proprio, [[-0.2, 0, 1.17, *QUARTER, 0.75]], atol=1e-6)
     c, s = np.cos(0.3), np.sin(0.3)
     np.testing.assert_allclose(actions, [[0.5, -0.5, 0, c, -s, 0, s, c, 0, 1]], atol=1e-6)
@@ -139,53 +172,76 @@ def test_libero():
 
 def test_joint_space():
     joints = np.arange(7) / 10
-    proprio, actions = standardise("berkeley_mvp_converted_externally_to_rlds", **{
-        "observation/joint_pos": [joints], "observation/gripper": [True], "action": [[*(joints / 10), 0]],
-    })
+    proprio, actions = standardise(
+        "berkeley_mvp_converted_externally_to_rlds",
+        **{
+            "observation/joint_pos": [joints],
+            "observation/gripper": [True],
+            "action": [[*(joints / 10), 0]],
+        },
+    )
     np.testing.assert_allclose(proprio, [[*joints, 0]], atol=1e-7)
     np.testing.assert_allclose(actions, [[*(joints / 10), 1]], atol=1e-7)
     assert registry.find("berkeley_mvp_converted_externally_to_rlds").action_layout == "vector"
 
 
 def test_residuals_are_targets():
-    proprio, actions = standardise("bc_z", **{
-        "observation/present/xyz": [[0.1, 0.2, 0.3]], "observation/present/axis_angle": [[0, 0, np.pi / 4]],
-        "observation/present/sensed_close": [[0.2]], "action/future/xyz_residual": [[0.01, 0, 0] + [9.0] * 27],
-        "action/future/axis_angle_residual": [[0, 0, np.pi / 4] + [9.0] * 27], "action/future/target_close": [[1] + [0] * 9],
-    })
+    proprio, actions = standardise(
+        "bc_z",
+        **{
+            "observation/present/xyz": [[0.1, 0.2, 0.3]],
+            "observation/present/axis_angle": [[0, 0, np.pi / 4]],
+            "observation/present/sensed_close": [[0.2]],
+            "action/future/xyz_residual": [[0.01, 0, 0] + [9.0] * 27],
+            "action/future/axis_angle_residual": [[0, 0, np.pi / 4] + [9.0] * 27],
+            "action/future/target_close": [[1] + [0] * 9],
+        },
+    )
     assert proprio[0, 9] == 1
     np.testing.assert_allclose(actions, [[0.11, 0.2, 0.3, *QUARTER, 0]], atol=1e-6)
 
 
 def test_documented_scales():
-    _, actions = standardise("maniskill_dataset_converted_externally_to_rlds", **{
-        "action": [[1, 0, 0, 0, 0, 1, -1]], "observation/tcp_pose": [[0, 0, 0, 1, 0, 0, 0]],
-        "observation/state": np.zeros((1, 18)),
-    })
+    _, actions = standardise(
+        "maniskill_dataset_converted_externally_to_rlds",
+        **{
+            "action": [[1, 0, 0, 0, 0, 1, -1]],
+            "observation/tcp_pose": [[0, 0, 0, 1, 0, 0, 0]],
+            "observation/state": np.zeros((1, 18)),
+        },
+    )
     np.testing.assert_allclose(actions[0, [0, 3, 6, 9]], [0.1, np.cos(0.1), np.sin(0.1), 0], atol=1e-6)
-    proprio, _ = standardise("utokyo_pr2_opening_fridge_converted_externally_to_rlds", **{
-        "action": np.zeros((1, 8)), "observation/state": [[500, -100, 900, 0, 0, 0, 86.7]]})
+    proprio, _ = standardise(
+        "utokyo_pr2_opening_fridge_converted_externally_to_rlds",
+        **{"action": np.zeros((1, 8)), "observation/state": [[500, -100, 900, 0, 0, 0, 86.7]]},
+    )
     np.testing.assert_allclose(proprio, [[0.5, -0.1, 0.9, *NONE, 1]], atol=1e-6)
 
 
 # Entries of one's own.
 
 ROBOT = DatasetSpec(
-    "robot", primary="image", control_hz=10.0, features={"action": (7,), "observation/state": (7,)},
+    "robot",
+    primary="image",
+    control_hz=10.0,
+    features={"action": (7,), "observation/state": (7,)},
     proprio=vector(Values("observation/state[0:7]", "joints", "rad")),
     actions=delta(Values("action[0:3]"), Turn("action[3:6]", "rotvec"), Gripper("action[6:7]")),
 )
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"control_hz": 0.0}, "dataset 'robot': control_hz is 0.0"),
-    ({"primary": None}, "primary is None; expected a string"),
-    ({"wrist": "image"}, "expected different ones"),
-    ({"features": {"action": (7,)}}, "read 'observation/state', which features do not declare; the nearest is 'action'"),
-    ({"features": {"action": (6,), "observation/state": (7,)}}, r"'action\[6:7\]' reads beyond the 6 dimensions of 'action'"),
-    ({"features": ROBOT.features | {"reward": ()}}, r"features \['reward'\] are declared but no layout reads them"),
-    ({"actions": pose(*ROBOT.actions.parts)}, "actions are poses but proprio is vector"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"control_hz": 0.0}, "dataset 'robot': control_hz is 0.0"),
+        ({"primary": None}, "primary is None; expected a string"),
+        ({"wrist": "image"}, "expected different ones"),
+        ({"features": {"action": (7,)}}, "read 'observation/state', which features do not declare; the nearest is 'action'"),
+        ({"features": {"action": (6,), "observation/state": (7,)}}, r"'action\[6:7\]' reads beyond the 6 dimensions of 'action'"),
+        ({"features": ROBOT.features | {"reward": ()}}, r"features \['reward'\] are declared but no layout reads them"),
+        ({"actions": pose(*ROBOT.actions.parts)}, "actions are poses but proprio is vector"),
+    ],
+)
 def test_entries_that_cannot_be(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(ROBOT, **change)
@@ -207,10 +263,12 @@ def test_the_template(monkeypatch):
     assert len(text.splitlines()) <= 40
     spec = runpy.run_path(str(TEMPLATE))["MY_ROBOT"]
     assert registry.find("my_robot") is spec and spec.labelled
-    proprio, actions = spec.standardise({
-        "steps/observation/state": np.array([[0.1, 0.2, 0.3, 0, 0, np.pi / 2, 0.04]] * 3),
-        "steps/action": np.array([[0.1, 0.2, 0.3, 0, 0, np.pi / 2, g] for g in (0.9, 0.0, -0.8)]),
-    })
+    proprio, actions = spec.standardise(
+        {
+            "steps/observation/state": np.array([[0.1, 0.2, 0.3, 0, 0, np.pi / 2, 0.04]] * 3),
+            "steps/action": np.array([[0.1, 0.2, 0.3, 0, 0, np.pi / 2, g] for g in (0.9, 0.0, -0.8)]),
+        }
+    )
     np.testing.assert_allclose(proprio, [[0.1, 0.2, 0.3, *QUARTER, 0.5]] * 3, atol=1e-6)
     np.testing.assert_array_equal(actions[:, 9], [1, 1, 0])
 
@@ -256,13 +314,17 @@ def test_schema_names_everything_that_is_wrong():
 
 def test_features_of_a_tfds_tree():
     image = tfds.features.Image(shape=(8, 16, 3), dtype=np.uint8, encoding_format="jpeg")
-    tree = tfds.features.FeaturesDict({
-        "episode_metadata": {"task": tfds.features.Text()},
-        "steps": tfds.features.Dataset({
-            "action": {"open_gripper": np.bool_, "future/xyz": tfds.features.Tensor(shape=(30,), dtype=np.float32)},
-            "observation": {"image": image, "instruction": tfds.features.Tensor(shape=(), dtype=np.str_)},
-        }),
-    })
+    tree = tfds.features.FeaturesDict(
+        {
+            "episode_metadata": {"task": tfds.features.Text()},
+            "steps": tfds.features.Dataset(
+                {
+                    "action": {"open_gripper": np.bool_, "future/xyz": tfds.features.Tensor(shape=(30,), dtype=np.float32)},
+                    "observation": {"image": image, "instruction": tfds.features.Tensor(shape=(), dtype=np.str_)},
+                }
+            ),
+        }
+    )
     assert flatten_features(tree) == {
         "episode_metadata/task": Feature("text", (), "object"),
         "steps/action/open_gripper": Feature("tensor", (), "bool"),

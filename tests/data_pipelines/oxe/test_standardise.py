@@ -9,10 +9,18 @@ HALF = np.sqrt(0.5)
 TURN = [0, -1, 0, 1, 0, 0]  # rot6d rows of a quarter turn about z
 
 
-@pytest.mark.parametrize("encoding, values", [
-    ("euler_xyz", [0, 0, np.pi / 2]), ("ypr", [np.pi / 2, 0, 0]), ("euler_zxy", [np.pi / 2, 0, 0]), ("yaw", [np.pi / 2]),
-    ("rotvec", [0, 0, np.pi / 2]), ("quat_xyzw", [0, 0, HALF, HALF]), ("quat_wxyz", [3 * HALF, 0, 0, 3 * HALF]),
-])
+@pytest.mark.parametrize(
+    "encoding, values",
+    [
+        ("euler_xyz", [0, 0, np.pi / 2]),
+        ("ypr", [np.pi / 2, 0, 0]),
+        ("euler_zxy", [np.pi / 2, 0, 0]),
+        ("yaw", [np.pi / 2]),
+        ("rotvec", [0, 0, np.pi / 2]),
+        ("quat_xyzw", [0, 0, HALF, HALF]),
+        ("quat_wxyz", [3 * HALF, 0, 0, 3 * HALF]),
+    ],
+)
 def test_a_quarter_turn_in_every_encoding(encoding, values):
     np.testing.assert_allclose(s.rot6d(np.array([values]), encoding), [TURN], atol=1e-6)
 

@@ -17,10 +17,14 @@ from mimic_video.transforms import relative_poses
 
 def experiment(stage="action", datasets="bridge_orig", root="", **data):
     window = {"image_size": (32, 48), "past_frames": 1, "future_frames": 4, "action_horizon": 2}  # at 5 Hz
-    return experiment_from({
-        "stage": stage, "data": window | {f"{stage}_dataset": datasets, "root": str(root)} | data,
-        "decoder": {"action_horizon": 2, "action_dim": 10, "proprio_dim": 10}, "policy": {"execute_steps": 2},
-    })  # fmt: skip
+    return experiment_from(
+        {
+            "stage": stage,
+            "data": window | {f"{stage}_dataset": datasets, "root": str(root)} | data,
+            "decoder": {"action_horizon": 2, "action_dim": 10, "proprio_dim": 10},
+            "policy": {"execute_steps": 2},
+        }
+    )
 
 
 @pytest.fixture
@@ -51,8 +55,9 @@ def test_batches_of_a_named_mixture(root, monkeypatch):
     np.testing.assert_allclose(phases[0].weights, [1 / 3, 2 / 3])  # both have seven windows
     mixture = Mixture([len(each) for each in windows.values()], phases, 4, seed=0)
     parts = [Part(name, each) for name, each in windows.items()]
-    stream = make_batches(parts, mixture, batch_size=4, start_step=0, text=lambda _: np.zeros((1, 2), np.float32),
-                          decoder=config.decoder)  # fmt: skip
+    stream = make_batches(
+        parts, mixture, batch_size=4, start_step=0, text=lambda _: np.zeros((1, 2), np.float32), decoder=config.decoder
+    )
     for batch in itertools.islice(stream, 3):
         assert batch["video"].shape == (4, 5, 32, 48, 3) and "actions" not in batch
 
