@@ -1,10 +1,13 @@
 """The package and the one place of its dependencies; tool settings are in pyproject.toml."""
 
+import runpy
+
 from setuptools import find_packages, setup
 
 EXTRAS = {
-    # Reading and writing RLDS. tfds reads ArrayRecord without TensorFlow; simplejpeg decodes faster than Pillow and without the
-    # interpreter lock; google-crc32c verifies TFRecord; fsspec opens datasets in buckets.
+    # Reading and writing RLDS. Grain makes batches in worker processes and resumes; tfds reads ArrayRecord without TensorFlow;
+    # simplejpeg decodes faster than Pillow and without the interpreter lock; google-crc32c verifies TFRecord; fsspec opens
+    # datasets in buckets.
     "data": [
         "array_record",
         "fsspec",
@@ -32,43 +35,46 @@ EXTRAS = {
 }
 EXTRAS["compile"] = EXTRAS["tpu"]  # the compiler, libtpu, in the version that JAX wants; no TPU is needed
 EXTRAS["quickstart"] = EXTRAS["data"] + EXTRAS["sim"] + EXTRAS["report"]
+# What most tests need, and nothing large; `test-all` is for the stages that the markers in pyproject.toml name.
 EXTRAS["test"] = [
-    *(
-        package
-        for extra in ("quickstart", "formats", "convert", "text", "video", "serve", "gcs", "wandb", "compile")
-        for package in EXTRAS[extra]
-    ),
+    *(package for extra in ("data", "formats", "report", "video", "serve", "gcs") for package in EXTRAS[extra]),
+    "beartype",  # what jaxtyping checks shapes with
     "gcp-storage-emulator",  # a bucket on this machine
-    "diffusers",  # an independent implementation of both video networks, to compare ours with
     "mypy",
-    "opencv-python-headless",  # what the loader is measured beside
-    "peft",
     "pytest",
     "pytest-xdist",  # most tests compile, on one core
-    "rlds",  # it says whether what we write is RLDS
     "ruff",
     "safetensors",
+]
+EXTRAS["test-all"] = [
+    *(package for extra in ("test", "sim", "convert", "text", "wandb", "compile") for package in EXTRAS[extra]),
+    "diffusers",  # an independent implementation of both video networks, to compare ours with
+    "opencv-python-headless",  # what the loader is measured beside
+    "peft",
+    "rlds",  # it says whether what we write is RLDS
     "torch==2.13.0",  # what the networks were compared with
     "tensorflow-cpu>=2.21",  # only to check that what we write is what plain tfds reads
 ]
 
 setup(
     name="mimic-video-jax",  # the import is mimic_video; that name is taken on PyPI
-    version="0.1.0",
+    version=runpy.run_path("mimic_video/__init__.py")["__version__"],
     description="mimic-video (Video-Action Models) in JAX: train, evaluate and serve",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["mimic_video*", "data_pipelines*"]),  # configs and launch run from the clone
+    package_data={"": ["py.typed"]},
     install_requires=[
-        "absl-py",
+        "absl-py",  # flags of the launch scripts, logging
+        "chex",  # shapes, dtypes and trees that a model or a test expects
         "etils[epath]",  # paths that may be in a bucket; orbax has them, too
-        "flax>=0.12",
+        "flax>=0.12",  # the networks, as NNX modules
         "jax>=0.10",
-        "jaxtyping",
-        "ml-collections>=1.1",
+        "jaxtyping",  # shapes in signatures; the tests check them at run time
+        "ml-collections>=1.1",  # experiment files and --config.FIELD=VALUE
         "numpy>=2",
-        "optax>=0.2.6",
-        "orbax-checkpoint>=0.11.30",
+        "optax>=0.2.6",  # optimizers and schedules
+        "orbax-checkpoint>=0.11.30",  # checkpoints of sharded arrays, by many hosts
         "pillow",  # JPEG frames, resizing, GIFs
         "scipy",  # rotations
         "tensorboardX",  # TensorBoard files without TensorFlow

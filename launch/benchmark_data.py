@@ -42,7 +42,7 @@ _SIZE = flags.DEFINE_string("size", None, "Height x width that windows have; as 
 _WORKERS = flags.DEFINE_integer("workers", 0, "The loader's processes; 0 is threads", lower_bound=0)
 _WINDOWS = flags.DEFINE_integer("windows", 240, "Windows that each reader reads", lower_bound=8)
 _EPISODES = flags.DEFINE_integer("episodes", 20, "Episodes of 100 frames", lower_bound=1)
-_FORMAT = flags.DEFINE_enum("format", "tfrecord", ["tfrecord", "array_record"], "Of the dataset")
+_FORMAT: flags.FlagHolder[Any] = flags.DEFINE_enum("format", "tfrecord", ["tfrecord", "array_record"], "Of the dataset")
 _MEMORY_WINDOWS = flags.DEFINE_integer("memory_windows", 0, "Windows to watch memory over; 0 leaves it out", lower_bound=0)
 _MEMORY_FRAMES = flags.DEFINE_string("memory_frames", "96x128", "Height x width of those")
 
@@ -59,13 +59,13 @@ Measure = Callable[[int], float]  # windows to read → frames per second
 class WholeWindows(WindowDataset):
     """Windows that lie inside their episodes: of others, fewer frames would be decoded than counted."""
 
-    first, count = DataConfig().past_frames - 1, _LENGTH - DataConfig().num_frames + 1
+    first, starts = DataConfig().past_frames - 1, _LENGTH - DataConfig().num_frames + 1  # frames of an episode
 
     def __len__(self) -> int:
-        return len(self.episodes) * self.count
+        return len(self.episodes) * self.starts
 
-    def __getitem__(self, index: int) -> dict:
-        episode, start = divmod(index, self.count)
+    def __getitem__(self, index: int) -> dict:  # type: ignore[override]  # no slices
+        episode, start = divmod(index, self.starts)
         return super().__getitem__(episode * _LENGTH + self.first + start)
 
 
@@ -152,7 +152,7 @@ def opencv_reader(
         return video
 
     def measure(windows: int) -> float:
-        chosen = zip(random.integers(len(encoded), size=windows), random.integers(WholeWindows.count, size=windows), strict=True)
+        chosen = zip(random.integers(len(encoded), size=windows), random.integers(WholeWindows.starts, size=windows), strict=True)
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
             start = time.perf_counter()
             for _ in pool.map(lambda window: read(window).shape, chosen):
@@ -176,10 +176,12 @@ def tfdata_reader(directory: pathlib.Path, config: DataConfig, threads: int) -> 
         stdout=subprocess.PIPE,
         text=True,
     ) as child:
+        stdin, stdout = child.stdin, child.stdout
+        assert stdin is not None and stdout is not None
 
         def measure(windows: int) -> float:
-            print(windows, file=child.stdin, flush=True)
-            answer = child.stdout.readline()
+            print(windows, file=stdin, flush=True)
+            answer = stdout.readline()
             if not answer:
                 raise RuntimeError(f"the process of tf.data ended with exit code {child.wait()}; see its messages above")
             return float(answer)
@@ -188,7 +190,7 @@ def tfdata_reader(directory: pathlib.Path, config: DataConfig, threads: int) -> 
             measure(4 * _BATCH)  # fills its buffers
             yield measure
         finally:
-            child.stdin.close()
+            stdin.close()
 
 
 def measure_memory(source: RldsSource, config: DataConfig, windows: int) -> dict[str, float]:
@@ -201,7 +203,7 @@ def measure_memory(source: RldsSource, config: DataConfig, windows: int) -> dict
             next(stream)
             if step % -(-batches // _SAMPLES) == 0:
                 samples.append(resident_bytes())
-        means.append(np.mean(samples))
+        means.append(float(np.mean(samples)))
     means = means[1:]
     return {
         "windows": batches * _BATCH * _POINTS,

@@ -177,12 +177,12 @@ def main(config: ExperimentConfig) -> None:
                 f"--{name} is given, which says nothing for --platform={_PLATFORM.value}"
                 f"{' --policy, which is for one chip' if name not in other else ''}"
             )
-    if _PLATFORM.value == "tpu" and not _TOPOLOGY.value:
-        raise ConfigError("--topology is missing: the TPU to compile for, such as v5e:16x16, or --platform=cuda for GPUs")
     if _PLATFORM.value == "cuda":
         values = gpu_report(config, _DEVICES.value, _CAPABILITY.value)
-    else:
+    elif _TOPOLOGY.value:
         values = tpu_report(config, _TOPOLOGY.value, _SLICES.value)
+    else:
+        raise ConfigError("--topology is missing: the TPU to compile for, such as v5e:16x16, or --platform=cuda for GPUs")
     if _OUT.value:
         write_json(pathlib.Path(_OUT.value), values)
     print((gpu_summary if _PLATFORM.value == "cuda" else tpu_summary)(values), flush=True)

@@ -18,6 +18,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 import experiment
 import jax
@@ -52,8 +53,10 @@ _STATISTICS = flags.DEFINE_string("statistics", None, "Pattern of the statistics
 _EMA = flags.DEFINE_bool("ema", False, "Take the moving average (net_ema.) of the backbone and the decoder")
 _LORA_ALPHA = flags.DEFINE_float("lora_alpha", 32.0, "Alpha of the LoRA layers of a checkpoint that is not fused")
 _RUN = flags.DEFINE_string("run", None, "Run directory to export; the other direction")
-_FORMAT = flags.DEFINE_enum("format", "safetensors", ["safetensors", "pt"], "Of exported weights")
-_PRECISION = flags.DEFINE_enum("precision", "stored", ["stored", "float32", "bfloat16"], "Of exported weights")
+_FORMAT: flags.FlagHolder[Any] = flags.DEFINE_enum("format", "safetensors", ["safetensors", "pt"], "Of exported weights")
+_PRECISION: flags.FlagHolder[Any] = flags.DEFINE_enum(
+    "precision", "stored", ["stored", "float32", "bfloat16"], "Of exported weights"
+)
 _ROBOT = flags.DEFINE_enum("robot", None, ["bridge", "libero"], "Export statistics under this robot's published keys")
 
 _DIFFUSERS_FILES = [f"{part}/*.{kind}" for part in ("transformer", "vae") for kind in ("json", "safetensors")]
@@ -79,16 +82,17 @@ def fetch(source: str, patterns: list[str]) -> pathlib.Path:
         raise WeightsError(f"--source={source} is not a folder, and could not be fetched from Hugging Face: {error}") from error
 
 
-def only_file(source: pathlib.Path, flag: str, pattern: str) -> pathlib.Path:
-    """The one file that a pattern means. Raises WeightsError, listing the candidates, if it is none or several."""
+def only_file(source: pathlib.Path, flag: flags.FlagHolder) -> pathlib.Path:
+    """The one file that a flag's pattern means. Raises WeightsError, listing the candidates, if it is none or several."""
+    pattern = flag.value
     if pathlib.Path(pattern).is_absolute():
-        raise WeightsError(f"--{flag}={pattern} is absolute; expected a pattern relative to --source={source}")
+        raise WeightsError(f"--{flag.name}={pattern} is absolute; expected a pattern relative to --source={source}")
     found = sorted(path for path in source.glob(pattern) if path.is_file())
     if len(found) == 1:
         return found[0]
     candidates = found or sorted(source.rglob(f"*{pathlib.Path(pattern).suffix}"))
     listed = "".join(f"\n  {path.relative_to(source)}" for path in candidates) or " none"
-    raise WeightsError(f"--{flag}={pattern} matches {len(found)} files of {source}; expected one. Candidates:{listed}")
+    raise WeightsError(f"--{flag.name}={pattern} matches {len(found)} files of {source}; expected one. Candidates:{listed}")
 
 
 def published_weights(config: ExperimentConfig, source: pathlib.Path) -> Params:
@@ -97,7 +101,7 @@ def published_weights(config: ExperimentConfig, source: pathlib.Path) -> Params:
     flags_and_names = {"tokenizer": (_TOKENIZER, WAN_VAE_NAMES), "backbone": (_BACKBONE, VIDEO_DIT_NAMES)}
     if config.stage == "action":
         flags_and_names["decoder"] = (_DECODER, ACTION_DECODER_NAMES)
-    files = {name: only_file(source, name, flag.value) for name, (flag, _) in flags_and_names.items()}
+    files = {name: only_file(source, flag) for name, (flag, _) in flags_and_names.items()}
     params = {}
     for name, (_, names) in flags_and_names.items():
         file = str(files[name])
@@ -173,7 +177,7 @@ def convert(config: ExperimentConfig) -> None:
         patterns = [pattern for pattern in (_TOKENIZER.value, _BACKBONE.value, *flags_of_stage.values()) if pattern]
         source = fetch(_SOURCE.value, patterns)
         if config.stage == "action":
-            file = only_file(source, "statistics", _STATISTICS.value)
+            file = only_file(source, _STATISTICS)
             raw_dims = {"action": config.data.raw_action_dims, "proprio": config.data.raw_proprio_dims}
             embodiments = {file.stem: Embodiment(file.stem, 0, read_statistics(file, config), raw_dims)}
         params = published_weights(config, source)
@@ -207,6 +211,7 @@ _ERRORS = (RunError, WeightsError, ModuleNotFoundError)
 
 def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # orbax and JAX narrate
+    assert _RUN.value is not None  # or this is not called
     try:
         export(run_path(_RUN.value), local_path(_OUT.value))
     except (ConfigError, ValueError, *_ERRORS) as error:
@@ -215,7 +220,7 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")  # nothing is computed, and an accelerator may be smaller than the weights
-    if any(argument.lstrip("-").partition("=")[0] == "run" for argument in sys.argv[1:]):
+    if any(argument.partition("=")[0] in ("-run", "--run") for argument in sys.argv[1:]):
         app.run(main)
     else:
         experiment.run(convert, _ERRORS)

@@ -15,6 +15,7 @@ again, and loses no window at their borders.
 
 import os
 import sys
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -25,7 +26,7 @@ from data_pipelines.sources.rlds import DatasetError, RldsSource, open_dataset
 
 _SOURCE = flags.DEFINE_string("source", None, "Prepared dataset, .../NAME/VERSION", required=True)
 _OUT = flags.DEFINE_string("out", None, "Folder that holds one folder per dataset", required=True)
-_FORMAT = flags.DEFINE_enum("format", "array_record", ["array_record", "tfrecord"], "Format to write")
+_FORMAT: flags.FlagHolder[Any] = flags.DEFINE_enum("format", "array_record", ["array_record", "tfrecord"], "Format to write")
 _DATASET = flags.DEFINE_string("dataset", None, "Entry of the registry, if the dataset has not our own layout")
 _CAMERAS = flags.DEFINE_list("cameras", None, "Images to keep: primary, secondary, wrist, or keys of observation")
 _IMAGE_SIZE = flags.DEFINE_list("image_size", None, "HEIGHT,WIDTH in pixels to resize to")

@@ -14,7 +14,7 @@ import dataclasses
 import math
 import time
 from functools import partial
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import experiment
 import jax
@@ -33,7 +33,9 @@ STRATEGIES = get_args(get_type_hints(PolicyConfig)["strategy"])
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of stage `action`", required=True)
 _DELAYS = flags.DEFINE_list("delays", "0,100,200,300", "Delays in milliseconds, rounded up to control steps")
-_STRATEGIES = flags.DEFINE_multi_enum("strategy", STRATEGIES, STRATEGIES, "A strategy to evaluate; may be repeated")
+_STRATEGIES: flags.FlagHolder[Any] = flags.DEFINE_multi_enum(
+    "strategy", STRATEGIES, STRATEGIES, "A strategy to evaluate; may be repeated"
+)
 _DATASET = flags.DEFINE_string("dataset", None, "Of a run on several datasets, the robot to drive, by its dataset's name")
 
 
@@ -52,16 +54,16 @@ def row(strategy: str, milliseconds: float, steps: int, results: list[EpisodeRes
     """One cell of the table, ready for JSON."""
     hz, layout = config.data.control_hz, config.evaluation.layout
     succeeded = [result.steps / hz for result in results if result.success]
+    moved = [result.proprio[:, :3] for result in results if result.proprio is not None]
+    commanded = [metaworld.commanded_positions(result.actions, layout) for result in results if result.actions is not None]
     return {
         "strategy": strategy,
         "delay_ms": milliseconds,
         "delay_steps": steps,
         "success": success_table(results),
         "seconds_to_success": sum(succeeded) / len(succeeded) if succeeded else None,
-        "jerk": math.sqrt(mean_squared_jerk([result.proprio[:, :3] for result in results], hz)),
-        "commanded_jerk": math.sqrt(
-            mean_squared_jerk([metaworld.commanded_positions(result.actions, layout) for result in results], hz)
-        ),
+        "jerk": math.sqrt(mean_squared_jerk(moved, hz)),
+        "commanded_jerk": math.sqrt(mean_squared_jerk(commanded, hz)),
         "episodes": [{"task": r.task, "seed": r.seed, "success": r.success, "steps": r.steps} for r in results],
     }
 
@@ -72,7 +74,7 @@ def main(given: ExperimentConfig) -> None:
     evaluation, delays = config.evaluation, delays_in_steps(config.data.control_hz)
     policy = Policy.load(run, config, _DATASET.value)
     seeds = range(evaluation.first_seed, evaluation.first_seed + evaluation.episodes_per_task)
-    results: dict[tuple[str, float], list[EpisodeResult]] = {(s, d): [] for s in _STRATEGIES.value for d in delays}
+    results: dict[tuple[Any, float], list[EpisodeResult]] = {(s, d): [] for s in _STRATEGIES.value for d in delays}
     for task in evaluation.tasks:
         factory = metaworld.MetaworldFactory(task, config.data.image_size, evaluation.layout, config.data.cameras)
         with EnvironmentPool(factory, seeds, evaluation.workers) as pool:

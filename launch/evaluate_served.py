@@ -46,6 +46,10 @@ def require_same_layout(metadata: dict, config: ExperimentConfig) -> None:
 
 
 def evaluate(config: ExperimentConfig) -> None:
+    if config.policy.strategy == "real_time_chunking":
+        raise ConfigError(
+            "config field 'policy.strategy' is 'real_time_chunking'; a server is not told what chunks have to continue"
+        )
     connect, start = functools.partial(PolicyClient, _SERVER.value, _TOKEN.value, timeout=600.0), time.perf_counter()
     factory = functools.partial(
         MetaworldFactory, image_size=config.data.image_size, layout=config.evaluation.layout, cameras=config.data.cameras

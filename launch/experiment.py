@@ -26,6 +26,7 @@ def run(
     A mistake of the user's, that is a ConfigError or one of `expected_errors`, ends the script with its message and exit
     code 1; anything else keeps its traceback.
     """
+    mistakes: tuple[type[Exception], ...] = (ConfigError, *expected_errors)
     known = field_paths(ExperimentConfig)
     for argument in sys.argv[1:]:
         name, _, value = argument.lstrip("-").partition("=")
@@ -45,7 +46,7 @@ def run(
             try:
                 stack.enter_context(inside())
                 main(experiment_from(_CONFIG.value.to_dict()))
-            except (ConfigError, *expected_errors) as error:
+            except mistakes as error:
                 sys.exit(f"error: {error}")
 
     app.run(start)

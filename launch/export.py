@@ -19,6 +19,7 @@ the square of the tokens. --safetensors adds the networks in the published names
 import dataclasses
 import pathlib
 import sys
+from typing import Any, Literal
 
 from absl import app, flags, logging
 from etils import epath
@@ -28,7 +29,7 @@ from mimic_video.embodiments import Embodiment, choose
 from mimic_video.models.text import DamagedEntryError, T5TextEncoder, make_text_encoder
 from mimic_video.policy.bundle import new_bundle, write_policy
 from mimic_video.policy.policy import Policy
-from mimic_video.policy.stablehlo import attention_for, write_programs
+from mimic_video.policy.stablehlo import Platform, attention_for, write_programs
 from mimic_video.training.checkpoints import load_params
 from mimic_video.training.run_directory import load_embodiments, read_config
 from mimic_video.training.storage import RunError, local_path, run_path
@@ -38,16 +39,24 @@ from mimic_video.weights.layout import write_networks
 _PLATFORMS = ("cuda", "tpu", "cpu")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory of stage `action`", required=True)
 _OUT = flags.DEFINE_string("out", None, "Directory to write; it must not be there yet", required=True)
-_PRECISION = flags.DEFINE_enum("precision", None, ["bfloat16", "float32"], "Of the policy; that of the run unless given")
-_WEIGHTS = flags.DEFINE_enum("weights", None, ["exact", "int8"], "Of the backbone's blocks; those of the run unless given")
+_PRECISION: flags.FlagHolder[Any] = flags.DEFINE_enum(
+    "precision", None, ["bfloat16", "float32"], "Of the policy; that of the run unless given"
+)
+_WEIGHTS: flags.FlagHolder[Any] = flags.DEFINE_enum(
+    "weights", None, ["exact", "int8"], "Of the backbone's blocks; those of the run unless given"
+)
 _PROMPTS = flags.DEFINE_string("prompts", None, "Text file of instructions, one a line, whose features go into the bundle")
-_STABLEHLO = flags.DEFINE_list("stablehlo", [], f"Platforms to write programs for: {', '.join(_PLATFORMS)}")
+_STABLEHLO: flags.FlagHolder[Any] = flags.DEFINE_list(
+    "stablehlo", [], f"Platforms to write programs for: {', '.join(_PLATFORMS)}"
+)
 _BATCH = flags.DEFINE_integer("batch", 1, "Robots of a StableHLO program", lower_bound=1)
 _EMBODIMENT = flags.DEFINE_string("embodiment", None, "Robot of StableHLO programs, by its dataset's name, if there are several")
 _SAFETENSORS = flags.DEFINE_bool("safetensors", False, "Add the networks in the published names")
 
 
-def load(run: epath.Path, precision: str | None, weights: str | None) -> tuple[ExperimentConfig, Params, int]:
+def load(
+    run: epath.Path, precision: Literal["bfloat16", "float32"] | None, weights: Literal["exact", "int8"] | None
+) -> tuple[ExperimentConfig, Params, int]:
     """Configuration with the wanted precision and weights, parameters, and their step."""
     trained = read_config(run)
     if trained.stage != "action":
@@ -74,7 +83,7 @@ def known_text(config: ExperimentConfig) -> dict:
     return {prompt: encoder(prompt) for prompt in prompts}
 
 
-def policies(config: ExperimentConfig, params: Params, robot: Embodiment) -> dict:
+def policies(config: ExperimentConfig, params: Params, robot: Embodiment) -> dict[Platform, Policy]:
     """The policy as each platform of --stablehlo can have it."""
     return {
         platform: Policy(dataclasses.replace(config, attention=attention_for(platform)), params, robot)

@@ -4,11 +4,12 @@ import dataclasses
 import importlib.util
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from mimic_video.config import ExperimentConfig, MeshConfig, experiment_from
+from mimic_video.models.layers import Remat
 from mimic_video.training.aot import widest_robot
 from mimic_video.transforms import compute_statistics
 
@@ -117,7 +118,8 @@ def step_forms() -> Iterator[tuple[str, ExperimentConfig]]:
     for name, config in (("action, two cameras", bridge), ("video, two cameras", video)):
         data = dataclasses.replace(config.data, cameras=("primary", "wrist"))
         yield name, dataclasses.replace(config, data=data, backbone=dataclasses.replace(config.backbone, views=2))
-    for precision, remat in (("float32", "none"), ("bfloat16", "attention")):
+    computed: tuple[tuple[Literal["float32", "bfloat16"], Remat], ...] = (("float32", "none"), ("bfloat16", "attention"))
+    for precision, remat in computed:
         for name, config in (("action", bridge), ("video", video)):
             train = dataclasses.replace(config.train, remat=remat)
             yield f"{name}, {precision}, remat {remat}", dataclasses.replace(config, precision=precision, train=train)

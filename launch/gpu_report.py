@@ -34,7 +34,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import forms
 from absl import app, flags
@@ -135,8 +135,8 @@ def attention() -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
+    from mimic_video.models.attention import Backend, chosen
     from mimic_video.models.attention import attention as attend
-    from mimic_video.models.attention import chosen
 
     def normal(seed: int, *shape: int) -> Any:
         return jax.random.normal(jax.random.key(seed), shape).astype(jnp.bfloat16)
@@ -154,7 +154,11 @@ def attention() -> dict[str, Any]:
     tokens, heads = (256, 2) if _SMALL.value else (19_200, 16)
     q, k, v = (normal(seed, 1, tokens, heads, 128) for seed in range(3))
     half = jnp.arange(tokens)[None] % 2 == 0
-    ways = ((flash, flash, None), (f"{flash}, half of the keys", flash, half), ("xla, in parts", "xla", None))
+    ways: tuple[tuple[str, Backend, Any], ...] = (
+        (flash, flash, None),
+        (f"{flash}, half of the keys", flash, half),
+        ("xla, in parts", "xla", None),
+    )
     for name, backend, mask in ways:
 
         def loss(q: Any, k: Any, v: Any, backend: Any = backend, mask: Any = mask) -> Any:
@@ -186,7 +190,7 @@ def attention() -> dict[str, Any]:
         q, k, v = normal(1, samples, queries, 4, 128), normal(2, 2, keys, 4, 128), normal(3, 2, keys, 4, 128)
         inputs[name] = (q, k, v), jax.random.bernoulli(jax.random.key(4), 0.6, (2, keys)) if masked else None
 
-    def all_of(backend: str, dtype: Any) -> Any:
+    def all_of(backend: Backend, dtype: Any) -> Any:
         """Output and gradients of every case, in one program."""
 
         @jax.jit
@@ -194,7 +198,7 @@ def attention() -> dict[str, Any]:
             results = {}
             for name, (heads, mask) in inputs.items():
                 heads = (x.astype(dtype) for x in heads)
-                out, pullback = jax.vjp(lambda *heads, mask=mask: attend(*heads, mask, backend), *heads)
+                out, pullback = jax.vjp(lambda q, k, v, mask=mask: attend(q, k, v, mask, backend), *heads)
                 results[name] = [x.astype(jnp.float32) for x in (out, *pullback(jnp.cos(out.astype(jnp.float32)).astype(dtype)))]
             return results
 
@@ -202,7 +206,8 @@ def attention() -> dict[str, Any]:
             return compute(inputs)
 
     exact = all_of("xla", jnp.float32)
-    found = {backend: all_of(backend, jnp.bfloat16) for backend in (flash, "xla")}
+    backends: tuple[Backend, ...] = (flash, "xla")
+    found = {backend: all_of(backend, jnp.bfloat16) for backend in backends}
     return {
         "errors_of_output_and_gradients": {
             name: {
@@ -226,7 +231,12 @@ def precision() -> dict[str, Any]:
     config = forms.shipped("quickstart:action" if _SMALL.value else "published:bridge")
     if not _SMALL.value:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=(240, 320)))
-    chunks, ways = {}, (("float32", "float32", "exact"), ("bfloat16", "bfloat16", "exact"), ("int8", "bfloat16", "int8"))
+    ways: tuple[tuple[str, Literal["float32", "bfloat16"], Literal["exact", "int8"]], ...] = (
+        ("float32", "float32", "exact"),
+        ("bfloat16", "bfloat16", "exact"),
+        ("int8", "bfloat16", "int8"),
+    )
+    chunks = {}
     for name, precision, weights in ways:
         kept = dataclasses.replace(config.policy, weights=weights)
         policy = random_policy(dataclasses.replace(config, precision=precision, policy=kept))

@@ -37,9 +37,14 @@ _LISTED = 5  # names that are printed for a reason
 class Source(Protocol):
     """What an episode source of `data_pipelines.sources` offers an import."""
 
-    image_size: tuple[int, int]
-    control_hz: float
-    skipped: Mapping[str, Sequence[str]]
+    @property
+    def image_size(self) -> tuple[int, int]: ...
+
+    @property
+    def control_hz(self) -> float: ...
+
+    @property
+    def skipped(self) -> Mapping[str, Sequence[str]]: ...
 
     def __len__(self) -> int: ...
 
@@ -79,7 +84,9 @@ _IMAGE_SIZE = flags.DEFINE_list("image_size", None, "HEIGHT,WIDTH in pixels; by 
 _JPEG_QUALITY = flags.DEFINE_integer("jpeg_quality", 95, "Of stored images", lower_bound=1, upper_bound=100)
 _CONTROL_HZ = flags.DEFINE_float("control_hz", None, "Steps per second; by default the source's own (Bridge: 5)")
 _VALIDATION = flags.DEFINE_float("validation", 0.0, "Share of the episodes that go to `val`", lower_bound=0.0, upper_bound=0.9)
-_FILE_FORMAT = flags.DEFINE_enum("file_format", "array_record", ["array_record", "tfrecord"], "Of the dataset")
+_FILE_FORMAT: flags.FlagHolder[Any] = flags.DEFINE_enum(
+    "file_format", "array_record", ["array_record", "tfrecord"], "Of the dataset"
+)
 _SKIP_DAMAGED = flags.DEFINE_bool("skip_damaged", False, "Leave damaged episodes out instead of giving up")
 
 _OWN = {

@@ -145,8 +145,8 @@ def inspect_mixture(name: str, root: pathlib.Path | None) -> None:
     weights = find_mixture(name)
     check_mixture(weights)
     sizes: dict[str, int] = {}
-    for dataset in weights if root else ():
-        versions = sorted(root.glob(f"{dataset}/*/features.json"))
+    for dataset in weights:
+        versions = sorted(root.glob(f"{dataset}/*/features.json")) if root else []
         if versions:
             source = RldsSource(versions[-1].parent, _SPLIT.value, spec=registry.find(dataset))
             sizes[dataset] = sum(len(episode) for episode in source)

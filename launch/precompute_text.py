@@ -11,7 +11,7 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import experiment
 import tensorflow_datasets as tfds
@@ -50,7 +50,7 @@ def file_prompts(path: pathlib.Path) -> Iterator[str]:
 def find_prompts(config: ExperimentConfig) -> list[str]:
     """Every prompt to embed, once."""
     prompts: dict[str, None] = {}
-    stages = {"video": config.data.video_dataset, "action": config.data.action_dataset}
+    stages: dict[Literal["video", "action"], str] = {"video": config.data.video_dataset, "action": config.data.action_dataset}
     configs = [dataclasses.replace(config, stage=stage) for stage, datasets in stages.items() if datasets]
     if not configs and not _PROMPTS.value:
         raise ConfigError(

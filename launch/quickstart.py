@@ -58,7 +58,10 @@ def policy_run(work: pathlib.Path, backbone: str, seed: int) -> pathlib.Path:
 
 def phases(work: pathlib.Path, smoke: bool) -> list[Phase]:
     """All phases in order."""
-    settings = {"data.video_dataset": work / "data/videos/1.0.0", "data.action_dataset": work / "data/demonstrations/1.0.0"}
+    settings: dict[str, object] = {
+        "data.video_dataset": work / "data/videos/1.0.0",
+        "data.action_dataset": work / "data/demonstrations/1.0.0",
+    }
     settings |= SMOKE_SETTINGS if smoke else {}
 
     def script(name: str, stage: str, run: pathlib.Path, *extra: str, **more: object) -> list[str]:

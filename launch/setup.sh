@@ -23,3 +23,5 @@ fi
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 echo "installing mimic-video-jax[$extra] into $venv"
 "$venv/bin/python" -m pip install -qq --disable-pip-version-check --editable ".[$extra]"
+# openpi's client says that it needs NumPy 1, and runs with 2.
+case ",$extra," in *,test-all,*) "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-deps openpi-client ;; esac

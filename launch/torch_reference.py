@@ -50,7 +50,7 @@ def times(policy: Policy, batch: int, repeats: int) -> dict[str, Any]:
 
     random, vam = np.random.default_rng(1), policy.program.vam
     images = random.integers(0, 256, (batch, config.data.past_frames, *config.data.frame_size, 3), np.uint8)
-    proprio = np.zeros((batch, 1, config.decoder.proprio_dim), np.float32)
+    proprio = jnp.zeros((batch, 1, config.decoder.proprio_dim))
     text = np.tile(random.standard_normal((1, config.text.rows, config.text.width), np.float32), (batch, 1, 1))
     noise = policy.program.noise(jax.random.key_data(jax.random.key(0)), batch)
     past = jax.jit(vam.encode_video)(policy.params, images)

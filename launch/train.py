@@ -100,7 +100,7 @@ def initial_params(config: ExperimentConfig, datasets: Windows, mesh: Mesh) -> P
         return {name: leaf for name, leaf in named_leaves(vam.init(key)).items() if name in new}
 
     found |= jax.jit(init, out_shardings={name: where[name] for name in new})(key)
-    return jax.tree.structure(tree).unflatten([found[name] for name in shapes])
+    return jax.tree.unflatten(jax.tree.structure(tree), [found[name] for name in shapes])
 
 
 def open_windows(config: ExperimentConfig, split: str, run: epath.Path) -> Datasets:

@@ -85,11 +85,11 @@ def choose(embodiments: Mapping[str, Embodiment], name: str | None) -> Embodimen
     """The named embodiment; the only one if there is no name. Raises ConfigError, listing those there are."""
     if name is None and len(embodiments) == 1:
         return next(iter(embodiments.values()))
-    if name not in embodiments:
+    if name is None or name not in embodiments:
         raise ConfigError(f"the embodiment is {name!r}; this model has {', '.join(map(repr, embodiments))}")
     return embodiments[name]
 
 
-def pad_last(values: Float[np.ndarray, "... d"], width: int) -> Float[np.ndarray, "... width"]:
+def pad_last(values: Float[np.ndarray, "*b d"], width: int) -> Float[np.ndarray, "*b {width}"]:
     """Zeros after the last dimension up to `width`."""
     return np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, width - values.shape[-1])])

@@ -57,7 +57,9 @@ def write_video(path: str | pathlib.Path, frames: Frames, hz: float) -> None:
             container.mux(stream.encode())
 
 
-def film_strip(real: UInt8[np.ndarray, "n f h w 3"], predicted: UInt8[np.ndarray, "n f h w 3"]) -> UInt8[np.ndarray, "y x 3"]:
+def film_strip(
+    real: UInt8[np.ndarray, "n f h w 3"], predicted: UInt8[np.ndarray, "n f h w 3"]
+) -> UInt8[np.ndarray, "n*(2*h+4) f*w 3"]:
     """One picture of pairs of rows, the frames of a real video above those of the predicted one, a pair for each sample."""
     n, f, h, w, _ = real.shape
     rows = np.full((n, 2 * h + 4, f * w, 3), 255, np.uint8)
@@ -76,7 +78,7 @@ def check_writable(path: str | pathlib.Path, size: tuple[int, int]) -> None:
             raise MediaError(f"{path}: frames of {size[0]}x{size[1]} pixels; MP4 needs even numbers")
 
 
-def crop_to_shape(frames: Frames, size: tuple[int, int]) -> Frames:
+def crop_to_shape(frames: Frames, size: tuple[int, int]) -> UInt8[np.ndarray, "f y x 3"]:
     """The largest central part that has the aspect ratio of `size` = (height, width)."""
     rows, columns = frames.shape[1:3]
     height, width = min(rows, round(columns * size[0] / size[1])), min(columns, round(rows * size[1] / size[0]))

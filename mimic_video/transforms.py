@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float32, UInt8
 from numpy.typing import ArrayLike, DTypeLike
 from PIL import Image
 
+PerStep = Float[np.ndarray, "h d"]  # of every step of a horizon and every dimension
+Poses = Float[np.ndarray, "*#b 10"]
 NormalizerMode = Literal["identity", "variance", "squash", "squash_hard"]
 
 PERCENTILES = np.linspace(0.0, 100.0, 1001)  # grid of `Statistics.percentiles`, in percent
@@ -45,18 +47,18 @@ class Statistics:
     All arrays are float32 (H, d) in the key's raw units, except `percentiles`, which is (1001, H, d).
     """
 
-    min: np.ndarray
-    max: np.ndarray
-    mean: np.ndarray
-    std: np.ndarray
-    percentiles: np.ndarray
-    clamp_min: np.ndarray  # mean + 1.5 (p2 − mean)
-    clamp_max: np.ndarray  # mean + 1.5 (p98 − mean)
-    mean_clamped: np.ndarray  # of the values clipped to [clamp_min, clamp_max]
-    std_clamped: np.ndarray
+    min: PerStep
+    max: PerStep
+    mean: PerStep
+    std: PerStep
+    percentiles: Float[np.ndarray, "1001 h d"]
+    clamp_min: PerStep  # mean + 1.5 (p2 − mean)
+    clamp_max: PerStep  # mean + 1.5 (p98 − mean)
+    mean_clamped: PerStep  # of the values clipped to [clamp_min, clamp_max]
+    std_clamped: PerStep
 
 
-def compute_statistics(samples: np.ndarray) -> Statistics:
+def compute_statistics(samples: Float[np.ndarray, "n h d"]) -> Statistics:
     """Reduces samples (N, H, d) in raw units over their first axis (SPEC 7.1).
 
     Raises:
@@ -192,10 +194,10 @@ class Normalizer:
     every operation. `key` is the name of the values, for error messages.
     """
 
-    shift: np.ndarray
-    scale: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
+    shift: PerStep
+    scale: PerStep
+    low: PerStep
+    high: PerStep
     key: str = "values"
 
     @classmethod
@@ -234,15 +236,15 @@ class Normalizer:
         )
         return cls(shift, scale, low, high, key)
 
-    def normalize(self, values: np.ndarray) -> np.ndarray:
+    def normalize(self, values: Float[np.ndarray, "*b h d"]) -> Float32[np.ndarray, "*b h d"]:
         """Raw units (..., H, d) → float32 normalised units of the same shape. Raises ValueError for another (H, d)."""
         return np.clip((self._fitting(values) - self.shift) * self.scale, self.low, self.high).astype(np.float32)
 
-    def unnormalize(self, values: np.ndarray) -> np.ndarray:
+    def unnormalize(self, values: Float[np.ndarray, "*b h d"]) -> Float32[np.ndarray, "*b h d"]:
         """Normalised units (..., H, d) → float32 raw units of the same shape. Raises ValueError for another (H, d)."""
         return (self._fitting(values) / self.scale + self.shift).astype(np.float32)
 
-    def _fitting(self, values: np.ndarray) -> np.ndarray:
+    def _fitting(self, values: Float[np.ndarray, "*b h d"]) -> Float[np.ndarray, "*b h d"]:
         if np.shape(values)[-2:] != self.shift.shape:
             raise ValueError(
                 f"'{self.key}' has shape {np.shape(values)}; the normaliser expects (..., H, d) = (..., "
@@ -274,7 +276,7 @@ def _parameters(statistics: Statistics, mode: NormalizerMode, key: str) -> tuple
 # and go as scipy.spatial.transform.Rotation's matrices.
 
 
-def rot6d_from_matrix(rotations: Float[np.ndarray, "... 3 3"]) -> Float[np.ndarray, "... 6"]:
+def rot6d_from_matrix(rotations: Float[np.ndarray, "*b 3 3"]) -> Float32[np.ndarray, "*b 6"]:
     """The first two rows of each rotation matrix, one after the other, in float32 (SPEC 8.5).
 
     Raises:
@@ -288,7 +290,7 @@ def rot6d_from_matrix(rotations: Float[np.ndarray, "... 3 3"]) -> Float[np.ndarr
     return rotations[..., :2, :].reshape(*rotations.shape[:-2], 6).astype(np.float32)
 
 
-def matrix_from_rot6d(rot6d: Float[np.ndarray, "... 6"]) -> Float[np.ndarray, "... 3 3"]:
+def matrix_from_rot6d(rot6d: Float[np.ndarray, "*b 6"]) -> Float32[np.ndarray, "*b 3 3"]:
     """float32 rotation matrices of 6-D rotations, which need not be orthonormal: a network's outputs (SPEC 8.5).
 
     Gram–Schmidt: the first row keeps its direction, the second its plane with the first; the third is their cross product.
@@ -299,7 +301,7 @@ def matrix_from_rot6d(rot6d: Float[np.ndarray, "... 6"]) -> Float[np.ndarray, ".
     return _gram_schmidt("rot6d", _finite("rot6d", rot6d, (6,))).astype(np.float32)
 
 
-def relative_poses(current: Float[np.ndarray, "... 10"], future: Float[np.ndarray, "... 10"]) -> Float[np.ndarray, "... 10"]:
+def relative_poses(current: Poses, future: Poses) -> Float32[np.ndarray, "*b 10"]:
     """Future poses as seen from the current hand, T_now⁻¹·T_future; the gripper stays the future one (SPEC 8.5).
 
     Args:
@@ -318,7 +320,7 @@ def relative_poses(current: Float[np.ndarray, "... 10"], future: Float[np.ndarra
     return _pose_vectors(inverse @ (position - origin), inverse @ rotation, gripper)
 
 
-def absolute_poses(current: Float[np.ndarray, "... 10"], relative: Float[np.ndarray, "... 10"]) -> Float[np.ndarray, "... 10"]:
+def absolute_poses(current: Poses, relative: Poses) -> Float32[np.ndarray, "*b 10"]:
     """Base-frame poses T_now·T_relative of poses seen from the current hand: the inverse of `relative_poses` (SPEC 9.2).
 
     Arguments, result and errors are those of `relative_poses`, with `relative` in the place of `future`.
@@ -358,7 +360,7 @@ def _gram_schmidt(name: str, rot6d: np.ndarray) -> np.ndarray:
     return np.stack([first, second, np.cross(first, second)], axis=-2)
 
 
-def _finite(name: str, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _finite(name: str, values: ArrayLike, shape: tuple[int, ...]) -> np.ndarray:
     values = np.asarray(values, np.float64)
     if values.shape[-len(shape) :] != shape:
         raise ValueError(f"'{name}' has shape {values.shape}; expected (..., {', '.join(map(str, shape))})")
@@ -367,7 +369,9 @@ def _finite(name: str, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray
     return values
 
 
-def stack_views(views: Mapping[str, UInt8[np.ndarray, "... h w 3"]], cameras: Sequence[str]) -> UInt8[np.ndarray, "... vh w 3"]:
+def stack_views(
+    views: Mapping[str, UInt8[np.ndarray, "*b h w 3"]], cameras: Sequence[str]
+) -> UInt8[np.ndarray, "*b {len(cameras)}*h w 3"]:
     """The views of `cameras`, one above the other in that order; black where there is none. The first one has to be there."""
     if len(cameras) == 1:
         return views[cameras[0]]
@@ -375,7 +379,7 @@ def stack_views(views: Mapping[str, UInt8[np.ndarray, "... h w 3"]], cameras: Se
     return np.concatenate([views.get(camera, black) for camera in cameras], axis=-3)
 
 
-def resize_images(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def resize_images(images: UInt8[np.ndarray, "*b h w 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "*b {size[0]} {size[1]} 3"]:
     """Resizes uint8 RGB images (..., H, W, 3) to `size` = (height, width) pixels (SPEC 8.5).
 
     Bilinear and antialiased; the aspect ratio is not kept. Images that have the size already are returned as they are.

@@ -4,13 +4,14 @@
 {"tokenizer", "backbone", "decoder"} or the part of it that the method needs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Num, UInt8
 
 from mimic_video.config import ExperimentConfig
 from mimic_video.flow import inpainting, matching, solvers
@@ -24,6 +25,9 @@ Params = dict[str, Any]
 Batch = dict[str, Array]
 Metrics = dict[str, Float[Array, ""]]
 Latents = Float[Array, "b t h w c"]
+Past = Float[Array, "b p h w c"]  # latents of the observed frames
+PerFrame = Float[Array, "b t"]
+Text = Float[Array, "b rows width"]
 Noise = dict[str, Float[Array, "b ..."]]  # standard normal: "video" as latents, "actions" (b a m)
 Draws = dict[str, Array]  # all that is random in a training step, of every sample of a batch
 
@@ -111,12 +115,12 @@ class VideoActionModel:
 
     # Latents.
 
-    def encode_video(self, params: Params, video: UInt8[Array, "b f h w 3"]) -> Latents:
+    def encode_video(self, params: Params, video: UInt8[Array, "b f h w 3"]) -> Float[Array, "b 1+f//4 h//8 w//8 c"]:
         """8-bit RGB frames → latents; a prefix of the frames gives the prefix of the latents. Views are encoded by themselves."""
         video = (self._apart(video).astype(jnp.float32) / 127.5 - 1).astype(self.dtype("tokenizer"))
         return self._stacked(jax.lax.stop_gradient(self.module("tokenizer", params).encode(video)).astype(jnp.float32))
 
-    def decode_video(self, params: Params, latents: Latents) -> UInt8[Array, "b f h w 3"]:
+    def decode_video(self, params: Params, latents: Latents) -> UInt8[Array, "b 4*t-3 8*h 8*w 3"]:
         """Latents → 8-bit RGB frames."""
         latents = self._apart(latents).astype(self.dtype("tokenizer"))
         video = self._stacked(self.module("tokenizer", params).decode(latents).astype(jnp.float32))
@@ -128,13 +132,13 @@ class VideoActionModel:
             return batch["latents"].astype(jnp.float32)
         return self.encode_video(params, batch["video"])
 
-    def _apart(self, x: Float[Array, "b n vh w c"]) -> Float[Array, "bv n h w c"]:
+    def _apart(self, x: Num[Array, "b n vh w c"]) -> Num[Array, "bv n h w c"]:
         """Views that stand one above the other as samples of their own."""
         views = self.config.backbone.views
         b, n, height, *rest = x.shape
         return jnp.moveaxis(x.reshape(b, n, views, height // views, *rest), 2, 1).reshape(b * views, n, height // views, *rest)
 
-    def _stacked(self, x: Float[Array, "bv n h w c"]) -> Float[Array, "b n vh w c"]:
+    def _stacked(self, x: Num[Array, "bv n h w c"]) -> Num[Array, "b n vh w c"]:
         """Undoes `_apart`."""
         views = self.config.backbone.views
         bv, n, height, *rest = x.shape
@@ -165,8 +169,32 @@ class VideoActionModel:
         }
 
     def loss(self, params: Params, batch: Batch, draws: Draws) -> tuple[Float[Array, ""], dict[str, Mean]]:
-        """The loss of the configured stage."""
+        """The loss of the configured stage.
+
+        Raises:
+            AssertionError: naming the field of the batch whose shape or dtype is not the configuration's, before anything runs.
+        """
+        self._check(batch)
         return (self.video_loss if self.config.stage == "video" else self.action_loss)(params, batch, draws)
+
+    def _check(self, batch: Batch) -> None:
+        """Shapes and dtypes that would otherwise be broadcast, or multiplied as numbers, in silence."""
+        config, size = self.config, len(batch["text"])
+        if config.stage == "video":
+            shapes, masks = {}, {"video_mask": (size, config.data.num_frames)}
+        else:
+            steps, width = config.data.action_horizon, config.decoder.action_dim
+            shapes = {
+                "proprio": (size, config.decoder.obs_horizon, config.decoder.proprio_dim),
+                "actions": (size, steps, width),
+            }
+            masks = {"action_mask": (size, steps), "action_dims": (size, width)}
+        masks |= {"view_mask": (size, config.backbone.views)}
+        for name, shape in {"text": (size, None, config.text.width), **shapes, **masks}.items():
+            if name in batch or name in shapes:
+                chex.assert_shape(batch[name], shape, custom_message=f"field {name!r} of the batch")
+        for name in masks.keys() & batch.keys():
+            chex.assert_type(batch[name], bool, custom_message=f"field {name!r} of the batch")
 
     def video_loss(self, params: Params, batch: Batch, draws: Draws) -> tuple[Float[Array, ""], dict[str, Mean]]:
         """Flow matching on the latents that follow 1 … past_latents clean ones (SPEC 4).
@@ -254,13 +282,13 @@ class VideoActionModel:
     def sample_video(
         self,
         params: Params,
-        past_video: UInt8[Array, "b f h w 3"],
-        text: Array,
+        past_video: UInt8[Array, "b f y x 3"],
+        text: Text,
         noise: Latents,
-        negative_text: Array | None = None,
+        negative_text: Text | None = None,
         guidance: float = 0.0,
         view_mask: ViewMask | None = None,
-    ) -> UInt8[Array, "b g h w 3"]:
+    ) -> UInt8[Array, "b 4*t-3 y x 3"]:
         """A whole window of video that continues the observed frames, by the full solver and its final clean pass (SPEC 5).
 
         Args:
@@ -276,10 +304,10 @@ class VideoActionModel:
     def sample_latents(
         self,
         params: Params,
-        past: Latents,
-        text: Array,
+        past: Past,
+        text: Text,
         noise: Latents,
-        negative_text: Array | None = None,
+        negative_text: Text | None = None,
         guidance: float = 0.0,
         view_mask: ViewMask | None = None,
     ) -> Latents:
@@ -291,7 +319,7 @@ class VideoActionModel:
         return predict_x0(x, jnp.float32(sigmas[-1]))
 
     def sample_path(
-        self, params: Params, past: Latents, text: Array, noise: Latents, steps: Sequence[int], view_mask: ViewMask | None = None
+        self, params: Params, past: Past, text: Text, noise: Latents, steps: Sequence[int], view_mask: ViewMask | None = None
     ) -> list[Latents]:
         """The x_τ that `sample_hidden` would read the backbone at after each of `steps`, in one run through the video sampler."""
         sigmas = solvers.karras_sigmas(self.config.policy.video_steps)[: steps[-1] + 1]
@@ -301,14 +329,20 @@ class VideoActionModel:
         return [(1 - matching.flow_time(sigma)) * x for sigma, x in zip(sigmas[list(steps)], path, strict=True)]
 
     def hidden_at(
-        self, params: Params, past: Latents, x_tau: Latents, video_time: Float[Array, " b"], text: Array, view_mask=None
+        self,
+        params: Params,
+        past: Past,
+        x_tau: Latents,
+        video_time: Float[Array, " b"],
+        text: Text,
+        view_mask: ViewMask | None = None,
     ) -> Float[Array, "b k d"]:
         """Hidden states of any window latents x_τ at the flow times τ_v, the observed frames given."""
         clean, mask = self._given(past, x_tau.shape[1])
         return self._hidden(params, clean, mask, x_tau, video_time, text, view_mask)
 
     def sample_hidden(
-        self, params: Params, past_video: UInt8[Array, "b f h w 3"], text: Array, noise: Latents, view_mask=None
+        self, params: Params, past_video: UInt8[Array, "b f y x 3"], text: Text, noise: Latents, view_mask: ViewMask | None = None
     ) -> tuple[Float[Array, "b k d"], Float[Array, " b"]]:
         """Hidden states where the policy stops the video sampler (SPEC 5.1), and the flow time τ_v there.
 
@@ -317,7 +351,7 @@ class VideoActionModel:
         return self.hidden_after(params, self.encode_video(params, past_video), text, noise, view_mask)
 
     def hidden_after(
-        self, params: Params, past: Latents, text: Array, noise: Latents, view_mask=None
+        self, params: Params, past: Past, text: Text, noise: Latents, view_mask: ViewMask | None = None
     ) -> tuple[Float[Array, "b k d"], Float[Array, " b"]]:
         """`sample_hidden` from latents of the observed frames."""
         sigmas = solvers.stopping_sigmas(self.config.policy)
@@ -334,9 +368,9 @@ class VideoActionModel:
     def sample_actions(
         self,
         params: Params,
-        past_video: UInt8[Array, "b f h w 3"],
+        past_video: UInt8[Array, "b f y x 3"],
         proprio: Float[Array, "b o p"],
-        text: Array,
+        text: Text,
         noise: Noise,
         robots: Robots = ALIKE,
         prefix: Prefix | None = None,
@@ -353,11 +387,11 @@ class VideoActionModel:
         params: Params,
         hidden: Float[Array, "b k d"],
         video_time: Float[Array, " b"],
-        proprio: Array,
-        noise: Array,
+        proprio: Float[Array, "b o p"],
+        noise: Float[Array, "n a m"],
         robots: Robots = ALIKE,
         prefix: Prefix | None = None,
-    ) -> Float[Array, "b a m"]:
+    ) -> Float[Array, "n a m"]:
         """The action flow from noise to a normalised chunk, by Euler steps; arguments as for `sample_actions`."""
         context = self.action_context(params, hidden, robots)
         return self.solve_actions(params, context, video_time, proprio, noise, robots, prefix)
@@ -372,8 +406,8 @@ class VideoActionModel:
         params: Params,
         context: Context,
         video_time: Float[Array, " b"],
-        proprio: Array,
-        noise: Array,
+        proprio: Float[Array, "b o p"],
+        noise: Float[Array, "n a m"],
         robots: Robots = ALIKE,
         prefix: Prefix | None = None,
     ) -> Float[Array, "n a m"]:
@@ -381,7 +415,7 @@ class VideoActionModel:
         decoder, chunks = self.module("decoder", params), len(noise)
         dims = 1.0 if robots.action_dims is None else each_chunk(robots.action_dims[:, None], chunks)
 
-        def velocity(x: Array, time: Float[Array, ""]) -> Array:
+        def velocity(x: Float[Array, "n a m"], time: Float[Array, ""], /) -> Float[Array, "n a m"]:
             times = jnp.full(chunks, time)
             x = dims * x  # so that guidance does not move the dimensions that a robot lacks
             return dims * self._action_velocity(decoder, proprio, x, times, video_time, context, embodiment=robots.embodiment)
@@ -401,12 +435,23 @@ class VideoActionModel:
             "actions": (batch, decoder.action_horizon, decoder.action_dim),
         }
 
-    def _video_velocity(self, params: Params, inputs: Latents, times: Array, text: Array, mask: Array, view_mask=None) -> Latents:
+    def _video_velocity(
+        self, params: Params, inputs: Latents, times: PerFrame, text: Text, mask: PerFrame, view_mask: ViewMask | None = None
+    ) -> Latents:
         dtype = self.dtype("backbone")
         backbone = self.module("backbone", params)
         return backbone(inputs.astype(dtype), times, text.astype(dtype), mask, view_mask=view_mask).astype(jnp.float32)
 
-    def _hidden(self, params: Params, clean: Latents, mask, x_tau: Latents, time, text, view_mask=None) -> Float[Array, "b k d"]:
+    def _hidden(
+        self,
+        params: Params,
+        clean: Latents,
+        mask: PerFrame,
+        x_tau: Latents,
+        time: Float[Array, " b"],
+        text: Text,
+        view_mask: ViewMask | None = None,
+    ) -> Float[Array, "b k d"]:
         dtype, stop = self.dtype("backbone"), self.config.backbone.hidden_block
         inputs, times = matching.frame_replacement(clean, x_tau, time, mask)
         backbone = self.module("backbone", params)
@@ -414,13 +459,21 @@ class VideoActionModel:
         return hidden.reshape(len(hidden), -1, hidden.shape[-1])
 
     def _action_velocity(
-        self, decoder: ActionDecoder, proprio, x_tau, time, video_time, context: Context, dropped=None, embodiment=None
-    ) -> Array:
+        self,
+        decoder: ActionDecoder,
+        proprio: Float[Array, "b o p"],
+        x_tau: Float[Array, "n a m"],
+        time: Float[Array, " n"],
+        video_time: Float[Array, " b"],
+        context: Context,
+        dropped: Bool[Array, " n"] | None = None,
+        embodiment: Int[Array, " b"] | None = None,
+    ) -> Float[Array, "n a m"]:
         dtype = self.dtype("decoder")
         scaled = matching.scale_to_unit_variance(x_tau, time).astype(dtype)
         return decoder(proprio.astype(dtype), scaled, time, video_time, context, dropped, embodiment).astype(jnp.float32)
 
-    def _valid(self, mask: Array) -> Float[Array, "b n"]:
+    def _valid(self, mask: Bool[Array, "b n"]) -> Float[Array, "b n"]:
         """Weights in the loss of what a data mask calls real or padded."""
         return mask.astype(jnp.float32) if self.config.train.mask_padding else jnp.ones(mask.shape)
 
@@ -431,12 +484,12 @@ class VideoActionModel:
         (frames, *size), (_, *patch) = self.config.data.latent_shape, self.config.backbone.patch
         return jnp.tile(token_mask(view_mask, size[0] // patch[0] * (size[1] // patch[1])), frames)
 
-    def _latent_mask(self, video_mask: Array) -> Array:
+    def _latent_mask(self, video_mask: Bool[Array, "b f"]) -> Bool[Array, "b 1+f//4"]:
         """True for latent frames all of whose pixel frames are real."""
         groups = video_mask[:, 1:].reshape(len(video_mask), -1, 4).all(axis=-1)
         return jnp.concatenate([video_mask[:, :1], groups], axis=1)
 
-    def _given(self, past: Latents, frames: int) -> tuple[Latents, Float[Array, "b t"]]:
+    def _given(self, past: Past, frames: int) -> tuple[Latents, PerFrame]:
         """The observed latent frames with zeros up to `frames`, and the mask of the observed ones."""
         clean = jnp.pad(past, [(0, 0), (0, frames - past.shape[1]), (0, 0), (0, 0), (0, 0)])
         return clean, matching.condition_mask(jnp.full(len(past), past.shape[1]), frames)
@@ -445,12 +498,12 @@ class VideoActionModel:
         self,
         params: Params,
         clean: Latents,
-        mask: Array,
-        text: Array,
-        negative_text: Array | None = None,
+        mask: PerFrame,
+        text: Text,
+        negative_text: Text | None = None,
         guidance: float = 0.0,
         view_mask: ViewMask | None = None,
-    ) -> Callable[[Latents, Float[Array, ""]], Latents]:
+    ) -> solvers.Denoiser:
         """(x, σ) → x̂₀, with the observed frames given (SPEC 4.1)."""
 
         def predict_x0(x: Latents, sigma: Float[Array, ""]) -> Latents:

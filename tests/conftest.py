@@ -1,6 +1,8 @@
 """Tests run on CPU with eight simulated devices; the flag must be set before JAX starts."""
 
+import collections
 import os
+import re
 
 import pytest
 
@@ -13,6 +15,38 @@ for flag in ("xla_force_host_platform_device_count=8", *fast_compile):
     if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{flag}"
 
+STAGES = ("reference", "processes", "training", "simulator", "tpu_compiler", "full_size")  # what they are: pyproject.toml
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Whether a module has no test of the stages asked for: what it imports need not be installed, and takes seconds."""
+    if not (collection_path.name.startswith("test_") and config.option.markexpr):
+        return None
+    text, names = collection_path.read_text(), "|".join(STAGES)
+    whole = re.findall(rf"^pytestmark = pytest\.mark\.({names})$", text, re.M)
+    for stage in whole or ["", *re.findall(rf"pytest\.mark\.({names})\b", text)]:
+        marks = collections.defaultdict(bool, {stage: True, "slow": bool(stage)})
+        if eval(config.option.markexpr, {}, marks):  # such expressions are Python's
+            return None
+    return True
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if any(item.get_closest_marker(stage) for stage in STAGES):
+            item.add_marker("slow")
+
+
+def pytest_configure(config):
+    """Whatever was compiled, by a worker, a child process or an earlier run, is not compiled again.
+
+    JAX tells entries apart by its version, its flags and the program; `pytest --cache-clear` removes them.
+    """
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("compiled")))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
@@ -20,12 +54,3 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compiled_programs_go_with_their_module():
-    """Thousands of them would otherwise stay in memory until the last test."""
-    yield
-    import jax  # after the flags above
-
-    jax.clear_caches()

@@ -36,7 +36,7 @@ class Recording(VideoActionModel):
 
 @functools.cache
 def compiled(config, name):
-    return jax.jit(getattr(VideoActionModel(config), name))
+    return jax.jit(getattr(tiny.model(config), name))
 
 
 def loss_of(vam, params, batch):
@@ -166,13 +166,11 @@ def test_draws_that_share_a_pass_are_as_many_losses(several):
             "view_mask": np.array([[True, True], [True, False]] * 2),
             "action_dims": np.array([[True, True], [True, False]] * 2),
         }
-    draws = VideoActionModel(three).draw(KEY, 4)
+    draws = tiny.model(three).draw(KEY, 4)
 
     def each(config):
         return jax.jit(
-            jax.value_and_grad(
-                lambda decoder, draws: VideoActionModel(config).loss(params | {"decoder": decoder}, batch, draws)[0]
-            )
+            jax.value_and_grad(lambda decoder, draws: tiny.model(config).loss(params | {"decoder": decoder}, batch, draws)[0])
         )
 
     together = each(three)(params["decoder"], draws)
@@ -214,7 +212,7 @@ def test_the_backbone_sees_the_true_video_noised_behind_the_observed_frames(para
 def test_the_observed_frames_reach_the_backbone_clean(params):
     """Whatever was added to them, and however noisy the rest is."""
     batch = tiny.batch(ACTION, 2)
-    vam = VideoActionModel(ACTION)
+    vam = tiny.model(ACTION)
     clean = vam.encode_video(params, batch["video"])
     noise = jax.random.normal(KEY, clean.shape)
     mask = jnp.ones((2, 3)).at[:, 2:].set(0.0)
@@ -231,7 +229,7 @@ def test_gradients_reach_only_what_a_stage_trains(params):
     batch, dropping = tiny.batch(ACTION, 8), tiny.experiment(decoder={"proprio_dropout": 0.5})
     for config, trained in ((VIDEO, "backbone"), (dropping, "decoder")):
         gradients = jax.jit(jax.grad(lambda params, vam: loss_of(vam, params, batch)[0]), static_argnums=1)(
-            params, VideoActionModel(config)
+            params, tiny.model(config)
         )
         for part in ("tokenizer", "backbone", "decoder"):
             leaves = jax.tree_util.tree_leaves_with_path(gradients[part])
@@ -250,7 +248,7 @@ def observed(batch):
 
 
 def noise(key=KEY, size=2):
-    return VideoActionModel(ACTION).draw_noise(key, size)
+    return tiny.model(ACTION).draw_noise(key, size)
 
 
 def test_stop_step_zero_is_one_partial_pass_on_pure_noise(params):
@@ -272,7 +270,7 @@ def test_stop_step_zero_is_one_partial_pass_on_pure_noise(params):
 
 def test_stop_step_one_is_an_euler_step_away(params):
     vam, batch, seen = Recording(tiny.experiment(policy={"stop_step": 1}), answer=0.5), tiny.batch(ACTION, 2), {}
-    vam._hidden = lambda params, clean, mask, x_tau, *_: seen.update(x_tau=x_tau)
+    vam._hidden = lambda params, clean, mask, x_tau, *_: seen.update(x_tau=x_tau) or x_tau.reshape(len(x_tau), -1, 16)
     _, time = vam.sample_hidden(params, observed(batch), batch["text"], noise()["video"])
     sigma = (80 ** (1 / 7) + (0.002 ** (1 / 7) - 80 ** (1 / 7)) / 3) ** 7  # the second of three steps
     np.testing.assert_allclose(time, sigma / (1 + sigma), rtol=1e-6)
@@ -329,7 +327,7 @@ def test_euler_steps_of_the_action_flow(params):
 
 
 def test_a_sampled_video_continues_the_observed_frames(params):
-    batch, vam = tiny.batch(VIDEO, 2), VideoActionModel(VIDEO)
+    batch, vam = tiny.batch(VIDEO, 2), tiny.model(VIDEO)
     video = np.asarray(compiled(VIDEO, "sample_video")(params, observed(batch), batch["text"], noise()["video"]))
     assert video.shape == (2, 9, *tiny.SIZE, 3) and video.dtype == np.uint8
     np.testing.assert_array_equal(video[:, :5], vam.decode_video(params, vam.encode_video(params, observed(batch))))
@@ -370,7 +368,7 @@ def test_a_stop_time_on_the_grid_is_that_stop_step(params):
 
 def test_stop_time_one_reads_the_noise_itself(params):
     vam, batch, seen = Recording(tiny.experiment(policy={"stop_time": 1.0})), tiny.batch(ACTION, 2), {}
-    vam._hidden = lambda params, clean, mask, x_tau, *_: seen.update(x_tau=x_tau)
+    vam._hidden = lambda params, clean, mask, x_tau, *_: seen.update(x_tau=x_tau) or x_tau.reshape(len(x_tau), -1, 16)
     _, time = vam.sample_hidden(params, observed(batch), batch["text"], noise()["video"])
     np.testing.assert_array_equal(time, 1.0)
     np.testing.assert_array_equal(seen["x_tau"], noise()["video"])
@@ -407,7 +405,7 @@ def test_windows_of_other_lengths_and_sizes(params):
 
 def test_the_wan_tokenizer_in_place_of_the_fitted_one():
     config = tiny.experiment(stage="video", tokenizer={"kind": "wan", "width": 4}, precision="bfloat16")
-    vam, batch = VideoActionModel(config), tiny.batch(config, 1)
+    vam, batch = tiny.model(config), tiny.batch(config, 1)
     params = jax.jit(vam.init)(KEY)
     latents = jax.jit(vam.encode_video)(params, batch["video"])
     assert latents.shape == (1, 3, 2, 4, 16) and latents.dtype == jnp.float32
@@ -418,7 +416,7 @@ def test_the_wan_tokenizer_in_place_of_the_fitted_one():
 
 
 def test_published_noise_has_one_stream_a_part():
-    drawn = VideoActionModel(tiny.experiment(policy={"noise": "numpy"})).policy_noise(0, 2, query=5)
+    drawn = tiny.model(tiny.experiment(policy={"noise": "numpy"})).policy_noise(0, 2, query=5)
     assert {name: part.shape for name, part in drawn.items()} == {name: part.shape for name, part in noise().items()}
     np.testing.assert_allclose(drawn["video"][0, 0, 0, 0, 0], 1.76405, atol=5e-6)
     np.testing.assert_allclose(drawn["actions"][0, 0], [1.76405, 0.40016], atol=5e-6)
@@ -427,14 +425,12 @@ def test_published_noise_has_one_stream_a_part():
 def test_dimensions_that_a_robot_lacks_take_no_part(params):
     batch = tiny.batch(ACTION, 2) | {"action_dims": np.array([[True, True], [True, False]])}
     gradient = np.abs(
-        jax.jit(jax.grad(lambda actions: loss_of(VideoActionModel(ACTION), params, batch | {"actions": actions})[0]))(
-            batch["actions"]
-        )
+        jax.jit(jax.grad(lambda actions: loss_of(tiny.model(ACTION), params, batch | {"actions": actions})[0]))(batch["actions"])
     )
     assert gradient[0].min() > 0 and gradient[1, :, 0].min() > 0
     full = tiny.batch(ACTION, 2)
     everything = full | {"action_dims": np.ones((2, 2), bool)}
-    loss = jax.jit(functools.partial(loss_of, VideoActionModel(ACTION)))
+    loss = jax.jit(functools.partial(loss_of, tiny.model(ACTION)))
     np.testing.assert_allclose(loss(params, everything)[0], loss(params, full)[0], rtol=1e-6)
     assert abs(loss(params, batch)[0] - loss(params, full)[0]) > 1e-3
 
@@ -442,7 +438,7 @@ def test_dimensions_that_a_robot_lacks_take_no_part(params):
 def test_dimensions_that_a_robot_lacks_stay_at_zero(params):
     batch, dims = tiny.batch(ACTION, 2), np.array([[True, True], [True, False]])
     arguments = (params, observed(batch), batch["proprio"], batch["text"])
-    plan = jax.jit(lambda *arguments, dims: VideoActionModel(ACTION).sample_actions(*arguments, Robots(action_dims=dims)))
+    plan = jax.jit(lambda *arguments, dims: tiny.model(ACTION).sample_actions(*arguments, Robots(action_dims=dims)))
     actions = plan(*arguments, noise(), dims=dims)
     np.testing.assert_array_equal(actions[1, :, 1], 0)
     assert np.abs(actions[0]).min() > 0 and np.abs(actions[1, :, 0]).min() > 0
@@ -455,7 +451,7 @@ def test_dimensions_that_a_robot_lacks_stay_at_zero(params):
 def test_sampled_actions_continue_a_prefix(params, precision):
     """Each robot of a batch its own; without weight there is none, and dimensions that a robot lacks stay at zero."""
     config = tiny.experiment(precision=precision, policy={"action_steps": 4})
-    vam, batch = VideoActionModel(config), tiny.batch(config, 3)
+    vam, batch = tiny.model(config), tiny.batch(config, 3)
     noise, robots = vam.draw_noise(KEY, 3), Robots(action_dims=jnp.asarray([[True, True], [True, True], [True, False]]))
     hidden = jax.random.normal(KEY, (3, 3 * 2, config.backbone.width))
     inputs = (params, hidden, jnp.ones(3), batch["proprio"], noise["actions"], robots)
@@ -470,7 +466,7 @@ def test_sampled_actions_continue_a_prefix(params, precision):
 
 def test_chunks_that_share_a_context_are_as_many_plans(params):
     """Each with its own noise; what they continue, and what a robot lacks, is their sample's."""
-    vam, batch = VideoActionModel(ACTION), tiny.batch(ACTION, 2)
+    vam, batch = tiny.model(ACTION), tiny.batch(ACTION, 2)
     hidden, time = jax.random.normal(KEY, (2, 6, 16)), jnp.asarray([1.0, 0.5])
     noise, robots = jax.random.normal(KEY, (6, 4, 2)), Robots(action_dims=jnp.asarray([[True, True], [True, False]]))
     prefix = Prefix(jax.random.normal(KEY, (2, 4, 2)), jnp.tile(prefix_weights(4, 2, 3), (2, 1)))
@@ -484,21 +480,21 @@ def test_chunks_that_share_a_context_are_as_many_plans(params):
 def test_robots_are_told_apart():
     config = tiny.experiment(decoder={"embodiments": 3})
     params, batch = tiny.params(config), tiny.batch(config, 2) | {"embodiment": np.array([0, 2])}
-    loss = functools.partial(loss_of, VideoActionModel(config))
+    loss = functools.partial(loss_of, tiny.model(config))
     both = jax.jit(loss)
     assert abs(both(params, batch)[0] - both(params, batch | {"embodiment": np.array([1, 1])})[0]) > 1e-4
     gradient = jax.jit(jax.grad(lambda params: loss(params, batch)[0]))(params)
     moved = np.abs(gradient["decoder"]["embodiment_tokens"]).max(axis=1)
     assert moved[0] > 0 and moved[1] == 0 and moved[2] > 0
     arguments = (observed(batch), batch["proprio"], batch["text"], noise())
-    plan = jax.jit(VideoActionModel(config).sample_actions)
+    plan = jax.jit(tiny.model(config).sample_actions)
     one, two = (plan(params, *arguments, Robots(np.array([0, robot]))) for robot in (1, 2))
     np.testing.assert_array_equal(one[0], two[0])
     assert one.shape == (2, 4, 2) and np.abs(one[1] - two[1]).max() > 1e-4
     with pytest.raises(ValueError, match="embodiment is missing; this decoder has 3 embodiments"):
-        VideoActionModel(config).sample_actions(params, *arguments)
+        tiny.model(config).sample_actions(params, *arguments)
     with pytest.raises(ValueError, match="embodiment is given; this decoder has 0 embodiments"):
-        VideoActionModel(ACTION).sample_actions(tiny.params(ACTION), *arguments, Robots(np.array([0, 1])))
+        tiny.model(ACTION).sample_actions(tiny.params(ACTION), *arguments, Robots(np.array([0, 1])))
 
 
 def test_padding_counts_in_the_loss_if_asked_to(params):
@@ -506,7 +502,7 @@ def test_padding_counts_in_the_loss_if_asked_to(params):
     padded = batch | {"action_mask": batch["action_mask"] & (np.arange(4) < 2), "video_mask": batch["video_mask"] & False}
     for stage in ("video", "action"):
         config = tiny.experiment(stage=stage, train={"mask_padding": False})
-        loss = jax.jit(functools.partial(loss_of, VideoActionModel(config)))
+        loss = jax.jit(functools.partial(loss_of, tiny.model(config)))
         losses = [loss(params, values)[0] for values in (batch, padded)]
         assert losses[0] == losses[1]
 
@@ -526,7 +522,7 @@ def test_compat_switches_change_what_they_name(params):
 
 def test_a_context_computed_once_is_the_naive_decoding(params):
     """SPEC 6.2: keys and values for all Euler steps at once, or anew at each of them."""
-    vam, batch = VideoActionModel(ACTION), tiny.batch(ACTION, 2)
+    vam, batch = tiny.model(ACTION), tiny.batch(ACTION, 2)
     hidden, time = compiled(ACTION, "sample_hidden")(params, observed(batch), batch["text"], noise()["video"])
     decoder, x = vam.module("decoder", params), noise()["actions"]
     step = jax.jit(lambda x, at: vam._action_velocity(decoder, batch["proprio"], x, at, time, decoder.encode_context(hidden)))
@@ -539,7 +535,7 @@ def test_bfloat16_stays_close_to_float32(params):
     batch = tiny.batch(ACTION, 8)
     for stage in ("video", "action"):
         configs = [tiny.experiment(stage=stage, precision=precision) for precision in ("float32", "bfloat16")]
-        exact, rounded = (jax.jit(functools.partial(loss_of, VideoActionModel(config)))(params, batch)[0] for config in configs)
+        exact, rounded = (jax.jit(functools.partial(loss_of, tiny.model(config)))(params, batch)[0] for config in configs)
         assert rounded.dtype == jnp.float32
         np.testing.assert_allclose(rounded, exact, rtol=0.01)
     rounded = sample(params, batch, config=tiny.experiment(precision="bfloat16"))
@@ -562,7 +558,7 @@ def two_views():
 
 def test_views_are_coded_by_themselves(two_views):
     config, params, batch = two_views
-    both, one = VideoActionModel(config), VideoActionModel(ACTION)
+    both, one = tiny.model(config), tiny.model(ACTION)
     latents = both.encode_video(params, batch["video"])
     assert latents.shape == (2, *config.data.latent_shape, 16) and latents.shape[2] == 4
     views = np.stack([view for sample in batch["video"] for view in np.split(sample, 2, axis=1)])
@@ -578,7 +574,7 @@ def test_views_are_coded_by_themselves(two_views):
 def test_what_a_missing_view_would_show_has_no_part_in_a_loss(two_views, stage, average_generated_only):
     config, params, batch = two_views
     config = tiny.experiment(stage=stage, train={"average_generated_only": average_generated_only}, **VIEWS)
-    loss = jax.jit(lambda batch: loss_of(VideoActionModel(config), params, batch)[0])
+    loss = jax.jit(lambda batch: loss_of(tiny.model(config), params, batch)[0])
     for sample, view, matters in ((1, 1, False), (1, 0, True), (0, 1, True)):
         video = batch["video"].copy()
         video[sample, :, 16 * view : 16 * (view + 1)] = 99
@@ -588,7 +584,7 @@ def test_what_a_missing_view_would_show_has_no_part_in_a_loss(two_views, stage, 
 
 def test_plans_do_not_see_a_missing_view(two_views):
     config, params, batch = two_views
-    vam = VideoActionModel(config)
+    vam = tiny.model(config)
     plan = jax.jit(
         lambda past: vam.sample_actions(
             params, past, batch["proprio"], batch["text"], vam.draw_noise(KEY, 2), Robots(view_mask=batch["view_mask"])

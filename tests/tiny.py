@@ -4,6 +4,7 @@ Images of 16x32 pixels are 2x4 latents, so two tokens a frame; a window is three
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -11,7 +12,6 @@ import numpy as np
 
 from data_pipelines.episode import Episode
 from mimic_video.config import ExperimentConfig, experiment_from
-from mimic_video.models.patch_tokenizer import CHANNELS
 from mimic_video.vam import VideoActionModel
 
 SIZE = (16, 32)
@@ -69,23 +69,41 @@ def experiment(**changes: Any) -> ExperimentConfig:
     return experiment_from(values)
 
 
+@functools.cache
+def model(config: ExperimentConfig) -> VideoActionModel:
+    """One model for all tests of a process that have the same experiment: what is compiled for one is there for the next."""
+    return VideoActionModel(config)
+
+
+@functools.cache
+def shapes(config: ExperimentConfig) -> dict:
+    """What `init` makes, as shapes: the networks are traced, and nothing is compiled."""
+    return jax.eval_shape(model(config).init, jax.random.key(0))
+
+
 def params(config: ExperimentConfig, seed: int = 0) -> dict:
-    """Random parameters in which nothing is zero: not the tokenizer's basis, nor the modulations' last layers."""
-    values = jax.jit(VideoActionModel(config).init)(jax.random.key(seed))
+    """Random parameters in which nothing is zero: not the tokenizer's basis, nor biases or the modulations' last layers."""
     random = np.random.default_rng(seed)
 
     def fill(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if name.endswith("modulation/up/kernel"):
-            return np.float32(0.1) * random.standard_normal(leaf.shape, np.float32)
-        return np.asarray(leaf)
+        noise = random.standard_normal(leaf.shape, np.float32)
+        match name.split("/")[-1]:
+            case "scale" if name.startswith("tokenizer"):
+                return np.full(leaf.shape, 0.5, np.float32)
+            case "scale":
+                return 1 + np.float32(0.1) * noise
+            case "bias":
+                return np.float32(0.1) * noise
+            case "kernel" if name.endswith("modulation/up/kernel"):
+                return np.float32(0.1) * noise
+            case "basis":
+                return noise / np.float32(leaf.shape[0] ** 0.5)
+            case "mean":
+                return np.zeros(leaf.shape, np.float32)
+        return noise / np.float32(leaf.shape[-2] ** 0.5)
 
-    values = jax.tree_util.tree_map_with_path(fill, values)
-    for part in values["tokenizer"].values():
-        features = part["mean"].shape[0]
-        part["basis"] = random.standard_normal((features, CHANNELS)).astype(np.float32) / features**0.5
-        part["scale"] = np.full(CHANNELS, 0.5, np.float32)
-    return values
+    return jax.tree_util.tree_map_with_path(fill, shapes(config))
 
 
 def batch(config: ExperimentConfig, size: int, seed: int = 0) -> dict[str, np.ndarray]:

@@ -236,9 +236,11 @@ def worker_processes(count: int) -> Iterator[concurrent.futures.Executor]:
 
 def _end_with_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends its workers itself
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
 
     def wait() -> None:
-        multiprocessing.parent_process().join()  # type: ignore[union-attr]
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
@@ -302,7 +304,7 @@ def _index_shard(shard: Shard, file_format: str, columns: Sequence[Column], part
             arrays[_file_name(column.path)] = (np.concatenate if column.kind == "steps" else np.stack)(values)
     partial = part.with_suffix(".partial.npz")
     arrays |= {"records.npy": records, "errors.json": np.array(json.dumps(errors))}
-    np.savez(partial, **arrays)  # type: ignore[arg-type]
+    np.savez(partial, allow_pickle=False, **arrays)
     os.replace(partial, part)
 
 

@@ -155,9 +155,11 @@ def _demonstrate_all(factory: MetaworldFactory, seeds: Iterable[int], num_worker
 def _tie_to_parent() -> None:
     """Makes this worker end when its parent does and not before: the executor alone leaves workers of a killed parent running."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends its workers itself
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
 
     def leave_with_parent():
-        multiprocessing.parent_process().join()
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=leave_with_parent, daemon=True).start()

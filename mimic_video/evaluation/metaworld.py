@@ -252,7 +252,7 @@ def _choose_graphics() -> None:
 
 
 _gl_context: Any = None  # the process's only one: under OSMesa a second silently returned stale or flipped images
-_renderers: dict[tuple[str, tuple[int, int]], "_Renderer"] = {}
+_renderers: dict[tuple[str, tuple[int, ...]], "_Renderer"] = {}
 
 
 def _renderer_for(task: str, image_size: tuple[int, int], model: Any) -> "_Renderer":

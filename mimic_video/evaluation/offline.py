@@ -26,7 +26,7 @@ def action_errors(
         `rmse` over all real (not padded) actions; `rmse_per_step` (a,) along the chunk; `first_step_rmse`; `windows`, their
         count; and `example`, the recorded and planned first actions of each window in order, (n, m), raw units.
     """
-    planned = []
+    chunks = []
     for first in range(0, len(windows), batch_size):
         group = windows[first : first + batch_size]
         filled = [*group, *[group[-1]] * (batch_size - len(group))]  # a constant batch compiles once
@@ -36,8 +36,8 @@ def action_errors(
             [window["instruction"] for window in filled],
             first // batch_size,
         )
-        planned.append(actions[: len(group)])
-    planned = np.concatenate(planned)
+        chunks.append(actions[: len(group)])
+    planned = np.concatenate(chunks)
     recorded = np.stack([window["actions"] for window in windows])
     mask = np.stack([window["action_mask"] for window in windows])
     squares = ((planned - recorded) * normalizer.scale) ** 2

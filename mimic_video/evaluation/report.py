@@ -136,7 +136,9 @@ def _read_run(directory: Path, stage: str, *required: str) -> _Run:
 def _check_same_episodes(arms: Mapping[str, list[_Run]], ceiling: dict | None, expert: Path | None) -> None:
     """Rates are comparable only on the same starts, and errors only on the same recordings."""
     runs = _all_runs(arms)
-    evaluated = [(run.path, run.evaluation) for run in runs] + ([] if ceiling is None else [(Path(expert), ceiling)])
+    evaluated = [(run.path, run.evaluation) for run in runs]
+    if ceiling is not None and expert is not None:
+        evaluated.append((Path(expert), ceiling))
     episodes = [{(e["task"], e["seed"]) for e in evaluation["episodes"]} for _, evaluation in evaluated]
     for (directory, _), seen in zip(evaluated, episodes, strict=True):
         if seen != episodes[0]:
@@ -331,7 +333,10 @@ def _training(arms: Mapping[str, list[_Run]], video: _Run, figures: Path) -> str
 
 def _loss_curve(axes: Any, run: _Run, colour: str, label: str | None) -> None:
     """Draws both curves of a run; `label` prefixes their legend entries, and None leaves them out of the legend."""
-    styles = {"training": ("", {"lw": 0.9, "alpha": 0.6}), "held out": ("validation_", {"lw": 1.6, "marker": "o", "ms": 3.5})}
+    styles: dict[str, tuple[str, dict[str, Any]]] = {
+        "training": ("", {"lw": 0.9, "alpha": 0.6}),
+        "held out": ("validation_", {"lw": 1.6, "marker": "o", "ms": 3.5}),
+    }
     for what, (prefix, style) in styles.items():
         name = f"{prefix}{run.config.stage}_mse"
         points = [(record["step"], record[name]) for record in run.metrics if name in record]

@@ -11,7 +11,7 @@ import numpy as np
 
 from mimic_video.config import ExperimentConfig
 from mimic_video.evaluation.environment import Environment, EnvironmentPool
-from mimic_video.policy.execution import Committed, Executor, SimulatedDelay, make_strategy
+from mimic_video.policy.execution import Executor, SimulatedDelay, make_strategy
 from mimic_video.policy.history import FrameHistory
 
 _log = logging.getLogger(__name__)
@@ -20,17 +20,14 @@ _log = logging.getLogger(__name__)
 class Plan(Protocol):
     """Observations to action chunks, for a batch of b episodes. Raw units on both sides."""
 
-    def __call__(
-        self, images: np.ndarray, proprio: np.ndarray, instructions: list[str], query_index: int, committed: Committed = ...
-    ) -> np.ndarray:
-        """Plans the next actions of every episode.
+    def __call__(self, images: np.ndarray, proprio: np.ndarray, instructions: list[str], query_index: int, /) -> np.ndarray:
+        """Plans the next actions of every episode. In real-time chunking there is one argument more, a `Committed`.
 
         Args:
             images: uint8 (b, past_frames, H, W, 3) at the video rate; the last one is the present.
             proprio: float32 (b, p), the present.
             instructions: b strings.
             query_index: calls made earlier in these episodes, e.g. to fold into a random key.
-            committed: what the chunks have to continue; only passed in real-time chunking.
 
         Returns:
             float32 (b, a, m) with a ≥ execute_steps, at the control rate; the first action is executed now.

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 Velocity = Callable[[Array, Float[Array, ""]], Array]
 
 
-def prefix_weights(horizon: int, delay: int, overlap: int) -> Float[np.ndarray, " horizon"]:
+def prefix_weights(horizon: int, delay: int, overlap: int) -> Float[np.ndarray, " {horizon}"]:
     """The soft mask W over the steps of a chunk, float32.
 
     1 for the `delay` steps that will have been executed before the chunk can be used; then falling, about exponentially, over
@@ -43,7 +43,7 @@ def guidance_weight(time: Float[Array, ""], clip: float) -> Float[Array, ""]:
 def guided(velocity: Velocity, target: Float[Array, "b a m"], weights: Float[Array, "b a"], clip: float) -> Velocity:
     """The velocity of a flow that is led to the target where weights are above 0; it costs a backward pass more."""
 
-    def guided_velocity(x: Array, time: Float[Array, ""]) -> Array:
+    def guided_velocity(x: Float[Array, "b a m"], time: Float[Array, ""]) -> Float[Array, "b a m"]:
         def estimate(x: Array) -> tuple[Array, Array]:
             v = velocity(x, time)
             return x - time * v, v

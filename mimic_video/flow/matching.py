@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from mimic_video.config import NoiseConfig
 
@@ -17,7 +17,7 @@ ACTION_TIME_MIN = 1e-3
 CONDITION_TIME = 1e-4 / (1 + 1e-4)  # flow time of clean conditioned frames: σ = 1e-4
 
 
-def flow_time(sigma: Float[Array, "..."]) -> Float[Array, "..."]:
+def flow_time(sigma: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """τ = σ/(1+σ)."""
     return sigma / (1 + sigma)
 
@@ -27,18 +27,18 @@ def _over(scalars: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, 
     return scalars.reshape(*scalars.shape, *[1] * (x.ndim - scalars.ndim))
 
 
-def interpolate(x0: Float[Array, "b ..."], noise: Float[Array, "b ..."], time: Float[Array, " b"]) -> Float[Array, "b ..."]:
+def interpolate(x0: Float[Array, " b *x"], noise: Float[Array, " b *x"], time: Float[Array, " b"]) -> Float[Array, " b *x"]:
     """The point x_τ on the straight path from data to noise."""
     time = _over(time, x0)
     return (1 - time) * x0 + time * noise
 
 
-def denoised(x_tau: Float[Array, "b ..."], velocity: Float[Array, "b ..."], time: Float[Array, " b"]) -> Float[Array, "b ..."]:
+def denoised(x_tau: Float[Array, " b *x"], velocity: Float[Array, " b *x"], time: Float[Array, " b"]) -> Float[Array, " b *x"]:
     """The data estimate x̂₀ = x_τ − τ·v."""
     return x_tau - _over(time, x_tau) * velocity
 
 
-def sample_video_sigma(key: jax.Array, batch: int, config: NoiseConfig) -> Float[Array, " b"]:
+def sample_video_sigma(key: jax.Array, batch: int, config: NoiseConfig) -> Float[Array, " {batch}"]:
     """Training noise levels: log-normal, with a share from a log-uniform high tail (SPEC 4.2)."""
     normal_key, tail_key, choice_key = jax.random.split(key, 3)
     body = config.scale * jnp.exp(config.log_mean + config.log_std * jax.random.normal(normal_key, (batch,)))
@@ -63,13 +63,13 @@ def sample_action_time(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "
     return ACTION_TIME_MIN + (1 - ACTION_TIME_MIN) * jax.random.uniform(key, shape)
 
 
-def scale_to_unit_variance(x_tau: Float[Array, "b ..."], time: Float[Array, " b"]) -> Float[Array, "b ..."]:
+def scale_to_unit_variance(x_tau: Float[Array, " b *x"], time: Float[Array, " b"]) -> Float[Array, " b *x"]:
     """The action decoder's input scaling, x_τ / √((1−τ)² + τ²) (SPEC 7)."""
     time = _over(time, x_tau)
     return x_tau / jnp.sqrt((1 - time) ** 2 + time**2)
 
 
-def condition_mask(conditioned: Float[Array, " b"], frames: int) -> Float[Array, "b t"]:
+def condition_mask(conditioned: Int[Array, " b"], frames: int) -> Float[Array, "b {frames}"]:
     """1 for each sample's first `conditioned` latent frames, 0 for the frames to generate."""
     return (jnp.arange(frames) < conditioned[:, None]).astype(jnp.float32)
 

@@ -5,14 +5,17 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mimic_video.config import PolicyConfig
 
+Denoiser = Callable[[Array, Float[Array, ""]], Array]  # (x, σ) → data estimate, with x = x₀ + σ·ε
+
 SIGMA_MAX, SIGMA_MIN, RHO = 80.0, 0.002, 7.0
 
 
-def karras_sigmas(steps: int) -> Float[np.ndarray, " steps_plus_one"]:
+def karras_sigmas(steps: int) -> Float[np.ndarray, " {steps}+1"]:
     """Noise levels σ₀ = 80 … σ_steps = 0.002 of the video sampler, float64 (SPEC 5)."""
     ramp = np.arange(steps + 1) / steps
     return (SIGMA_MAX ** (1 / RHO) + ramp * (SIGMA_MIN ** (1 / RHO) - SIGMA_MAX ** (1 / RHO))) ** RHO
@@ -30,7 +33,7 @@ def stopping_sigmas(policy: PolicyConfig) -> Float[np.ndarray, " n"]:
     return sigmas_until(grid, policy.stop_time) if policy.stop_time else grid[: policy.stop_step + 1]
 
 
-def adams_bashforth_coefficients(sigmas: Float[np.ndarray, " n"]) -> Float[np.ndarray, "n_minus_one 3"]:
+def adams_bashforth_coefficients(sigmas: Float[np.ndarray, " n"]) -> Float[np.ndarray, "n-1 3"]:
     """Rows (a, b, c) of the update x ← a·x + b·x̂₀ + c·x̂₀(previous step) from σᵢ to σᵢ₊₁.
 
     The first step is Euler's; the others are two-step Adams–Bashforth in λ = −ln σ (SPEC 5).
@@ -47,11 +50,10 @@ def adams_bashforth_coefficients(sigmas: Float[np.ndarray, " n"]) -> Float[np.nd
     return np.asarray(rows)
 
 
-def solve_video(predict_x0: Callable[[Array, Float[Array, ""]], Array], x: Array, sigmas: Float[np.ndarray, " n"]) -> Array:
+def solve_video(predict_x0: Denoiser, x: Float[Array, "*x"], sigmas: Float[np.ndarray, " n"]) -> Float[Array, "*x"]:
     """Takes a sample at noise level sigmas[0] to sigmas[-1] in len(sigmas) − 1 steps.
 
     Args:
-        predict_x0: (x, σ) → data estimate, with x = x₀ + σ·ε.
         x: the sample at sigmas[0].
         sigmas: from `karras_sigmas` or `sigmas_until`, or a leading part of one.
     """
@@ -62,8 +64,8 @@ def solve_video(predict_x0: Callable[[Array, Float[Array, ""]], Array], x: Array
 
 
 def video_path(
-    predict_x0: Callable[[Array, Float[Array, ""]], Array], x: Array, sigmas: Float[np.ndarray, " n"], kept: Sequence[int]
-) -> Float[Array, "kept ..."]:
+    predict_x0: Denoiser, x: Float[Array, "*x"], sigmas: Float[np.ndarray, " n"], kept: Sequence[int]
+) -> Float[Array, " {len(kept)} *x"]:
     """What `solve_video` makes of a sample at the levels sigmas[kept], in one run through all of them; `kept` ascends."""
     slots = np.full(len(sigmas), len(kept))  # of each level in the result; those that are not kept have none
     slots[list(kept)] = np.arange(len(kept))
@@ -78,13 +80,13 @@ def video_path(
     return jax.lax.scan(keeping, carry, (jnp.asarray(slots[1:]), _video_steps(sigmas)))[0][1]
 
 
-def _video_steps(sigmas: Float[np.ndarray, " n"]) -> tuple[Array, tuple[Array, ...]]:
+def _video_steps(sigmas: Float[np.ndarray, " n"]) -> tuple[Float[Array, " n-1"], tuple[Float[Array, " n-1"], ...]]:
     """(σ, coefficients) of every step of a grid."""
     coefficients = adams_bashforth_coefficients(sigmas).astype(np.float32)
     return jnp.asarray(sigmas[:-1], jnp.float32), tuple(jnp.asarray(coefficients.T))
 
 
-def _video_step(predict_x0: Callable[[Array, Float[Array, ""]], Array]) -> Callable:
+def _video_step(predict_x0: Denoiser) -> Callable:
     """One of `_video_steps` on (x, the data estimate of the step before)."""
 
     def step(state, inputs):
@@ -97,8 +99,8 @@ def _video_step(predict_x0: Callable[[Array, Float[Array, ""]], Array]) -> Calla
 
 
 def solve_euler(
-    velocity: Callable[[Array, Float[Array, ""]], Array], x: Array, steps: int, state_dtype: jnp.dtype = jnp.float32
-) -> Array:
+    velocity: Callable[[Array, Float[Array, ""]], Array], x: Float[Array, "*x"], steps: int, state_dtype: DTypeLike = jnp.float32
+) -> Float[Array, "*x"]:
     """Euler steps of equal length from flow time 1 to 0 (SPEC 7); the state is kept in `state_dtype` between them."""
 
     def step(x, time):

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from mimic_video.config import ActionDecoderConfig
-from mimic_video.models.attention import Attention, Backend, Heads
+from mimic_video.models.attention import Attention, Backend, KeyMask, Keys
 from mimic_video.models.layers import (
     MLP,
     LayerNorm,
@@ -29,7 +29,7 @@ from mimic_video.models.layers import (
 )
 from mimic_video.models.parallel import BATCH_AXES, axis_size, constrain
 
-Tokens = Float[Array, "b s d"]  # s = proprioception tokens, then action tokens
+Tokens = Float[Array, "m s d"]  # s = proprioception tokens, then action tokens
 
 
 class Context(NamedTuple):
@@ -44,7 +44,7 @@ PROPRIO_TIME = 1e-3  # the flow time that proprioception tokens carry
 BILINEAR_BIAS = 0.382050174
 
 
-def time_features(times: Float[Array, "..."], width: int) -> Float[Array, "... d"]:
+def time_features(times: Float[Array, "*b"], width: int) -> Float[Array, "*b {width}"]:
     """[sin | cos] of flow times with width/2 periods from 0.004 to 4, geometrically spaced (SPEC 6.2).
 
     The shortest period makes 250 cycles over the unit interval: a float32 product would lose the phase's low digits.
@@ -83,7 +83,7 @@ class Embedder(nnx.Module):
             for i, (a, b) in enumerate(itertools.pairwise(widths))
         )
 
-    def __call__(self, x: Float[Array, "b s m"]) -> Tokens:
+    def __call__(self, x: Float[Array, "m s i"]) -> Tokens:
         for layer in self.layers[:-1]:
             x = gelu(layer(x))
         x = self.layers[-1](x)
@@ -101,17 +101,20 @@ class PairTimeEmbedding(nnx.Module):
         self.shared_proj = linear(rank, 3 * width, rngs)
         self.norm = RMSNorm(rank)
 
-    def __call__(self, times: Float[Array, "n s"], video_time: Float[Array, " b"], dtype: jnp.dtype) -> tuple[Array, Array]:
+    def __call__(
+        self, times: Float[Array, "n s"], video_time: Float[Array, " b"], dtype: jnp.dtype
+    ) -> tuple[Float[Array, "n s r"], Float[Array, "n s w"]]:
         """Normalised embedding (n, s, rank) and the modulation term shared by all blocks (n, s, 3·width)."""
         width = self.action_proj.in_features
         action = silu(self.action_proj(time_features(times, width).astype(dtype)))
         video = silu(self.video_proj(time_features(video_time[:, None], width).astype(dtype)))
         video_rank = each_chunk(self.video_rank(video), len(action))
+        assert self.action_rank.bias is not None and self.video_rank.bias is not None
         z = self.action_rank(action) * video_rank - self.action_rank.bias[...] * self.video_rank.bias[...]
         return self.norm(z), self.shared_proj(z)
 
 
-def each_chunk(x: Float[Array, "b ..."], chunks: int) -> Float[Array, "n ..."]:
+def each_chunk(x: Shaped[Array, " b *x"], chunks: int) -> Shaped[Array, " {chunks} *x"]:
     """What samples have, for each of `chunks` action chunks, of which every sample has the same number one after the other."""
     return jnp.repeat(x, chunks // len(x), axis=0)
 
@@ -129,7 +132,12 @@ class ActionBlock(nnx.Module):
         self.mlp_modulation = Modulation(width, rank, 3, rngs, time)
 
     def __call__(
-        self, x: Tokens, time: Array, shared: Array, keys_values: tuple[Heads, Heads], mask: Bool[Array, "b k"] | None
+        self,
+        x: Tokens,
+        time: Float[Array, "m s r"],
+        shared: Float[Array, "m s 3*d"],
+        keys_values: tuple[Keys, Keys],
+        mask: KeyMask | None,
     ) -> Tokens:
         for layer, modulation in (
             (lambda y: self.cross_attn(y, keys_values, mask=mask), self.cross_attn_modulation),
@@ -175,11 +183,12 @@ class ActionDecoder(nnx.Module):
         heads = "sequence" if self.config.num_heads % axis_size("sequence") == 0 else None
         spec = PartitionSpec(BATCH_AXES, None, heads)
 
-        def keys_values(block: nnx.State) -> tuple[Heads, Heads]:
+        def keys_values(block: nnx.State) -> tuple[Keys, Keys]:
             keys, values = nnx.merge(graphdef, block).keys_values(context)
             return constrain(keys, spec), constrain(values, spec)
 
-        return Context(*jax.lax.map(keys_values, state), mask)
+        keys, values = jax.lax.map(keys_values, state)
+        return Context(keys, values, mask)
 
     def __call__(
         self,
@@ -211,7 +220,16 @@ class ActionDecoder(nnx.Module):
         """
         return self.tokens(proprio, actions, time, video_time, context, drop_proprio, embodiment)[:, proprio.shape[1] :]
 
-    def tokens(self, proprio, actions, time, video_time, context, drop_proprio=None, embodiment=None) -> Float[Array, "n s m"]:
+    def tokens(
+        self,
+        proprio: Float[Array, "b o p"],
+        actions: Float[Array, "n a m"],
+        time: Float[Array, " n"],
+        video_time: Float[Array, " b"],
+        context: Context,
+        drop_proprio: Bool[Array, " n"] | None = None,
+        embodiment: Int[Array, " b"] | None = None,
+    ) -> Float[Array, "n o+a m"]:
         """As `__call__`, for proprioception tokens too."""
         observed, acted, chunks = proprio.shape[1], actions.shape[1], len(actions)
         if (observed, acted) != (self.config.obs_horizon, self.config.action_horizon):
@@ -236,7 +254,7 @@ class ActionDecoder(nnx.Module):
             robots = each_chunk(self.embodiment_tokens[...][embodiment][:, None], chunks)
             x = jnp.concatenate([robots.astype(x.dtype), x], axis=1)
 
-        def apply(block: ActionBlock, x: Tokens, keys: Heads, values: Heads) -> Tokens:
+        def apply(block: ActionBlock, x: Tokens, keys: Keys, values: Keys) -> Tokens:
             return block(x, embedding, shared, (keys, values), context.mask)
 
         x = scan_blocks(self.blocks, apply, x, context.keys, context.values, remat=self.remat)

@@ -18,14 +18,19 @@ from mimic_video.models.layers import SAVED_ATTENTION, RMSNorm, linear
 from mimic_video.models.parallel import BATCH, BATCH_AXES, TOKENS, axis_size, compute_capability, is_spread, platform
 
 Backend = Literal["auto", "xla", "cudnn", "splash"]
-Heads = Float[Array, "b *s n k"]  # tokens on one axis, or as video tokens on two: frames and patches of a frame
+# Tokens are on one axis, or as video tokens on two: frames and patches of a frame.
+Heads = Float[Array, "b *s n e"]
+Keys = Float[Array, "b *k n e"]
+KeyMask = Bool[Array, "b keys"]  # over keys on all their axes in order
 
 _SPLASH_BLOCK, _SPLASH_LANES = 1024, 128
 _UNKNOWN = "GPUs of an unknown compute capability"
 _LOGITS_BYTES = 2**28  # of products of queries and keys that XLA's attention has in memory at a time
 
 
-def attention(q: Heads, k: Heads, v: Heads, mask: Bool[Array, "b k"] | None = None, backend: Backend = "auto") -> Heads:
+def attention(
+    q: Float[Array, "m *s n e"], k: Keys, v: Keys, mask: KeyMask | None = None, backend: Backend = "auto"
+) -> Float[Array, "m *s n e"]:
     """Softmax attention over all tokens, scale 1/√head_dim; softmax in float32.
 
     Video tokens may be spread over the axis `sequence` of the mesh in context. Then, if keys are too, devices exchange parts of
@@ -59,16 +64,16 @@ def attention(q: Heads, k: Heads, v: Heads, mask: Bool[Array, "b k"] | None = No
     if k.ndim == 4:
         return _on_devices(_attend, _padded(q), k, v, mask, backend, TOKENS, BATCH)[:, :, : q.shape[2]]
     exchanging = functools.partial(_attend_by_heads, patches=q.shape[2])
-    padded = (_padded(x) for x in (q, k, v))
-    return _on_devices(exchanging, *padded, mask, backend, TOKENS, TOKENS)[:, :, : q.shape[2]]
+    out = _on_devices(exchanging, _padded(q), _padded(k), _padded(v), mask, backend, TOKENS, TOKENS)
+    return out[:, :, : q.shape[2]]
 
 
 def _on_devices(
     attend: Callable,
     q: Heads,
-    k: Heads,
-    v: Heads,
-    mask: Array | None,
+    k: Keys,
+    v: Keys,
+    mask: KeyMask | None,
     backend: Backend,
     queries: PartitionSpec,
     keys: PartitionSpec,
@@ -76,20 +81,20 @@ def _on_devices(
     """Attention by every device of the mesh of its part of the arrays: kernels of flash attention are not divided by XLA."""
     masks = () if mask is None else (mask,)
 
-    def local(q: Heads, k: Heads, v: Heads, *masks: Array) -> Heads:
+    def local(q: Heads, k: Keys, v: Keys, *masks: KeyMask) -> Heads:
         return attend(q, k, v, masks[0] if masks else None, backend)
 
     specs = (queries, keys, keys, *[PartitionSpec(queries[0])] * len(masks))
     return jax.shard_map(local, in_specs=specs, out_specs=queries, check_vma=False)(q, k, v, *masks)
 
 
-def _padded(x: Float[Array, "b t n h k"], patches: int | None = None) -> Float[Array, "b t n h k"]:
+def _padded(x: Float[Array, "b t p n e"], patches: int | None = None) -> Float[Array, "b t padded n e"]:
     """With zero patches added up to `patches`, or as many as the axis `sequence` divides."""
     extra = -x.shape[2] % axis_size("sequence") if patches is None else patches - x.shape[2]
     return jnp.pad(x, [(0, 0), (0, 0), (0, extra), (0, 0), (0, 0)]) if extra else x
 
 
-def _attend_by_heads(q: Heads, k: Heads, v: Heads, mask: Array | None, backend: Backend, patches: int) -> Heads:
+def _attend_by_heads(q: Heads, k: Keys, v: Keys, mask: KeyMask | None, backend: Backend, patches: int) -> Heads:
     """A device's patches of all heads → all patches of its share of the heads, attention, and back."""
     if axis_size("sequence") == 1:
         return _attend(q, k, v, mask, backend)
@@ -99,7 +104,7 @@ def _attend_by_heads(q: Heads, k: Heads, v: Heads, mask: Array | None, backend: 
     return exchange(_padded(_attend(q, k, v, mask, backend), padded), split_axis=2, concat_axis=3)
 
 
-def _attend(q: Heads, k: Heads, v: Heads, mask: Array | None, backend: Backend) -> Heads:
+def _attend(q: Heads, k: Keys, v: Keys, mask: KeyMask | None, backend: Backend) -> Heads:
     """Attention on one device."""
     shape = q.shape
     q, k, v = (x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in (q, k, v))
@@ -110,12 +115,13 @@ def _attend(q: Heads, k: Heads, v: Heads, mask: Array | None, backend: Backend) 
     return checkpoint_name(out.reshape(shape), SAVED_ATTENTION)
 
 
-def chosen(q: Float[Array, "b s n k"], k: Float[Array, "b z n k"], backend: Backend) -> Backend:
+def chosen(q: Float[Array, "b s n e"], k: Float[Array, "b k n e"], backend: Backend) -> Backend:
     """The backend that attends on this platform: `backend`, or what stands for "auto". Errors are those of `attention`."""
     if backend == "cudnn" and (reason := _cudnn_refuses(q)) not in ("", _UNKNOWN):  # who names it knows the GPU
         raise ConfigError(f"config field 'attention' is 'cudnn', which does not take {reason}; expected 'auto' or 'xla'")
     if backend != "auto":
         return backend
+    flash: Backend
     if platform() == "gpu":
         flash, reason = "cudnn", _cudnn_refuses(q)
     elif platform() == "tpu" and min(q.shape[1], k.shape[1]) >= _SPLASH_LANES:
@@ -136,7 +142,7 @@ def _say_once(message: str) -> None:
         logging.warning("attention by XLA: %s", message)
 
 
-def _cudnn_refuses(q: Float[Array, "b s n k"]) -> str:
+def _cudnn_refuses(q: Float[Array, "b s n e"]) -> str:
     """What of the arrays or the GPU cuDNN's flash attention cannot do; empty if nothing."""
     capability, head_dim = compute_capability(), q.shape[-1]
     if capability is None:
@@ -151,7 +157,9 @@ def _cudnn_refuses(q: Float[Array, "b s n k"]) -> str:
     return ""
 
 
-def _xla(q: Float[Array, "b s n k"], k: Array, v: Array, mask: Bool[Array, "b z"] | None) -> Float[Array, "b s n k"]:
+def _xla(
+    q: Float[Array, "b s n e"], k: Float[Array, "b k n e"], v: Float[Array, "b k n e"], mask: Bool[Array, "b k"] | None
+) -> Float[Array, "b s n e"]:
     """Attention of plain products. If they are many, queries come some after others, and the backward pass does that again."""
     mask = None if mask is None else mask[:, None, None]
     (size, queries, heads, head_dim), dtype = q.shape, q.dtype
@@ -162,7 +170,7 @@ def _xla(q: Float[Array, "b s n k"], k: Array, v: Array, mask: Bool[Array, "b z"
     k, v = k.astype(jnp.float32), v.astype(jnp.float32)  # in which their gradients are summed up
 
     @jax.checkpoint
-    def attend(q: Float[Array, "b c n k"]) -> Float[Array, "b c n k"]:
+    def attend(q: Float[Array, "b c n e"]) -> Float[Array, "b c n e"]:
         return jax.nn.dot_product_attention(q, k.astype(dtype), v.astype(dtype), mask=mask, implementation="xla")
 
     q = jnp.pad(q, [(0, 0), (0, -queries % at_a_time), (0, 0), (0, 0)])
@@ -170,7 +178,9 @@ def _xla(q: Float[Array, "b s n k"], k: Array, v: Array, mask: Bool[Array, "b z"
     return out.swapaxes(0, 1).reshape(q.shape)[:, :queries]
 
 
-def _cudnn(q: Float[Array, "b s n k"], k: Array, v: Array, mask: Bool[Array, "b z"] | None) -> Float[Array, "b s n k"]:
+def _cudnn(
+    q: Float[Array, "b s n e"], k: Float[Array, "b k n e"], v: Float[Array, "b k n e"], mask: Bool[Array, "b k"] | None
+) -> Float[Array, "b s n e"]:
     """Flash attention on GPU. It has no gradients of odd numbers of tokens, and no masks but the number of leading keys."""
     queries, keys, lengths = q.shape[1], k.shape[1], None
     if mask is not None:
@@ -185,12 +195,14 @@ def _cudnn(q: Float[Array, "b s n k"], k: Array, v: Array, mask: Bool[Array, "b 
     return out[:, :queries]
 
 
-def _splash(q: Float[Array, "b s n k"], k: Array, v: Array, mask: Bool[Array, "b z"] | None) -> Float[Array, "b s n k"]:
+def _splash(
+    q: Float[Array, "b s n e"], k: Float[Array, "b k n e"], v: Float[Array, "b k n e"], mask: Bool[Array, "b k"] | None
+) -> Float[Array, "b s n e"]:
     """Flash attention on TPU. Tokens are padded to whole blocks; padded keys are told from others by their segment."""
     (size, queries, heads, head_dim), keys = q.shape, k.shape[1]
     q_block, k_block = (min(_SPLASH_BLOCK, -(-tokens // _SPLASH_LANES) * _SPLASH_LANES) for tokens in (queries, keys))
 
-    def blocks(x: Array, block: int) -> Float[Array, "b n s k"]:
+    def blocks(x: Float[Array, "b s n e"], block: int) -> Float[Array, "b n padded e"]:
         return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0)]).swapaxes(1, 2)
 
     q, k, v = blocks(q * head_dim**-0.5, q_block), blocks(k, k_block), blocks(v, k_block)
@@ -237,16 +249,16 @@ class Attention(nnx.Module):
     def _heads(self, x: Float[Array, "b *s d"]) -> Heads:
         return x.reshape(*x.shape[:-1], self.num_heads, -1)
 
-    def keys_values(self, context: Float[Array, "b *s c"], rotate: Callable[[Heads], Heads] = lambda x: x) -> tuple[Heads, Heads]:
+    def keys_values(self, context: Float[Array, "b *k c"], rotate: Callable[[Heads], Heads] = lambda x: x) -> tuple[Keys, Keys]:
         return rotate(self.k_norm(self._heads(self.k_proj(context)))), self._heads(self.v_proj(context))
 
     def __call__(
         self,
-        x: Float[Array, "b *s d"],
-        keys_values: tuple[Heads, Heads],
+        x: Float[Array, "m *s d"],
+        keys_values: tuple[Keys, Keys],
         rotate: Callable[[Heads], Heads] = lambda x: x,
-        mask: Bool[Array, "b k"] | None = None,
-    ) -> Float[Array, "b *s d"]:
+        mask: KeyMask | None = None,
+    ) -> Float[Array, "m *s d"]:
         """Attends from `x` to those of `keys_values` that `mask` allows; `rotate` applies position as to the keys."""
         q = rotate(self.q_norm(self._heads(self.q_proj(x))))
         return self.out_proj(attention(q, *keys_values, mask, self.backend).reshape(x.shape))

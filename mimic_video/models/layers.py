@@ -5,7 +5,7 @@ activations work in float32 inside and round their result (SPEC 3.9).
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from mimic_video.models.quantization import dequantized
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 Remat = Literal["none", "attention", "full", "offload"]
+Block = TypeVar("Block", bound=nnx.Module)
 
 SAVED_ATTENTION = "attention"  # the name under which policies of rematerialisation know what attention returns
 
@@ -82,12 +83,12 @@ class RMSNorm(nnx.Module):
         return (y * self.scale[...]).astype(x.dtype)
 
 
-def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+def silu(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """x · sigmoid(x), computed in float32."""
     return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype)
 
 
-def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+def gelu(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """The exact (erf) GELU, computed in float32."""
     return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
 
@@ -105,7 +106,7 @@ class Modulation(nnx.Module):
         return jnp.split(low_rank + shared[..., : low_rank.shape[-1]], self.parts, axis=-1)
 
 
-def modulate(x: Float[Array, "*b d"], shift: Float[Array, "*b d"], scale: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+def modulate(x: Float[Array, "*b d"], shift: Float[Array, "*#b d"], scale: Float[Array, "*#b d"]) -> Float[Array, "*b d"]:
     return layer_norm(x) * (1 + scale) + shift
 
 
@@ -120,7 +121,7 @@ class MLP(nnx.Module):
         return self.down(gelu(self.up(x)))
 
 
-def stack_blocks(make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
+def stack_blocks(make_block: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rngs) -> Block:
     """`depth` blocks as one module whose every parameter has a leading axis of that length."""
     return nnx.vmap(make_block, axis_size=depth)(rngs.split(depth))
 
@@ -149,8 +150,8 @@ def rematerialised(function: Callable, remat: Remat) -> Callable:
 
 
 def scan_blocks(
-    blocks: nnx.Module, apply: Callable, x: Array, *per_block, stop: int | None = None, remat: Remat = "none"
-) -> Array:
+    blocks: nnx.Module, apply: Callable, x: Float[Array, "*x"], *per_block, stop: int | None = None, remat: Remat = "none"
+) -> Float[Array, "*x"]:
     """Runs stacked blocks one after another: x ← apply(block, x, *slice of per_block).
 
     Args:

@@ -5,6 +5,8 @@ channels; channels of unit variance; the latents of a prefix are the prefix of t
 basis fitted to a sample of the videos.
 """
 
+from typing import TypeVar
+
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -12,15 +14,17 @@ from jaxtyping import Array, Float
 
 PATCH, GROUP, CHANNELS = 8, 4, 16
 
+AnyArray = TypeVar("AnyArray", np.ndarray, Array)
 
-def _patches(frames: Float[Array, "b f h w 3"], group: int) -> Float[Array, "b t i j n"]:
+
+def _patches(frames: Float[AnyArray, "b f h w 3"], group: int) -> Float[AnyArray, "b f//{group} h//8 w//8 n"]:
     """Cuts groups of frames into columns of `group` 8x8 patches, n = group·8·8·3."""
     b, f, h, w, c = frames.shape
     x = frames.reshape(b, f // group, group, h // PATCH, PATCH, w // PATCH, PATCH, c)
     return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, f // group, h // PATCH, w // PATCH, -1)
 
 
-def _frames(patches: Float[Array, "b t i j n"], group: int) -> Float[Array, "b f h w 3"]:
+def _frames(patches: Float[Array, "b t i j n"], group: int) -> Float[Array, "b t*{group} 8*i 8*j 3"]:
     b, t, i, j, _ = patches.shape
     x = patches.reshape(b, t, i, j, group, PATCH, PATCH, 3)
     return x.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, t * group, i * PATCH, j * PATCH, 3)
@@ -34,10 +38,10 @@ class Projection(nnx.Module):
         self.basis = nnx.Param(jnp.zeros((features, CHANNELS)))
         self.scale = nnx.Param(jnp.ones(CHANNELS))
 
-    def encode(self, patches: Float[Array, "*b n"]) -> Float[Array, "*b c"]:
+    def encode(self, patches: Float[Array, "*b n"]) -> Float[Array, "*b 16"]:
         return (patches - self.mean[...]) @ self.basis[...] / self.scale[...]
 
-    def decode(self, latents: Float[Array, "*b c"]) -> Float[Array, "*b n"]:
+    def decode(self, latents: Float[Array, "*b 16"]) -> Float[Array, "*b n"]:
         return (latents * self.scale[...]) @ self.basis[...].T + self.mean[...]
 
     def fit(self, patches: Float[np.ndarray, "m n"]) -> float:
@@ -59,14 +63,14 @@ class PatchTokenizer(nnx.Module):
         self.first = Projection(PATCH * PATCH * 3)
         self.rest = Projection(GROUP * PATCH * PATCH * 3)
 
-    def encode(self, video: Float[Array, "b f h w 3"]) -> Float[Array, "b t i j c"]:
+    def encode(self, video: Float[Array, "b f h w 3"]) -> Float[Array, "b 1+f//4 h//8 w//8 16"]:
         """1 + 4n frames of (8i, 8j) pixels → 1 + n latent frames."""
         parts = [self.first.encode(_patches(video[:, :1], 1))]
         if video.shape[1] > 1:
             parts.append(self.rest.encode(_patches(video[:, 1:], GROUP)))
         return jnp.concatenate(parts, axis=1)
 
-    def decode(self, latents: Float[Array, "b t i j c"]) -> Float[Array, "b f h w 3"]:
+    def decode(self, latents: Float[Array, "b t i j 16"]) -> Float[Array, "b 4*t-3 8*i 8*j 3"]:
         """Inverse of `encode`, up to what 16 channels cannot hold; not clipped."""
         parts = [_frames(self.first.decode(latents[:, :1]), 1)]
         if latents.shape[1] > 1:
@@ -76,7 +80,5 @@ class PatchTokenizer(nnx.Module):
     def fit(self, video: Float[np.ndarray, "b f h w 3"]) -> tuple[float, float]:
         """Fits both bases to sample videos in [−1, 1]; returns the unexplained shares of variance (first, rest)."""
         samples = (_patches(video[:, :1], 1), _patches(video[:, 1:], GROUP))
-        return tuple(
-            projection.fit(np.asarray(patches).reshape(-1, patches.shape[-1]))
-            for projection, patches in zip((self.first, self.rest), samples, strict=True)
-        )
+        first, rest = (np.asarray(patches).reshape(-1, patches.shape[-1]) for patches in samples)
+        return self.first.fit(first), self.rest.fit(rest)

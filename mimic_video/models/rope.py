@@ -5,7 +5,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 
-def rope_frequencies(size: int, stretch: float, *, bfloat16: bool = False) -> Float[np.ndarray, " size_half"]:
+def rope_frequencies(size: int, stretch: float, *, bfloat16: bool = False) -> Float[np.ndarray, " {size}//2"]:
     """Radians per position along an axis.
 
     Args:
@@ -22,7 +22,7 @@ def rope_frequencies(size: int, stretch: float, *, bfloat16: bool = False) -> Fl
 
 def rope_angles(
     grid: tuple[int, int, int], head_dim: int, ratio: tuple[float, float, float], *, bfloat16: bool = False
-) -> Float[np.ndarray, "s half_head"]:
+) -> Float[np.ndarray, "s {head_dim}//2"]:
     """Rotation angles in radians of every token of a (t, h, w) grid, tokens in t-major order.
 
     A head's dimensions are split between the axes: two times head_dim // 6 each for height and width, the rest for time.
@@ -30,10 +30,11 @@ def rope_angles(
     """
     spatial = head_dim // 6 * 2
     positions = np.indices(grid).reshape(3, -1)
-    angles = []
-    for position, size, stretch in zip(positions, (head_dim - 2 * spatial, spatial, spatial), ratio, strict=True):
-        angles.append(position[:, None] * rope_frequencies(size, stretch, bfloat16=bfloat16))
-    angles = np.concatenate(angles, axis=-1).astype(np.float32)
+    parts = [
+        position[:, None] * rope_frequencies(size, stretch, bfloat16=bfloat16)
+        for position, size, stretch in zip(positions, (head_dim - 2 * spatial, spatial, spatial), ratio, strict=True)
+    ]
+    angles = np.concatenate(parts, axis=-1).astype(np.float32)
     return _round(angles) if bfloat16 else angles
 
 
@@ -42,7 +43,7 @@ def _round(values: np.ndarray | float) -> Float[np.ndarray, "..."]:
     return np.asarray(values, np.float32).astype(jnp.bfloat16).astype(np.float32)
 
 
-def rotate(x: Float[Array, "b *s n k"], angles: Float[Array, "*s half"]) -> Float[Array, "b *s n k"]:
+def rotate(x: Float[Array, "b *s n e"], angles: Float[np.ndarray | Array, "*s e//2"]) -> Float[Array, "b *s n e"]:
     """Rotates dimension i of each head together with dimension i + half (half-split form), in float32."""
     cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -83,7 +83,9 @@ class T5TextEncoder:
                 f"config field 'text.model' is {config.model!r}, which is not on this machine, and text.cache is "
                 f"empty; {_HOW_TO_GET}"
             )
-        self._kept = FeatureCache(_cache_folder(config, self._folder)) if config.cache else {}
+        self._kept: FeatureCache | dict[str, np.ndarray] = (
+            FeatureCache(_cache_folder(config, self._folder)) if config.cache else {}
+        )
         self._encode: Callable[[Sequence[str]], list[np.ndarray]] | None = None
         self._lock = threading.Lock()
         # PyTorch keeps a team of spinning threads for every thread that calls it, and a loader's threads come and go.
@@ -101,6 +103,7 @@ class T5TextEncoder:
             if known is None:
                 self._add([instruction])
                 known = self._recall(instruction)
+        assert known is not None  # it has just been added
         features = np.zeros((self._config.rows, self._config.width), np.float32)
         features[: len(known)] = known
         return features

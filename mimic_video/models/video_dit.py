@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from mimic_video.config import CompatConfig, VideoDiTConfig
-from mimic_video.models.attention import Attention, Backend
+from mimic_video.models.attention import Attention, Backend, KeyMask
 from mimic_video.models.layers import MLP, Modulation, Remat, RMSNorm, linear, modulate, scan_blocks, silu, stack_blocks
 from mimic_video.models.parallel import TOKENS, constrain
 from mimic_video.models.rope import rope_angles, rotate
@@ -16,6 +16,7 @@ from mimic_video.models.rope import rope_angles, rotate
 Tokens = Float[Array, "b t n d"]  # n = patches of one latent frame, row by row; those of several views one view after the other
 ViewMask = Bool[Array, "b v"]  # False for a view that a sample does not have
 PerFrame = Float[Array, "b t d"]
+Shared = Float[Array, "b t 3*d"]  # what all blocks have of their modulations
 
 
 def time_features(times: Float[Array, "b t"], width: int) -> PerFrame:
@@ -25,7 +26,7 @@ def time_features(times: Float[Array, "b t"], width: int) -> PerFrame:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def token_mask(view_mask: ViewMask, patches: int) -> Bool[Array, "b n"]:
+def token_mask(view_mask: ViewMask, patches: int) -> Bool[Array, "b {patches}"]:
     """The mask of one latent frame's patches, or of its rows of latents."""
     return jnp.repeat(view_mask, patches // view_mask.shape[1], axis=1)
 
@@ -43,7 +44,7 @@ class VideoBlock(nnx.Module):
         self.mlp_modulation = Modulation(width, rank, 3, rngs)
 
     def __call__(
-        self, x: Tokens, time: PerFrame, shared: PerFrame, text: Float[Array, "b s e"], rotate_heads, mask: Array | None = None
+        self, x: Tokens, time: PerFrame, shared: Shared, text: Float[Array, "b s e"], rotate_heads, mask: KeyMask | None = None
     ) -> Tokens:
         def self_attention(y: Tokens) -> Tokens:
             return self.self_attn(y, self.self_attn.keys_values(y, rotate_heads), rotate_heads, mask)
@@ -110,7 +111,15 @@ class VideoDiT(nnx.Module):
         x = self._patchify(latents, condition_mask, padding_mask)
         return self._run(x, time, shared, text, latents.shape, view_mask, stop)
 
-    def __call__(self, latents, times, text, condition_mask, padding_mask=None, view_mask=None) -> Float[Array, "b t h w c"]:
+    def __call__(
+        self,
+        latents: Float[Array, "b t h w c"],
+        times: Float[Array, "b t"],
+        text: Float[Array, "b s e"],
+        condition_mask: Float[Array, "b t"],
+        padding_mask: Float[Array, "b h w"] | None = None,
+        view_mask: ViewMask | None = None,
+    ) -> Float[Array, "b t h w c"]:
         """The velocity ε − x₀ of every latent frame; arguments as for `hidden`."""
         time, shared = self._time_embedding(times, latents.dtype)
         x = self._patchify(latents, condition_mask, padding_mask)
@@ -118,13 +127,22 @@ class VideoDiT(nnx.Module):
         shift, scale = (part[:, :, None] for part in self.final_modulation(time, shared))
         return self._unpatchify(self.final_proj(modulate(x, shift, scale)), latents.shape)
 
-    def _time_embedding(self, times: Float[Array, "b t"], dtype: jnp.dtype) -> tuple[PerFrame, PerFrame]:
+    def _time_embedding(self, times: Float[Array, "b t"], dtype: jnp.dtype) -> tuple[PerFrame, Shared]:
         if self.compat.bfloat16_times:
             times = times.astype(jnp.bfloat16)
         features = time_features(times, self.config.width).astype(dtype)
         return self.time_norm(features), self.time_out(silu(self.time_in(features)))
 
-    def _run(self, x: Tokens, time: PerFrame, shared: PerFrame, text, latent_shape, view_mask, stop: int) -> Tokens:
+    def _run(
+        self,
+        x: Tokens,
+        time: PerFrame,
+        shared: Shared,
+        text: Float[Array, "b s e"],
+        latent_shape: tuple[int, ...],
+        view_mask: ViewMask | None,
+        stop: int,
+    ) -> Tokens:
         config = self.config
         _, t, h, w, _ = latent_shape
         grid, head_dim = (t, h // config.views // config.patch[1], w // config.patch[2]), config.width // config.num_heads
@@ -137,7 +155,12 @@ class VideoDiT(nnx.Module):
 
         return scan_blocks(self.blocks, apply, constrain(x, TOKENS), stop=stop, remat=self.remat)
 
-    def _patchify(self, latents, condition_mask, padding_mask) -> Tokens:
+    def _patchify(
+        self,
+        latents: Float[Array, "b t h w c"],
+        condition_mask: Float[Array, "b t"],
+        padding_mask: Float[Array, "b h w"] | None,
+    ) -> Tokens:
         b, t, h, w, _ = latents.shape
         _, rows, columns = self.config.patch
         if h % (rows * self.config.views) or w % columns:
@@ -145,8 +168,8 @@ class VideoDiT(nnx.Module):
         if padding_mask is None:
             padding_mask = jnp.zeros((b, h, w))
         masks = (condition_mask[:, :, None, None, None], padding_mask[:, None, :, :, None])
-        masks = [jnp.broadcast_to(mask, (b, t, h, w, 1)).astype(latents.dtype) for mask in masks]
-        x = jnp.concatenate([latents, *masks], axis=-1)
+        whole = [jnp.broadcast_to(mask, (b, t, h, w, 1)).astype(latents.dtype) for mask in masks]
+        x = jnp.concatenate([latents, *whole], axis=-1)
         x = x.reshape(b, t, h // rows, rows, w // columns, columns, -1)
         x = x.transpose(0, 1, 2, 4, 6, 3, 5)  # b t h w (c m n): channel slowest (SPEC 3.3)
         x = self.patch_proj(x.reshape(b, t, (h // rows) * (w // columns), -1))
@@ -154,7 +177,7 @@ class VideoDiT(nnx.Module):
             x = x + jnp.repeat(self.view_embedding[...], x.shape[2] // self.config.views, axis=0)
         return x
 
-    def _unpatchify(self, x: Tokens, latent_shape) -> Float[Array, "b t h w c"]:
+    def _unpatchify(self, x: Tokens, latent_shape: tuple[int, ...]) -> Float[Array, "b t h w c"]:
         b, t, h, w, c = latent_shape
         _, rows, columns = self.config.patch
         x = x.reshape(b, t, h // rows, w // columns, rows, columns, c)  # channel fastest, unlike the input (SPEC 3.7)

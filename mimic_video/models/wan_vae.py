@@ -31,6 +31,7 @@ LATENT_STD = np.array([2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2
 NO_ROUNDING = CompatConfig()
 
 Frames = Float[Array, "b t h w c"]
+Memory = list[Float[Array, "b _ _ _ _"]]  # a few frames of every layer that remembers any
 
 
 def latent_statistics(*, bfloat16: bool) -> tuple[Float[np.ndarray, "16"], Float[np.ndarray, "16"]]:
@@ -50,12 +51,12 @@ class Stream:
     Without a past, the chunk is the first frame of the clip, which layers that resample time treat apart (SPEC 1.2).
     """
 
-    def __init__(self, past: list[Frames] | None = None):
+    def __init__(self, past: Memory | None = None):
         self.first = past is None
-        self.kept: list[Frames] = []
+        self.kept: Memory = []
         self._past = iter(past or ())
 
-    def extend(self, x: Frames, count: int) -> Frames:
+    def extend(self, x: Frames, count: int) -> Float[Array, "b n h w c"]:
         """`x` after the `count` frames before it, or alone if it is the first; its last `count` frames are kept.
 
         Before the first frame there are zeros.
@@ -66,10 +67,10 @@ class Stream:
         return frames
 
 
-def over_chunks(step: Callable[[Frames, Stream], Frames], x: Frames, size: int) -> Frames:
+def over_chunks(step: Callable[[Frames, Stream], Array], x: Frames, size: int) -> Float[Array, "b n i j d"]:
     """Applies `step` to the first frame of `x`, then to chunks of `size` frames, then to what is left; joins the results."""
 
-    def run(chunk: Frames, past: list[Frames] | None) -> tuple[list[Frames], Frames]:
+    def run(chunk: Frames, past: Memory | None) -> tuple[Memory, Float[Array, "b n i j d"]]:
         state = Stream(past)
         y = step(chunk, state)
         return state.kept, y
@@ -86,7 +87,9 @@ def over_chunks(step: Callable[[Frames, Stream], Frames], x: Frames, size: int) 
     return jnp.concatenate(parts, axis=1)
 
 
-def _conv(x: Frames, kernel: Float[Array, "3 3 c d"], stride: int = 1, padding: tuple[int, int] = (1, 1)) -> Frames:
+def _conv(
+    x: Frames, kernel: Float[Array, "3 3 c d"], stride: int = 1, padding: tuple[int, int] = (1, 1)
+) -> Float[Array, "b t i j d"]:
     """The same 3x3 convolution of every frame; `padding` is before and after each spatial axis."""
     dtype = jnp.result_type(x, kernel)
     y = jax.lax.conv_general_dilated(
@@ -99,7 +102,7 @@ def _conv(x: Frames, kernel: Float[Array, "3 3 c d"], stride: int = 1, padding: 
     return y.reshape(*x.shape[:2], *y.shape[1:])
 
 
-def _over_time(x: Frames, kernel: Float[Array, "3 *window c d"], stride: int = 1) -> Frames:
+def _over_time(x: Frames, kernel: Float[Array, "3 *window c d"], stride: int = 1) -> Float[Array, "b n h w d"]:
     """Outputs at every `stride`-th run of three frames, by one tap per frame: a dense layer or a 3x3 convolution.
 
     There is no padding, except that one frame alone has zeros before it. A sum of 2-D convolutions is 1.3 to 2.1x as fast
@@ -108,7 +111,8 @@ def _over_time(x: Frames, kernel: Float[Array, "3 *window c d"], stride: int = 1
     kernel = kernel[-x.shape[1] :]
     count = (x.shape[1] - len(kernel)) // stride + 1
     tap = _conv if kernel.ndim == 5 else jnp.matmul
-    return sum(tap(x[:, i::stride][:, :count], kernel[i]) for i in range(len(kernel)))
+    taps = [tap(x[:, i::stride][:, :count], kernel[i]) for i in range(len(kernel))]
+    return sum(taps[1:], taps[0])
 
 
 class Conv(nnx.Module):
@@ -127,7 +131,7 @@ class CausalConv(Conv):
     def __init__(self, inputs: int, outputs: int, rngs: nnx.Rngs):
         super().__init__((3, 3, 3), inputs, outputs, rngs)
 
-    def __call__(self, x: Frames, stream: Stream) -> Frames:
+    def __call__(self, x: Frames, stream: Stream) -> Float[Array, "b t h w d"]:
         return _over_time(stream.extend(x, 2), self.kernel[...]) + self.bias[...]
 
 
@@ -137,7 +141,7 @@ class SpatialConv(Conv):
     def __init__(self, inputs: int, outputs: int, rngs: nnx.Rngs):
         super().__init__((3, 3), inputs, outputs, rngs)
 
-    def __call__(self, x: Frames, stride: int = 1, padding: tuple[int, int] = (1, 1)) -> Frames:
+    def __call__(self, x: Frames, stride: int = 1, padding: tuple[int, int] = (1, 1)) -> Float[Array, "b t i j d"]:
         return _conv(x, self.kernel[...], stride, padding) + self.bias[...]
 
 
@@ -147,7 +151,7 @@ class TimeConv(Conv):
     def __init__(self, inputs: int, outputs: int, rngs: nnx.Rngs):
         super().__init__((3,), inputs, outputs, rngs)
 
-    def __call__(self, x: Frames, stride: int = 1) -> Frames:
+    def __call__(self, x: Frames, stride: int = 1) -> Float[Array, "b n h w d"]:
         return _over_time(x, self.kernel[...], stride) + self.bias[...]
 
 
@@ -173,7 +177,7 @@ class ResidualBlock(nnx.Module):
         self.conv2 = CausalConv(outputs, outputs, rngs)
         self.shortcut = linear(inputs, outputs, rngs, bias=0.0) if inputs != outputs else None
 
-    def __call__(self, x: Frames, stream: Stream) -> Frames:
+    def __call__(self, x: Frames, stream: Stream) -> Float[Array, "b t h w d"]:
         y = self.conv1(silu(self.norm1(x)), stream)
         y = self.conv2(silu(self.norm2(y)), stream)
         return y + (x if self.shortcut is None else self.shortcut(x))
@@ -202,7 +206,7 @@ class Downsample(nnx.Module):
         self.conv = SpatialConv(width, width, rngs)
         self.time_conv = TimeConv(width, width, rngs) if time else None
 
-    def __call__(self, x: Frames, stream: Stream) -> Frames:
+    def __call__(self, x: Frames, stream: Stream) -> Float[Array, "b n h//2 w//2 c"]:
         x = self.conv(x, stride=2, padding=(0, 1))
         if self.time_conv is None:
             return x
@@ -217,15 +221,16 @@ class Upsample(nnx.Module):
         self.time_conv = TimeConv(width, 2 * width, rngs) if time else None
         self.conv = SpatialConv(width, width // 2, rngs)
 
-    def __call__(self, x: Frames, stream: Stream) -> Frames:
+    def __call__(self, x: Frames, stream: Stream) -> Float[Array, "b n 2*h 2*w c//2"]:
         if self.time_conv is not None:
             x = self._double(x, stream)
         return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3))
 
-    def _double(self, x: Frames, stream: Stream) -> Frames:
+    def _double(self, x: Frames, stream: Stream) -> Float[Array, "b n h w c"]:
         if stream.first:
             stream.extend(jnp.zeros_like(x), 2)  # the frames that follow do not see it
             return x
+        assert self.time_conv is not None  # as called
         b, t, h, w, c = x.shape
         pairs = self.time_conv(stream.extend(x, 2)).reshape(b, t, h, w, 2, c)
         return jnp.moveaxis(pairs, 4, 2).reshape(b, 2 * t, h, w, c)
@@ -240,7 +245,7 @@ class Coder(nnx.Module):
         self.norm_out = ChannelNorm(widths[1])
         self.conv_out = CausalConv(widths[1], outputs, rngs)
 
-    def __call__(self, x: Frames, stream: Stream) -> Frames:
+    def __call__(self, x: Frames, stream: Stream) -> Float[Array, "b n i j d"]:
         x = self.conv_in(x, stream)
         for layer in self.layers:
             x = layer(x, stream)
@@ -253,7 +258,7 @@ def _middle(width: int, rngs: nnx.Rngs) -> list[nnx.Module]:
 
 def make_encoder(width: int, rngs: nnx.Rngs) -> Coder:
     """Video (b 1 or 4n, h, w, 3) → moments (b 1 or n, h/8, w/8, 32)."""
-    layers, inputs = [], width
+    layers, inputs = list[nnx.Module](), width
     for stage, multiple in enumerate(MULTIPLES):
         outputs = multiple * width
         layers += [ResidualBlock(inputs, outputs, rngs), ResidualBlock(outputs, outputs, rngs)]
@@ -289,7 +294,7 @@ class WanVAE(nnx.Module):
         self.post_quant_conv = linear(CHANNELS, CHANNELS, rngs, bias=0.0)
         self.decoder = make_decoder(config.width, rngs)
 
-    def encode(self, video: Float[Array, "b f h w 3"]) -> Float[Array, "b t i j 16"]:
+    def encode(self, video: Float[Array, "b f h w 3"]) -> Float[Array, "b 1+f//4 h//8 w//8 16"]:
         """1 + 4n frames of (8i, 8j) pixels in [−1, 1] → 1 + n normalised latent frames: the mean, with no sampling.
 
         A prefix of the frames gives the prefix of the latents.
@@ -305,14 +310,14 @@ class WanVAE(nnx.Module):
         if height % PATCH or width % PATCH or not height or not width:
             raise ValueError(f"video has {height}x{width} pixels; expected multiples of {PATCH}")
 
-        def step(chunk: Frames, stream: Stream) -> Frames:
+        def step(chunk: Frames, stream: Stream) -> Float[Array, "b n i j 16"]:
             return self.quant_conv(self.encoder(chunk, stream))[..., :CHANNELS]  # the rest is the logarithm of the variance
 
         latents = over_chunks(step, video, GROUP * self.config.chunk_latents)
         mean, inverse_std = latent_statistics(bfloat16=self.compat.bfloat16_latent_statistics)
         return ((latents.astype(jnp.float32) - mean) * inverse_std).astype(latents.dtype)
 
-    def decode(self, latents: Float[Array, "b t i j 16"]) -> Float[Array, "b f h w 3"]:
+    def decode(self, latents: Float[Array, "b t i j 16"]) -> Float[Array, "b 4*t-3 8*i 8*j 3"]:
         """1 + n normalised latent frames of (i, j) → 1 + 4n frames of (8i, 8j) pixels, not clipped to [−1, 1].
 
         Raises:
@@ -323,7 +328,7 @@ class WanVAE(nnx.Module):
         mean, inverse_std = latent_statistics(bfloat16=self.compat.bfloat16_latent_statistics)
         latents = (latents.astype(jnp.float32) / inverse_std + mean).astype(latents.dtype)
 
-        def step(chunk: Frames, stream: Stream) -> Frames:
+        def step(chunk: Frames, stream: Stream) -> Float[Array, "b n i j 3"]:
             return self.decoder(self.post_quant_conv(chunk), stream)
 
         return over_chunks(step, latents, self.config.chunk_latents)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
+from jaxtyping import Float, Float32, UInt8
 
 from mimic_video.config import ConfigError
 from mimic_video.policy.observations import BadRequest, PolicyLayout, Request
@@ -23,8 +24,12 @@ class Planner(Protocol):
     """A `Policy`, or anything called like one."""
 
     def __call__(
-        self, images: Mapping[str, np.ndarray], proprio: np.ndarray, instructions: Sequence[str], query: int
-    ) -> np.ndarray: ...
+        self,
+        images: Mapping[str, UInt8[np.ndarray, "n f h w 3"]],
+        proprio: Float32[np.ndarray, "n p"],
+        instructions: Sequence[str],
+        query: int,
+    ) -> Float[np.ndarray, "n a m"]: ...
 
 
 class RequestError(Exception):
@@ -40,12 +45,12 @@ class Answer:
     """A planned chunk.
 
     Attributes:
-        actions: float32 (n, a, m), raw units.
+        actions: raw units.
         query: the number that its noise came from.
         waited, planned: seconds in the queue and in the policy.
     """
 
-    actions: np.ndarray
+    actions: Float32[np.ndarray, "n a m"]
     query: int
     waited: float
     planned: float
@@ -174,8 +179,8 @@ class Batcher:
                 waiting.answer.set_result(Answer(own, query, start - waiting.since, planned))
             first += count
 
-    def _call(self, request: Request, query: int) -> np.ndarray:
-        """Actions (n, a, m); runs in the policy's thread."""
+    def _call(self, request: Request, query: int) -> Float32[np.ndarray, "n a m"]:
+        """Actions; runs in the policy's thread."""
         count, layout = len(request.state), self._layout
         size = next(size for size in self._sizes if size >= count)
 

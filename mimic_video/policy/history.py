@@ -4,6 +4,7 @@ import collections
 import math
 
 import numpy as np
+from jaxtyping import UInt8
 
 _SAME = 1e-6  # seconds: times that are as near count as equal, whatever their rounding
 
@@ -29,8 +30,8 @@ class FrameHistory:
         """Forgets everything: the next frame starts an episode."""
         self._frames.clear()
 
-    def append(self, frame: np.ndarray, timestamp: float) -> None:
-        """Adds a frame, uint8 (..., H, W, 3), in place of one of the same time, as when a request is repeated.
+    def append(self, frame: UInt8[np.ndarray, "*b h w 3"], timestamp: float) -> None:
+        """Adds a frame, in place of one of the same time, as when a request is repeated.
 
         It is kept by reference, not copied, and let go when no window needs it any more.
 
@@ -57,8 +58,8 @@ class FrameHistory:
         while len(self._frames) > 1 and self._frames[1][0] <= timestamp - self._ages[0]:
             self._frames.popleft()
 
-    def window(self, now: float | None = None) -> np.ndarray:
-        """uint8 (..., past_frames, H, W, 3), oldest first.
+    def window(self, now: float | None = None) -> UInt8[np.ndarray, "*b f h w 3"]:
+        """`past_frames` frames, oldest first.
 
         Args:
             now: the present on the frames' clock, to be sure that the camera has not stopped; None where that cannot be.

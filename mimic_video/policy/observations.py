@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float32, UInt8
 
 from mimic_video.policy.history import FrameHistory
 from mimic_video.policy.policy import Policy
@@ -80,8 +81,8 @@ class Request:
     """One call of the policy, for the n robots of a connection.
 
     Attributes:
-        images: by camera, uint8 (n, past_frames, H, W, 3).
-        state: float32 (n, p).
+        images: by camera, `past_frames` of each.
+        state: raw units.
         instructions: n.
         batched: whether the client asked for several robots, so that the answer has that axis.
         query: the number that fixes the plan's noise; None leaves it to the server.
@@ -89,8 +90,8 @@ class Request:
         history_frames: frames that `images` shows of each camera; fewer than past_frames if the past is not known.
     """
 
-    images: dict[str, np.ndarray]
-    state: np.ndarray
+    images: dict[str, UInt8[np.ndarray, "n f h w 3"]]
+    state: Float32[np.ndarray, "n p"]
     instructions: list[str]
     batched: bool
     query: int | None
@@ -142,7 +143,7 @@ class Session:
         views = {camera: images[:, index] for index, camera in enumerate(self._layout.cameras)}
         return Request(views, state, instructions, batched, query, deadline, seen)
 
-    def _append(self, frames: FrameHistory, images: np.ndarray, timestamp: float) -> None:
+    def _append(self, frames: FrameHistory, images: UInt8[np.ndarray, "n cameras h w 3"], timestamp: float) -> None:
         past, hz = self._layout.past_frames, self._layout.video_hz
         if len(frames) > past * _FRAMES_PER_PAST_FRAME:
             raise BadRequest(
@@ -164,8 +165,10 @@ class Session:
                     "server's --rename maps a robot's names to these, or leaves them out)"
                 )
 
-    def _images(self, fields: Mapping[str, Any], count: int, batched: bool) -> tuple[np.ndarray, bool]:
-        """(n, cameras, H, W, 3) of the present or (n, cameras, past_frames, H, W, 3), resized; and whether it is the latter."""
+    def _images(
+        self, fields: Mapping[str, Any], count: int, batched: bool
+    ) -> tuple[UInt8[np.ndarray, "{count} cameras *f h w 3"], bool]:
+        """Those of the present, or the past frames of each camera, resized; and whether it is the latter."""
         views: list[np.ndarray] = []
         past = self._layout.past_frames
         lead, names = ((count,), f"({count}, ") if batched else ((), "(")
@@ -189,7 +192,7 @@ class Session:
         # A view of the message would keep all of it in memory for as long as the history holds the frame.
         return np.stack(views, axis=1), whole
 
-    def _state(self, fields: Mapping[str, Any], count: int, batched: bool) -> np.ndarray:
+    def _state(self, fields: Mapping[str, Any], count: int, batched: bool) -> Float32[np.ndarray, "{count} p"]:
         value, dim = _array(fields, "state"), self._layout.proprio_dim
         expected = (count, dim) if batched else (dim,)
         if value.shape != expected:

@@ -22,6 +22,8 @@ from mimic_video.training.storage import RunError, local_path, run_path
 from mimic_video.transforms import resize_images, stack_views
 from mimic_video.vam import Params, Prefix
 
+Images = UInt8[np.ndarray, "b f h w 3"] | Mapping[str, UInt8[np.ndarray, "b f _ _ 3"]]
+
 _KEPT_INSTRUCTIONS = 64  # whose features stay in memory: a server's clients may ask for anything
 
 
@@ -76,7 +78,7 @@ class Policy:
 
     def __call__(
         self,
-        images: UInt8[np.ndarray, "b f h w 3"] | Mapping[str, UInt8[np.ndarray, "b f h w 3"]],
+        images: Images,
         proprio: Float[np.ndarray, "b p"],
         instructions: Sequence[str],
         query: int = 0,
@@ -101,8 +103,8 @@ class Policy:
         return np.asarray(self._plan(*inputs, prefix, samples=None))
 
     def sample(
-        self, images: Any, proprio: Float[np.ndarray, "b p"], instructions: Sequence[str], samples: int, query: int = 0
-    ) -> Float[np.ndarray, "b samples a m"]:
+        self, images: Images, proprio: Float[np.ndarray, "b p"], instructions: Sequence[str], samples: int, query: int = 0
+    ) -> Float[np.ndarray, "b {samples} a m"]:
         """Several chunks for every robot, of one video pass: the first is that of a call, others have other action noise.
 
         Arguments and errors are those of a call. The spread of samples tells how sure the policy is of what to do next.
@@ -127,7 +129,7 @@ class Policy:
         return time.perf_counter() - start
 
     def prepare(
-        self, images: Any, proprio: Float[np.ndarray, "b p"], instructions: Sequence[str], query: int = 0
+        self, images: Images, proprio: Float[np.ndarray, "b p"], instructions: Sequence[str], query: int = 0
     ) -> tuple[Any, ...]:
         """What the program takes for a call with the same arguments: all that is done on the host."""
         data = self.config.data
@@ -148,7 +150,7 @@ class Policy:
             del self._text[next(iter(self._text))]
         return self.params, video, np.asarray(proprio, np.float32), text, self._key_data(query)
 
-    def _stack(self, images: Mapping[str, np.ndarray]) -> np.ndarray:
+    def _stack(self, images: Mapping[str, UInt8[np.ndarray, "b f _ _ 3"]]) -> UInt8[np.ndarray, "b f h w 3"]:
         """Views in the size of training, one above the other."""
         expected = set(self.config.data.cameras) & set(self.embodiment.cameras)
         if set(images) != expected:

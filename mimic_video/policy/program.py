@@ -61,7 +61,7 @@ class PolicyProgram:
         key_data: UInt32[Array, " k"],
         prefix: Prefix | None = None,
         samples: int | None = None,
-    ) -> Float[Array, "b a m"]:
+    ) -> Float[Array, "b *n a m"]:
         """Actions in raw units; with `samples`, (b, samples, a, m): chunks that share all but the noise of the action flow.
 
         Args:
@@ -100,8 +100,8 @@ class PolicyProgram:
         params: Params,
         context: Context,
         time: Float[Array, " b"],
-        state: Array,
-        noise: Array,
+        state: Float[Array, "b 1 p"],
+        noise: Float[Array, "b *n a w"],
         prefix: Prefix | None = None,
         samples: int | None = None,
     ) -> Float[Array, "b *n a w"]:
@@ -130,13 +130,13 @@ def ranges(normalizer: Normalizer) -> Ranges:
     return {name: jnp.asarray(getattr(normalizer, name), jnp.float32) for name in ("shift", "scale", "low", "high")}
 
 
-def normalize(values: Float[Array, "... h d"], ranges: Ranges, bfloat16: bool) -> Float[Array, "... h d"]:
+def normalize(values: Float[Array, "*b h d"], ranges: Ranges, bfloat16: bool) -> Float[Array, "*b h d"]:
     """`Normalizer.normalize` to the bit; `bfloat16` where that is the normaliser's dtype."""
     shifted = _rounded(_rounded(values, bfloat16) - ranges["shift"], bfloat16)
     return jnp.clip(_rounded(shifted * ranges["scale"], bfloat16), ranges["low"], ranges["high"])
 
 
-def unnormalize(values: Float[Array, "... h d"], ranges: Ranges, bfloat16: bool) -> Float[Array, "... h d"]:
+def unnormalize(values: Float[Array, "*b h d"], ranges: Ranges, bfloat16: bool) -> Float[Array, "*b h d"]:
     """`Normalizer.unnormalize` to the bit."""
     # A divisor that is visibly the same for many values would become a factor, its rounded reciprocal.
     scale = jax.lax.optimization_barrier(jnp.broadcast_to(ranges["scale"], values.shape))
@@ -144,6 +144,6 @@ def unnormalize(values: Float[Array, "... h d"], ranges: Ranges, bfloat16: bool)
     return _rounded(scaled + ranges["shift"], bfloat16)
 
 
-def _rounded(values: Any, bfloat16: bool) -> Array:
+def _rounded(values: Float[Array, "*b"], bfloat16: bool) -> Float[Array, "*b"]:
     """To bfloat16's grid if asked for, in float32: compilers may leave out conversions between types, but not this."""
     return jax.lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7) if bfloat16 else values

@@ -36,7 +36,7 @@ def write_programs(folder: pathlib.Path, policies: dict[Platform, Policy], batch
     policy = next(iter(policies.values()))
     names = named_leaves(policy.params)
     weights = {name: np.asarray(_stored(leaf)) for name, leaf in names.items()}
-    np.savez(folder / "weights.npz", **weights)  # type: ignore[arg-type]
+    np.savez(folder / "weights.npz", allow_pickle=False, **weights)
     inputs = policy.program.input_shapes(batch)
     for platform, one in policies.items():
         (folder / f"{platform}.bin").write_bytes(export_program(one, platform, batch))

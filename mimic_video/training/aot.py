@@ -226,7 +226,7 @@ def as_on_gpu(capability: Capability | None) -> Iterator[None]:
     def reaches(least: str) -> bool:
         return capability is not None and capability >= tuple(map(int, least.split(".")))
 
-    answers = {"check_cudnn_version": lambda: 91_100, "check_compute_capability": reaches}
+    answers: dict[str, Any] = {"check_cudnn_version": lambda: 91_100, "check_compute_capability": reaches}
     with assuming("gpu", capability), unittest.mock.patch.multiple(fused_attention_stablehlo, **answers):
         yield
 

@@ -130,7 +130,7 @@ def restore(manager: ocp.CheckpointManager, state: TrainState) -> TrainState | N
         except DamagedError as error:
             damaged[step] = str(error)  # without the traceback, which would keep what was read in memory
             continue
-        restored = state.replace(**{"ema": {}} | items.pop("train_state") | items)
+        restored = dataclasses.replace(state, **{"ema": {}} | items.pop("train_state") | items)
         break
     if damaged and restored is None:
         raise RunError(f"no checkpoint of {run} can be used, and nothing was changed: " + "; ".join(damaged.values()))

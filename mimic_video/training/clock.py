@@ -114,8 +114,8 @@ class ProfilerWindow:
     def __init__(self, run: epath.Path, window: tuple[int, int] | None, steps: int):
         if window is not None and not 1 <= window[0] <= window[1] <= steps:
             raise ConfigError(f"steps to profile are {window[0]}:{window[1]}; expected FIRST:LAST within 1:{steps}")
-        self._folder, self._spool = run / "profile", None
-        self._window = window if jax.process_index() == 0 else None
+        self._folder, self._window = run / "profile", window if jax.process_index() == 0 else None
+        self._spool: Spool | None = None
 
     def before(self, step: int) -> None:
         if self._window is not None and self._spool is None and self._window[0] <= step <= self._window[1]:
@@ -124,7 +124,7 @@ class ProfilerWindow:
 
     def after(self, step: int, result: Any) -> None:
         """Ends the trace after its last step, whose `result` it waits for."""
-        if self._spool is not None and step == self._window[1]:
+        if self._spool is not None and self._window is not None and step == self._window[1]:
             jax.block_until_ready(result)
             jax.profiler.stop_trace()
             self._spool.close()

@@ -10,6 +10,7 @@ without a word, JAX aborts the others at once (SIGABRT), with a message that the
 """
 
 import contextlib
+import functools
 import os
 import re
 import socket
@@ -18,6 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 from absl import logging
@@ -77,7 +79,7 @@ def initialize(environment: Mapping[str, str]) -> None:
     if explicit.get("JAX_NUM_PROCESSES") == "1":
         return
     # JAX's own, a process's last beat of which may be half of this before its death: so ours comes first.
-    timeout = {"heartbeat_timeout_seconds": int(4 * SILENCE)}
+    connect = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=int(4 * SILENCE))
     if explicit:
         for name in _EXPLICIT:
             if name not in explicit:
@@ -89,13 +91,13 @@ def initialize(environment: Mapping[str, str]) -> None:
         index = _number("JAX_PROCESS_ID", explicit, 0, count)
         if not re.fullmatch(r".+:\d+", address):
             raise ConfigError(f"environment variable JAX_COORDINATOR_ADDRESS is {address!r}; expected host:port")
-        jax.distributed.initialize(address, count, index, cluster_detection_method="deactivate", **timeout)
+        connect(address, count, index, cluster_detection_method="deactivate")
     elif "SLURM_STEP_NODELIST" in environment and _number("SLURM_NTASKS", environment, 1, 2**31) > 1:
-        jax.distributed.initialize(cluster_detection_method="slurm", **timeout)
+        connect(cluster_detection_method="slurm")
     elif cloud_tpu_init.running_in_cloud_tpu_vm:
         hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES", "")  # of GKE
         if "," in hosts or "MEGASCALE_NUM_SLICES" in environment or (not hosts and "TPU_SKIP_MDS_QUERY" not in environment):
-            jax.distributed.initialize(**timeout)
+            connect()
 
 
 def _number(name: str, environment: Mapping[str, str], low: int, end: int) -> int:
@@ -123,7 +125,8 @@ class _Watch:
     """The thread that tells the others that this process lives, and ends it when another one fails."""
 
     def __init__(self):
-        self._client, self._index, self._ending = global_state.client, global_state.process_id, threading.Event()
+        self._client: Any = global_state.client  # there is one: `initialize` has connected
+        self._index, self._ending = global_state.process_id, threading.Event()
         self._name = f"process {self._index} on {socket.gethostname()}"
         self._heard: dict[str, tuple[str, float]] = {}  # last sign of life of each process, and when it came
         self._thread = threading.Thread(target=self._run, name="watch over other processes", daemon=True)

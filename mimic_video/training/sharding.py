@@ -118,6 +118,10 @@ def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
         pieces = dict(zip(parts, np.split(rows, len(parts)), strict=True))
         size = len(rows) // len(parts)
         shape = (size * mesh.shape["data"] * mesh.shape["fsdp"], *rows.shape[1:])
-        return jax.make_array_from_callback(shape, sharding, lambda index: pieces[(index[0].start or 0) // size])
+
+        def piece(index: Any) -> np.ndarray:
+            return pieces[(index[0].start or 0) // size]
+
+        return jax.make_array_from_callback(shape, sharding, piece)
 
     return {key: whole(rows) for key, rows in batch.items()}

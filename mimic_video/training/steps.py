@@ -107,9 +107,7 @@ def abstract_state(vam: VideoActionModel, mesh: Mesh) -> TrainState:
     )
 
 
-def make_train_step(
-    vam: VideoActionModel, mesh: Mesh, state: TrainState
-) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
+def make_train_step(vam: VideoActionModel, mesh: Mesh, state: TrainState) -> MeshFunction:
     """The compiled step (state, frozen, batch) → (state, metrics); it consumes the old state's memory.
 
     `frozen` is neither differentiated nor copied. `train.micro_batches` parts of the batch go through the networks one after

@@ -54,14 +54,15 @@ def load_tree(path: epath.Path, target: Any, stored_dtype: bool = False) -> Any:
     stored, expected = _read_metadata(path)
     named = list(named_leaves(target).items())
     _require_shapes(path, dict(named), stored)
-    structure, read = jax.tree.structure(target), []
+    structure, read = jax.tree.structure(target), list[jax.Array]()
     for group in _groups([_local_bytes(leaf, stored[name].dtype) for name, leaf in named]):
         wanted = [ocp.PLACEHOLDER] * len(named)
         for index in group:
             name, leaf = named[index]
             wanted[index] = jax.ShapeDtypeStruct(leaf.shape, stored[name].dtype, sharding=leaf.sharding)
-        arrays = jax.tree.leaves(_read(path, structure.unflatten(wanted)))
-        arrays = {named[index][0]: arrays[index] for index in group}
+        leaves = jax.tree.leaves(_read(path, jax.tree.unflatten(structure, wanted)))
+        arrays = {named[index][0]: leaves[index] for index in group}
+        del leaves  # each goes when it has been converted
         if expected is not None:
             found = fingerprints(tuple(arrays.values()))
             wrong = [name for name, value in zip(arrays, found.values(), strict=True) if expected.get(name) != value]
@@ -79,7 +80,7 @@ def load_tree(path: epath.Path, target: Any, stored_dtype: bool = False) -> Any:
         time.perf_counter() - start,
         _peak_gigabytes() - before,
     )
-    return structure.unflatten(read)
+    return jax.tree.unflatten(structure, read)
 
 
 def _read_metadata(path: epath.Path) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, int] | None]:
@@ -149,7 +150,7 @@ def _local_bytes(leaf: Any, dtype: Any) -> int:
 
 def _groups(sizes: list[int]) -> Iterator[list[int]]:
     """Runs of indices whose sizes are at most `_GROUP_BYTES` together, or one that is more."""
-    group, total = [], 0
+    group, total = list[int](), 0
     for index, size in enumerate(sizes):
         if group and total + size > _GROUP_BYTES:
             yield group

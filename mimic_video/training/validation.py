@@ -97,15 +97,21 @@ def make_action_curves(vam: VideoActionModel, mesh: Mesh) -> Curves:
     times = matching.flow_time(grid[steps])
     key = jax.random.key(vam.config.seed)
 
+    def on_mesh(function: Callable) -> MeshFunction:
+        return MeshFunction(jax.jit(function), mesh)
+
+    @on_mesh
     def generate(frozen: Params, batch: Batch) -> tuple[Latents, Latents, list[Latents]]:
         """A batch's latents, noise, and x_τ on the sampler's way."""
         latents = vam.window_latents(frozen, batch)
         noise = vam.draw_noise(key, len(latents))["video"]
         return latents, noise, vam.sample_path(frozen, latents[:, :past], batch["text"], noise, steps, batch.get("view_mask"))
 
+    @on_mesh
     def noised(latents: Latents, noise: Latents, time: Float[Array, ""]) -> Latents:
         return matching.interpolate(latents, noise, jnp.full(len(latents), time))
 
+    @on_mesh
     def squares(
         params: Params, frozen: Params, batch: Batch, latents: Latents, x_tau: Latents, time: Float[Array, ""]
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
@@ -122,8 +128,6 @@ def make_action_curves(vam: VideoActionModel, mesh: Mesh) -> Curves:
         if "action_scale" in batch:
             sums["validation_action_mse_raw"] = jnp.sum((error * batch["action_scale"]) ** 2)
         return jnp.sum(counts), sums
-
-    generate, noised, squares = (MeshFunction(jax.jit(function), mesh) for function in (generate, noised, squares))
 
     def curves(params: Params, frozen: Params, batches: Sequence[Batch]) -> dict[str, float]:
         found: dict[tuple[str, float], list] = {(video, time): [] for video in ("ground_truth", "generated") for time in times}

@@ -93,6 +93,7 @@ def video_dit_config(values: Mapping[str, Any], hidden_block: int) -> VideoDiTCo
     channels = values.get("out_channels")
     fixed = _DIT_FIXED | {"extra_pos_embed_type": None, "in_channels": channels + 1 if isinstance(channels, int) else None}
     _check("transformer/config.json", "CosmosTransformer3DModel", values, needed, fixed)
+    ratio: tuple[Any, ...] = tuple(map(float, values["rope_scale"]))
     return VideoDiTConfig(
         width=values["num_attention_heads"] * values["attention_head_dim"],
         num_blocks=values["num_layers"],
@@ -100,9 +101,9 @@ def video_dit_config(values: Mapping[str, Any], hidden_block: int) -> VideoDiTCo
         mlp_ratio=float(values["mlp_ratio"]),
         text_width=values["text_embed_dim"],
         adaln_lora_dim=values["adaln_lora_dim"],
-        latent_channels=channels,
+        latent_channels=values["out_channels"],
         patch=tuple(values["patch_size"]),
-        rope_ratio=tuple(map(float, values["rope_scale"])),
+        rope_ratio=ratio,
         hidden_block=hidden_block,
     )
 

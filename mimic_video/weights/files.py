@@ -145,7 +145,7 @@ def _read(path: pathlib.Path, offset: int, shape: tuple[int, ...], dtype: np.dty
     array = np.empty(shape, dtype)
     with path.open("rb") as file:
         file.seek(offset)
-        if file.readinto(array.reshape(-1).view(np.uint8)) != array.nbytes:
+        if file.readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:
             raise WeightsError(f"{path} became shorter while it was read")
     return array
 
@@ -200,7 +200,7 @@ class _TorchFile:
 
     def _load(self) -> None:
         torch = _torch()
-        self.tensors, self.others, self._resident = {}, {}, 0  # lets go of the old mapping
+        self.tensors, self.others, self._resident = dict[str, Any](), dict[str, Any](), 0  # lets go of the old mapping
         self._mapped = zipfile.is_zipfile(self._path)  # files of PyTorch before 1.6 are no archives and cannot be mapped
         try:
             # Transformer Engine keeps its counters in memory files; making one executes nothing.

@@ -240,7 +240,7 @@ def published_shapes(names: Names, shapes: Tree) -> dict[str, jax.ShapeDtypeStru
     """Their name → their shape and our dtype, in the order of `export_params`, from a tree of our shapes (or arrays)."""
     flat = _flat(shapes)
     _require_named(names, flat)
-    result = {}
+    result: dict[str, jax.ShapeDtypeStruct] = {}
     for name, place in names.items():
         if place.path not in flat:
             continue

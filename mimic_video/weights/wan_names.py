@@ -49,7 +49,7 @@ def _layers() -> Iterator[tuple[str, str, str, Parts]]:
 
 
 def _names() -> tuple[Names, Names]:
-    published, diffusers = {}, {}
+    published, diffusers = dict[str, Place](), dict[str, Place]()
     for ours, *prefixes, parts in _layers():
         for path, *theirs, ones in parts:
             for names, prefix, name in zip((published, diffusers), prefixes, theirs, strict=True):

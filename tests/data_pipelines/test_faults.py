@@ -193,7 +193,7 @@ def test_episodes_shorter_than_the_window(tmp_path, file_format, config, caplog)
     np.testing.assert_array_equal(row["actions"], np.full((4, 2), 102.5))
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_a_worker_process_that_dies_is_an_error(tmp_path, config):
     before = set(multiprocessing.active_children())
     batches = stream(write(tmp_path, "array_record", LENGTHS), config, workers=2)

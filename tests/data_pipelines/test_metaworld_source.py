@@ -1,4 +1,3 @@
-import importlib.util
 import itertools
 import logging
 import multiprocessing
@@ -9,8 +8,9 @@ import pytest
 from data_pipelines.sources import metaworld as source
 from mimic_video.evaluation.metaworld import MetaworldFactory
 
+pytestmark = pytest.mark.simulator
+
 DRAWER = MetaworldFactory("drawer-open-v3", (64, 64))
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("metaworld") is None, reason="needs the [sim] extra")
 
 
 @pytest.fixture(scope="module")

@@ -252,7 +252,7 @@ def batches(windows, size, **options):
     return make_batches([Part("steps", windows)], mixture, batch_size=size, **options)
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.processes)])
 def test_batches_of_latents(make_source, config, tmp_path, workers):
     lengths = (12, 20, 9)
     windows = cached(tmp_path, WindowDataset(make_source(*lengths), config, actions=True), lengths, 2, "bfloat16")

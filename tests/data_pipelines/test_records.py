@@ -43,6 +43,7 @@ def test_records_come_back_in_any_order(tmp_path, file_format):
         assert bytes(file.read(index)) == bytes(file.peek(index)) == RECORDS[index]
 
 
+@pytest.mark.reference
 def test_tensorflow_reads_and_writes_the_same_tfrecord_files(tmp_path):
     ours, theirs = write(tmp_path / "ours", "tfrecord"), str(tmp_path / "theirs")
     script = f"""

@@ -90,7 +90,7 @@ def restored(directories, run):
         (1, 0),
         (2, 0),
         (4, 0),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 1), (1, 2), (2, 2))),
+        *(pytest.param(*case, marks=pytest.mark.processes) for case in ((1, 1), (1, 2), (2, 2))),
     ],
 )
 def test_the_next_thousand_samples_are_those_of_the_uninterrupted_run(directories, whole, tmp_path, hosts, workers):

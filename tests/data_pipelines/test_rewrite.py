@@ -107,6 +107,7 @@ def test_cameras_size_and_quality(source, tmp_path):
     assert {key for r in records(blind) for key in r if "image" in key} == set()
 
 
+@pytest.mark.reference
 def test_plain_tfds_reads_pieces(source, tmp_path):
     path = convert_rlds(source, tmp_path / "out", Conversion("tfrecord", chunk_steps=3, image_size=(8, 24)))
     script = f"""

@@ -10,7 +10,7 @@ from data_pipelines.sources.lerobot import LeRobotSource
 from data_pipelines.writers import write_rlds
 
 
-@pytest.mark.skipif(importlib.util.find_spec("rlds") is None, reason="the rlds package is not installed")
+@pytest.mark.reference
 def test_it_judges_what_we_write_as_rlds(tmp_path):
     source = LeRobotSource(write_lerobot(tmp_path / "demo", "v2.1", (5, 8)))
     path = write_rlds(

@@ -227,7 +227,7 @@ def test_no_image_of_a_dataset_is_read(tmp_path, config, make_episode, monkeypat
         windows[0]
 
 
-@pytest.mark.slow
+@pytest.mark.full_size
 @pytest.mark.parametrize(("layout", "width"), [("vector", 20), ("pose", 10)])
 def test_a_million_steps(layout, width):
     """The numbers of `action_statistics`: pytest -s -k million tests/data_pipelines/test_statistics.py"""

@@ -1,5 +1,4 @@
 import dataclasses
-import importlib.util
 import subprocess
 import sys
 
@@ -36,10 +35,9 @@ def test_plain_tfds_reads_it(rlds):
     np.testing.assert_allclose(steps[7]["observation"]["image_primary"], np.full((*SIZE, 3), 28), atol=1)
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
 def test_tfds_with_tensorflow_reads_it(tmp_path, make_episode, file_format):
-    if importlib.util.find_spec("tensorflow") is None:
-        pytest.skip("TensorFlow is not installed")
     path = write(tmp_path, {"train": [make_episode(12), make_episode(20, episode=1)]}, file_format=file_format)
     # `as_dataset` of ArrayRecord is not implemented in tfds itself; its features must still decode under TensorFlow.
     # In a process of its own: TensorFlow does not survive being imported after some of the other tests' libraries.

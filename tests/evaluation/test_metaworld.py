@@ -1,5 +1,4 @@
 import dataclasses
-import importlib.util
 import os
 import subprocess
 import sys
@@ -19,11 +18,10 @@ from mimic_video.evaluation.metaworld import (
 )
 from mimic_video.evaluation.rollouts import run_rollouts
 
+pytestmark = pytest.mark.simulator
+
 DRAWER = MetaworldFactory("drawer-open-v3", (64, 64))
 BUTTON = MetaworldFactory("button-press-topdown-v3", (48, 80))
-
-
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("metaworld") is None, reason="needs the [sim] extra")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 SMALL = tiny.experiment(backbone={"num_blocks": 1}, decoder={"num_blocks": 1}, mesh={"fsdp": 2})
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_training_of_every_kind_in_one_line(launch, config_file):
     lines = launch("benchmark", "training", f"--config={config_file(SMALL)}", "--repeats=2").splitlines()
     result = json.loads(lines[-1])
@@ -24,7 +24,7 @@ def test_training_of_every_kind_in_one_line(launch, config_file):
         assert step["tokens_per_second"] == pytest.approx(8 * 6 * step["steps_per_second"], rel=0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_more_draws_have_less_variance(launch, config_file):
     arguments = ("--draws=1,8", "--keys=16", "--repeats=2")
     result = json.loads(launch("benchmark", "draws", f"--config={config_file(SMALL)}", *arguments))
@@ -47,7 +47,7 @@ def test_what_reads_data_is_not_needed():
     assert "error: --policy is missing" in ended.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.reference
 def test_a_policy_by_stages_and_beside_pytorch(launch, config_file):
     """Whose chunk is the same, so that the times are of the same work."""
     config = tiny.experiment(backbone={"num_heads": 1})  # diffusers' positions need heads of more than eight

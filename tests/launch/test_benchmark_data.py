@@ -2,11 +2,11 @@ import json
 
 import pytest
 
-pytest.importorskip("cv2")
+pytestmark = pytest.mark.reference
+
 SMALL = ("--recorded=64x80", "--episodes=2", "--windows=16")
 
 
-@pytest.mark.slow
 def test_every_reader_and_memory_in_one_line(launch):
     lines = launch("benchmark_data", *SMALL, "--size=32x48", "--memory_windows=80", "--memory_frames=32x48").splitlines()
     result = json.loads(lines[-1])

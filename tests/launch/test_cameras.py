@@ -9,6 +9,8 @@ import tiny
 from data_pipelines.sources.rlds import RldsSource
 from mimic_video.training import checkpoints, run_directory
 
+pytestmark = pytest.mark.simulator
+
 RATES = {"image_size": (32, 32), "video_hz": 20.0, "control_hz": 20.0, "action_delay": 0.0}
 BOTH = {"cameras": ("primary", "wrist")}
 
@@ -19,7 +21,6 @@ def experiment(stage, data=(), **changes):
     return tiny.experiment(stage=stage, data=RATES | dict(data), evaluation=evaluation, **values)
 
 
-@pytest.mark.slow
 def test_a_second_camera(launch, config_file, tmp_path):
     folder, views = tmp_path / "data", {"backbone": {"views": 2}}
     counts = ["--videos=1", "--demonstrations=1", "--validation=1"]

@@ -1,15 +1,13 @@
-import importlib.util
 import json
 
 import pytest
 import tiny
 
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+pytestmark = pytest.mark.tpu_compiler
+
 ARGUMENTS = ("--topology=v5e:2x2", "--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.sequence=2")
 
 
-@needs_libtpu
-@pytest.mark.slow
 def test_a_step_that_fits(launch, config_file, tmp_path):
     config, out = config_file(tiny.experiment(stage="action")), tmp_path / "report.json"
     printed = launch("compile", f"--config={config}", *ARGUMENTS, f"--out={out}")
@@ -24,8 +22,6 @@ def test_a_step_that_fits(launch, config_file, tmp_path):
     assert report["program_flops_per_chip"] > report["model_flops_per_chip"] > 0 and report["loops_of_unknown_length"] == 0
 
 
-@needs_libtpu
-@pytest.mark.slow
 def test_a_step_that_does_not_fit(launch, config_file, tmp_path):
     """Gigabytes of what a wide MLP has inside, of samples of 19,200 tokens."""
     data = {"image_size": (480, 640), "future_frames": 56, "latents": "x"}
@@ -37,7 +33,6 @@ def test_a_step_that_does_not_fit(launch, config_file, tmp_path):
     assert not report["fits"] and report["hbm"]["required"] > report["hbm"]["limit"] == 15.75 * 2**30
 
 
-@needs_libtpu
 def test_mistakes_are_told_apart_from_what_does_not_fit(launch, config_file):
     config = config_file(tiny.experiment())
     assert "topology 'v5e:3x3' is not one" in launch("compile", f"--config={config}", "--topology=v5e:3x3")
@@ -45,8 +40,6 @@ def test_mistakes_are_told_apart_from_what_does_not_fit(launch, config_file):
     assert "error: config field 'mesh' is" in wrong and "the 4 devices" in wrong
 
 
-@needs_libtpu
-@pytest.mark.slow
 def test_a_policy(launch, config_file, tmp_path):
     out = tmp_path / "report.json"
     printed = launch("compile", f"--config={config_file(tiny.experiment())}", "--topology=v6e:1x1", "--policy=2", f"--out={out}")

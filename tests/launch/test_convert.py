@@ -18,10 +18,11 @@ from mimic_video.policy.policy import Policy
 from mimic_video.training import checkpoints, run_directory
 from mimic_video.training.loop import train
 from mimic_video.transforms import compute_statistics, statistics_to_published, to_json
-from mimic_video.vam import VideoActionModel
 from mimic_video.weights.files import open_tensors, write_pt
 from mimic_video.weights.published import ACTION_DECODER_NAMES, VIDEO_DIT_NAMES, export_params, published_shapes
 from mimic_video.weights.wan_names import WAN_VAE_NAMES
+
+pytestmark = pytest.mark.reference
 
 ACTION = tiny.experiment(
     precision="bfloat16",
@@ -45,7 +46,7 @@ PATTERNS = (
 
 
 def shapes_of(config):
-    return jax.eval_shape(VideoActionModel(config).init, jax.random.key(0))
+    return tiny.shapes(config)
 
 
 @pytest.fixture(scope="module")

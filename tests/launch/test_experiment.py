@@ -15,7 +15,7 @@ experiment.run(lambda config: print(jax.jit(lambda x: x + 1)(config.train.steps)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_compiled_programs_are_kept_unless_switched_off(config_file, tmp_path):
     file = config_file(tiny.experiment())
     user, own, off = tmp_path / "user", tmp_path / "own", tmp_path / "off"

@@ -104,7 +104,7 @@ def inputs():
     }
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_an_exported_policy_plans_as_the_run_does(launch, run, inputs, tmp_path):
     """To the bit: after reading the bundle in a fresh process, and by the StableHLO program alone."""
     (tmp_path / "prompts.txt").write_text(f"{INSTRUCTION}\n\nclose it\n")
@@ -131,7 +131,7 @@ def test_an_exported_policy_plans_as_the_run_does(launch, run, inputs, tmp_path)
     np.testing.assert_array_equal(stored["net.final_layer.linear.weight"], np.asarray(merged).T)
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_bfloat16_is_as_near_as_its_rounding(launch, run, tmp_path):
     """Of a policy with random weights in units of the actions' deviations; bfloat16 has eight bits."""
     launch("export", f"--checkpoint={run}", f"--out={tmp_path / 'bundle'}", "--precision=bfloat16")
@@ -141,7 +141,7 @@ def test_bfloat16_is_as_near_as_its_rounding(launch, run, tmp_path):
     assert 0 < np.abs(difference / ROBOT.statistics["action"].std_clamped).max() < 0.05
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_weights_of_eight_bits(launch, run, inputs, tmp_path):
     """The bundle and its program are to the bit what a run makes of its weights if configured so, and near the exact policy."""
     launch("export", f"--checkpoint={run}", f"--out={tmp_path / 'bundle'}", "--weights=int8", "--stablehlo=cpu")

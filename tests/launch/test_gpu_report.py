@@ -3,7 +3,7 @@ import json
 import pytest
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_the_report_runs_without_a_gpu(launch, tmp_path):
     """One line of JSON for all that was found, in the file too; a part that fails says why and is the only one."""
     out, parts = tmp_path / "report.jsonl", "device,attention,forms,golden"

@@ -81,7 +81,7 @@ def assert_same(one, other):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("stage", ["action", pytest.param("video", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", ["action", pytest.param("video", marks=pytest.mark.training)])
 def test_training_from_latents_equals_training_from_frames(command, tmp_path, stage):
     validating = {"train": {"validate_every": 2}}
     output = command("precompute_latents", **validating)  # for both stages, since both read the same dataset
@@ -92,7 +92,7 @@ def test_training_from_latents_equals_training_from_frames(command, tmp_path, st
     assert_same(tmp_path / "cached", tmp_path / "frames")
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_training_from_bfloat16_latents_of_the_wan_tokenizer(command, tmp_path):
     tokenizer = {"kind": "wan", "width": 4}
     backbone = save_backbone(tmp_path / "wan", tokenizer=tokenizer)
@@ -104,7 +104,7 @@ def test_training_from_bfloat16_latents_of_the_wan_tokenizer(command, tmp_path):
     assert_same(tmp_path / "cached", tmp_path / "frames")
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_no_frame_is_read_in_training(command, tmp_path, dataset, monkeypatch):
     command("precompute_latents", "--stride=4")
 
@@ -144,7 +144,7 @@ def test_stale_latents_are_refused(command, tmp_path):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_a_run_that_has_begun_checks_its_own_tokenizer(command, tmp_path):
     start = save_backbone(tmp_path / "start")
     settings = {"backbone_run": str(start)}
@@ -158,7 +158,7 @@ def test_a_run_that_has_begun_checks_its_own_tokenizer(command, tmp_path):
     assert "another tokenizer made them" in command("train", f"--workdir={tmp_path / 'run'}", **settings)
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_a_record_that_cannot_be_read(command, tmp_path):
     splits = {"train": [tiny.episode(15, seed) for seed in (0, 1)]}
     broken = write_rlds(

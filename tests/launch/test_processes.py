@@ -22,6 +22,8 @@ from mimic_video.training.metrics import read_metrics
 from mimic_video.training.preemption import EXIT_CODE
 from mimic_video.training.storage import run_path
 
+pytestmark = pytest.mark.processes
+
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS, CHECKPOINT_EVERY = 8, 2
 DEADLINE = 300  # seconds that anything may take
@@ -90,7 +92,6 @@ class Processes:
         return "".join(line for line in lines if not line.startswith("[Gloo]"))
 
 
-@pytest.mark.slow
 def test_four_processes_train_as_one_even_if_one_of_them_is_killed(launch, experiment_file, tmp_path):
     runs = {name: tmp_path / name for name in ("one", "four")}
     commands = {name: [f"--config={experiment_file}", f"--workdir={run}"] for name, run in runs.items()}
@@ -121,7 +122,6 @@ def test_four_processes_train_as_one_even_if_one_of_them_is_killed(launch, exper
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), four, one)
 
 
-@pytest.mark.slow
 def test_what_one_process_cannot_read_ends_all_with_its_reason(experiment_file, tmp_path):
     command = [f"--config={experiment_file}", f"--workdir={tmp_path / 'run'}"]
     missing = {1: ["--config.data.action_dataset=/nowhere/1.0.0"]}
@@ -132,7 +132,6 @@ def test_what_one_process_cannot_read_ends_all_with_its_reason(experiment_file, 
         assert f"error: process 1 on {socket.gethostname()} stopped: {reason}" in job.printed(0)
 
 
-@pytest.mark.slow
 def test_two_processes_train_and_continue_in_a_bucket(launch, experiment_file, tmp_path):
     with emulated_bucket() as bucket:
         run = run_path(f"{bucket}/run")

@@ -16,6 +16,8 @@ from mimic_video.training.steps import make_state, split_params
 from mimic_video.transforms import compute_statistics
 from mimic_video_client import PolicyClient, RequestRefused, ServerUnavailable
 
+pytestmark = pytest.mark.processes
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -42,7 +44,6 @@ def start(*arguments):
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.slow
 def test_a_policy_is_served_until_it_is_told_to_end(run):
     rename = "--rename=observation.images.front=images.primary"
     process = start(f"--policy={run}", "--port=0", "--token=secret", "--batch_size=2", rename)
@@ -77,7 +78,6 @@ def test_a_policy_is_served_until_it_is_told_to_end(run):
         ([], "is not a run directory"),
     ],
 )
-@pytest.mark.slow
 def test_mistakes_are_told(tmp_path, arguments, complaint):
     process = start(f"--policy={tmp_path}", *arguments)
     _, errors = process.communicate(timeout=120)

@@ -66,7 +66,7 @@ def write(folder, *episodes):
     return write_rlds(folder, "tiny", {"train": episodes}, control_hz=10.0, image_size=tiny.SIZE, description="Noise.")
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_a_run_does_not_continue_on_data_that_changed(launch, config_file, tmp_path):
     data = write(tmp_path / "data", tiny.episode(15, 0), tiny.episode(12, 1))
     file = config_file(tiny.experiment(stage="video", train={"steps": 2}, data={"video_dataset": str(data)}))
@@ -98,7 +98,7 @@ print(list(found))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_two_processes_compute_statistics_together_and_the_first_writes_them(tmp_path):
     data, run = write(tmp_path / "data", tiny.episode(15, 0), tiny.episode(12, 1)), tmp_path / "run"
     with socket.socket() as free:

@@ -9,6 +9,8 @@ import tiny
 
 from mimic_video.training import checkpoints, run_directory
 
+pytestmark = pytest.mark.simulator
+
 SIZE = (32, 32)
 RATES = {"image_size": SIZE, "video_hz": 20.0, "control_hz": 20.0, "action_delay": 0.0}
 
@@ -20,7 +22,6 @@ def experiment(stage, layout, **changes):
     return tiny.experiment(stage=stage, **values)
 
 
-@pytest.mark.slow
 def test_a_mixture_of_two_action_layouts(launch, config_file, tmp_path):
     folders = {}
     for layout in ("native", "delta"):

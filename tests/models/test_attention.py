@@ -34,7 +34,7 @@ def assert_close(found, expected):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.tpu_compiler
 @pytest.mark.parametrize(
     ("queries", "keys", "masked", "head_dim"),
     [
@@ -59,7 +59,7 @@ def test_splash_attention_is_attention(queries, keys, masked, head_dim):
 # Queries that share keys.
 
 
-@pytest.mark.parametrize("backend", ["xla", pytest.param("splash", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["xla", pytest.param("splash", marks=pytest.mark.tpu_compiler)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_samples_that_share_keys_attend_as_with_keys_of_their_own(masked, backend):
     """Outputs, and gradients, which for shared keys are sums."""

@@ -15,6 +15,8 @@ from mimic_video.models.video_dit import VideoDiT
 from mimic_video.weights.diffusers import DIFFUSERS_DIT_NAMES, video_dit_config
 from mimic_video.weights.published import import_params
 
+pytestmark = pytest.mark.reference
+
 SMALL = {
     "in_channels": 17,
     "out_channels": 16,

@@ -11,6 +11,8 @@ from flax import nnx
 from mimic_video.config import CompatConfig, VideoDiTConfig
 from mimic_video.models.video_dit import VideoDiT
 
+pytestmark = pytest.mark.full_size
+
 CONFIG = VideoDiTConfig()
 FRAMES, ROWS, COLUMNS, TEXT_ROWS = 2, 4, 6, 8
 
@@ -29,7 +31,6 @@ def random_params(shapes):
     return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("blocks", "bound"), [(1, 0.01), (CONFIG.num_blocks, 0.03)], ids=["one block", "whole network"])
 def test_bfloat16_stays_close_to_float32(blocks, bound):
     """`bound` is of the root mean square error relative to that of the float32 result."""

@@ -6,7 +6,6 @@ import tiny
 from configs import published
 from mimic_video.config import experiment_from
 from mimic_video.models.quantization import Int8Kernel, cast, dequantized, quantized
-from mimic_video.vam import VideoActionModel
 
 
 def test_every_weight_is_off_by_half_a_step_of_its_output_at_most():
@@ -26,7 +25,7 @@ def test_every_weight_is_off_by_half_a_step_of_its_output_at_most():
 
 def test_a_network_computes_as_with_the_weights_that_its_integers_stand_for():
     config = tiny.experiment(policy={"weights": "int8"})
-    vam = VideoActionModel(config)
+    vam = tiny.model(config)
     exact = {"backbone": tiny.params(config)["backbone"]}
     kept = vam.policy_params(exact)
     latents, times, text = np.ones((1, 3, 4, 4, 16), np.float32), np.full((1, 3), 0.5, np.float32), np.ones((1, 4, 8), np.float32)
@@ -45,7 +44,7 @@ def test_the_published_policy_in_half_the_memory():
     def gigabytes(weights):
         values = published.get_config("bridge")
         values.policy.weights = weights
-        vam = VideoActionModel(experiment_from(values))
+        vam = tiny.model(experiment_from(values))
         shapes = jax.eval_shape(lambda: vam.policy_params(vam.init(jax.random.key(0))))
         assert isinstance(shapes["backbone"]["blocks"]["mlp"]["up"]["kernel"], Int8Kernel) == (weights == "int8")
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)) / 1e9

@@ -20,6 +20,8 @@ from transformers import AutoTokenizer, T5EncoderModel, T5ForConditionalGenerati
 from mimic_video.config import ConfigError, TextConfig
 from mimic_video.models.text import DamagedEntryError, FeatureCache, T5TextEncoder, fingerprint, make_text_encoder
 
+pytestmark = pytest.mark.reference
+
 GOLDEN = [0.9031691, 1.4875125, -1.0567977]  # recorded from another process
 CARROT, LONG = "pick up the carrot", "put the carrot on the plate and then move the pot to the left"
 PROMPTS = [CARROT, "zebra!", LONG, ""]  # known words, unknown letters, long, nothing but the end token

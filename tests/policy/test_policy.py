@@ -13,7 +13,6 @@ from mimic_video.policy.policy import Policy
 from mimic_video.training import checkpoints, run_directory
 from mimic_video.training.steps import make_state, split_params
 from mimic_video.transforms import compute_statistics, resize_images
-from mimic_video.vam import VideoActionModel
 
 CONFIG = tiny.experiment()
 STATISTICS = {
@@ -56,7 +55,7 @@ def test_a_plan_is_a_function_of_observation_seed_and_query(policy, params):
 def test_one_program_computes_what_its_parts_do(params, changes):
     """The normalisers as NumPy has them, around the model's own sampler with its own noise."""
     config = tiny.experiment(**changes)
-    policy, vam = Policy(config, params, ROBOT, seed=3), VideoActionModel(config)
+    policy, vam = Policy(config, params, ROBOT, seed=3), tiny.model(config)
     images, proprio, instructions = observation()
     text = np.stack([policy._encode_text(instruction) for instruction in instructions])
     normalised = policy.normalizers["proprio"].normalize(proprio[:, None])

@@ -500,7 +500,7 @@ def resident_bytes(pid):
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads the memory of a process from Linux's /proc")
 def test_memory_does_not_grow_with_requests_connections_and_garbage():
     process = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
@@ -525,10 +525,12 @@ def test_memory_does_not_grow_with_requests_connections_and_garbage():
         process.stdout.close()
 
 
+@pytest.mark.reference
 def test_openpis_client():
-    policy_module = pytest.importorskip("openpi_client.websocket_client_policy", reason="pip install --no-deps openpi-client")
+    from openpi_client.websocket_client_policy import WebsocketClientPolicy
+
     with serving(Recorder(), token="secret") as running:
-        client = policy_module.WebsocketClientPolicy("127.0.0.1", running.server.port, api_key="secret")
+        client = WebsocketClientPolicy("127.0.0.1", running.server.port, api_key="secret")
         assert client.get_server_metadata()["action"]["horizon"] == 4
         seen = {"observation/image": observation()["images"]["primary"], "observation/state": np.ones(3), "prompt": "a"}
         np.testing.assert_array_equal(client.infer(seen)["actions"][:3], plan_of(7, (1, 1, 1), "a"))

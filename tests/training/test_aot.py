@@ -1,5 +1,4 @@
 import dataclasses
-import importlib.util
 import types
 
 import numpy as np
@@ -9,8 +8,6 @@ import tiny
 from mimic_video.config import ConfigError
 from mimic_video.training import aot, flops
 from mimic_video.training.hlo import Collective, Work
-
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 
 
 @pytest.mark.parametrize("stage", ["video", "action"])
@@ -70,20 +67,17 @@ def test_the_slowest_resource_binds():
     assert bound.ici == 1e9 / chip.link_rate and bound.binding == "dcn"
 
 
-@needs_libtpu
 def test_a_topology_that_is_none():
     with pytest.raises(aot.TopologyError, match="topology 'v5e:3x3' is not one that libtpu knows"):
         aot.topology_devices("v5e:3x3")
 
 
-@needs_libtpu
 def test_slices_are_told_apart():
     devices = aot.topology_devices("v5e:2x2", slices=2)
     assert len(devices) == 8 and {device.slice_index for device in devices} == {0, 1}
     assert flops.chip_of(devices[0]) is flops.CHIPS["TPU v5 lite"]
 
 
-@needs_libtpu
 def test_a_mesh_that_does_not_fit_the_topology():
     devices = aot.topology_devices("v5e:2x2")
     with pytest.raises(ConfigError, match="must multiply to the 4 devices"):
@@ -102,8 +96,7 @@ def small(**changes):
     return tiny.experiment(**values | changes)
 
 
-@needs_libtpu
-@pytest.mark.slow
+@pytest.mark.tpu_compiler
 @pytest.mark.parametrize(("stage", "slices"), [("video", 1), ("action", 2)])
 def test_a_step_compiled_for_tpus(stage, slices):
     config = small(stage=stage, mesh={"data": slices, "fsdp": 2, "sequence": 2})
@@ -119,8 +112,7 @@ def test_a_step_compiled_for_tpus(stage, slices):
     assert np.isfinite(aot.step_bound(step.work, flops.CHIPS["TPU v5 lite"]).seconds)
 
 
-@needs_libtpu
-@pytest.mark.slow
+@pytest.mark.tpu_compiler
 @pytest.mark.parametrize("topology", ["v5e:1x1", "v6e:1x1"])
 @pytest.mark.parametrize("form", ["one chunk", "samples", "continuing", "int8", "a missing camera and two robots"])
 def test_a_policy_compiled_for_one_tpu(form, topology):

@@ -10,7 +10,6 @@ from mimic_video.config import MeshConfig
 from mimic_video.training import checkpoints, run_directory
 from mimic_video.training.sharding import make_mesh, named_leaves
 from mimic_video.training.steps import abstract_state, join_params, split_params
-from mimic_video.vam import VideoActionModel
 
 
 @pytest.mark.parametrize("ema_decay", [0.9, 0.0])
@@ -28,7 +27,7 @@ def test_a_state_comes_back_bit_for_bit(tmp_path, template, ema_decay):
 def test_a_state_restored_onto_another_mesh(tmp_path, template):
     state = state_of(template, 5, mesh=make_mesh(MeshConfig(data=8)))
     saved(tmp_path, [state])
-    target = abstract_state(VideoActionModel(CONFIG), make_mesh(MeshConfig(data=2, fsdp=4)))
+    target = abstract_state(tiny.model(CONFIG), make_mesh(MeshConfig(data=2, fsdp=4)))
     with checkpoints.open_checkpoints(tmp_path, 3) as manager:
         restored = checkpoints.restore(manager, target)
     assert_equal_bits(restored, state)

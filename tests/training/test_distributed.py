@@ -111,7 +111,7 @@ with processes():
 """
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_two_processes_hold_the_arrays_of_one():
     with socket.socket() as free:
         free.bind(("localhost", 0))

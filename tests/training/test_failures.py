@@ -51,7 +51,7 @@ def saved_steps(run):
     return sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_a_loss_that_is_not_a_number_stops_training_and_is_never_saved(tmp_path):
     with pytest.raises(loop.NonFiniteLossError) as error:
         train(tmp_path, bad_step=4)
@@ -88,7 +88,7 @@ def wait_until_nothing_is_written(folder):
         time.sleep(1)
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_a_full_disk_ends_training_with_what_is_left_and_the_next_start_continues(tmp_path):
     with contextlib.ExitStack() as full:
 
@@ -120,7 +120,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_a_directory_that_cannot_be_written_is_found_out_at_the_start(tmp_path):
     config = tmp_path / "tiny_config.py"
     config.write_text(

@@ -10,7 +10,7 @@ from mimic_video.config import ExperimentConfig, TokenizerConfig, TrainConfig
 from mimic_video.training import flops
 from mimic_video.training.aot import batch_shapes
 from mimic_video.training.steps import join_params, split_params
-from mimic_video.vam import Robots, VideoActionModel
+from mimic_video.vam import Robots
 
 PUBLISHED = ExperimentConfig(stage="video", tokenizer=TokenizerConfig(kind="wan"), train=TrainConfig(batch_size=1))
 
@@ -33,7 +33,7 @@ def traced_flops(jaxpr) -> float:
 
 def gradient(config: ExperimentConfig):
     """The gradient of a stage's loss, and shapes of its arguments."""
-    vam = VideoActionModel(config)
+    vam = tiny.model(config)
     trained, frozen = jax.eval_shape(lambda: split_params(vam.init(jax.random.key(0)), config))
 
     def loss(trained, frozen, batch):
@@ -77,18 +77,18 @@ def test_the_count_is_that_of_the_traced_step(changes):
 def test_a_policy_is_counted_as_traced(changes):
     config = tiny.experiment(**changes)
     data, decoder, counted = config.data, config.decoder, flops.policy_flops(config)
-    params, robots = jax.eval_shape(VideoActionModel(config).init, jax.random.key(0)), decoder.embodiments
+    params, robots = tiny.shapes(config), decoder.embodiments
     struct = jax.ShapeDtypeStruct
     shapes = (
         params,
         struct((1, data.past_frames, *data.frame_size, 3), "uint8"),
         struct((1, 1, decoder.proprio_dim), "float32"),
         struct((1, config.text.rows, config.text.width), "float32"),
-        jax.eval_shape(lambda: VideoActionModel(config).draw_noise(jax.random.key(0), 1)),
+        jax.eval_shape(lambda: tiny.model(config).draw_noise(jax.random.key(0), 1)),
     )
 
     def plan(*arguments):
-        return VideoActionModel(config).sample_actions(*arguments, Robots(jax.numpy.zeros(1, int) if robots else None))
+        return tiny.model(config).sample_actions(*arguments, Robots(jax.numpy.zeros(1, int) if robots else None))
 
     assert counted.total == pytest.approx(traced_flops(jax.make_jaxpr(plan)(*shapes).jaxpr), rel=1e-9)
 
@@ -109,7 +109,7 @@ def test_xla_counts_the_same_and_little_else():
 
 def test_the_wan_encoder_is_counted_as_traced():
     config = tiny.experiment(stage="video", tokenizer={"kind": "wan", "width": 4}, data={"image_size": (32, 48)})
-    vam = VideoActionModel(config)
+    vam = tiny.model(config)
     params, shape = jax.eval_shape(vam.init, jax.random.key(0)), batch_shapes(config)["video"]
     traced = traced_flops(jax.make_jaxpr(vam.encode_video)(params, shape).jaxpr)
     assert flops.step_flops(config).tokenizer == pytest.approx(traced, rel=1e-9)

@@ -11,7 +11,6 @@ from mimic_video.config import MeshConfig
 from mimic_video.training import checkpoints, run_directory
 from mimic_video.training.sharding import global_batch, make_mesh, shardings
 from mimic_video.training.steps import abstract_state, make_state, make_train_step, place, split_params
-from mimic_video.vam import VideoActionModel
 
 MESHES = {
     "fsdp=8": MeshConfig(data=1, fsdp=8),
@@ -43,9 +42,9 @@ def run(tmp_path_factory):
     return run, jax.device_get(state), frozen
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_a_run_saved_on_eight_devices_continues_on_any_mesh(run):
-    (folder, saved, kept), vam, losses = run, VideoActionModel(CONFIG), {}
+    (folder, saved, kept), vam, losses = run, tiny.model(CONFIG), {}
     for name in MESHES:
         mesh = mesh_of(name)
         target = abstract_state(vam, mesh)

@@ -43,7 +43,7 @@ with preemption_notices() as stop_after:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_the_second_ctrl_c_kills():
     process = subprocess.Popen([sys.executable, "-c", SLEEP], stdout=subprocess.PIPE, text=True)
     try:

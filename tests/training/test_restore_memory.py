@@ -41,7 +41,7 @@ else:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_restoring_takes_the_memory_of_what_is_restored_and_little_more(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
 

@@ -81,7 +81,7 @@ with locked(Path(sys.argv[1])):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_a_killed_run_leaves_no_lock(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:

@@ -27,7 +27,6 @@ from mimic_video.training.run_directory import locked
 from mimic_video.training.sharding import make_mesh
 from mimic_video.training.steps import abstract_state
 from mimic_video.training.storage import RunError
-from mimic_video.vam import VideoActionModel
 
 what, run = sys.argv[3], pathlib.Path(sys.argv[4])
 config = tiny.experiment(train={"steps": 1000, "checkpoint_every": 2, "keep_checkpoints": 9}, mesh={"data": 1, "fsdp": 4})
@@ -48,7 +47,7 @@ if what == "train":
     except PreemptedError as stopped:
         print("OUTCOME", stopped, flush=True)
 elif what == "restore":
-    target = abstract_state(VideoActionModel(config), make_mesh(config.mesh))
+    target = abstract_state(tiny.model(config), make_mesh(config.mesh))
     with checkpoints.open_checkpoints(run, 9) as manager:
         print("OUTCOME", int(checkpoints.restore(manager, target).step), flush=True)
 else:
@@ -93,7 +92,7 @@ def hosts(tmp_path):
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_all_stop_after_the_same_step_and_leave_a_checkpoint_that_only_one_cannot_read(hosts, tmp_path):
     one, other = hosts("train")  # only the second process gets a signal
     assert one == other
@@ -107,7 +106,7 @@ def test_all_stop_after_the_same_step_and_leave_a_checkpoint_that_only_one_canno
     assert sorted(path.name for path in folder.iterdir() if not path.name.isdigit()) == [f"{stopped}.damaged"]
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_no_process_runs_in_a_directory_that_is_taken(hosts, tmp_path):
     with run_directory.locked(tmp_path / "run"):
         assert json.loads((tmp_path / "run" / "lock").read_text())["pid"] == os.getpid()

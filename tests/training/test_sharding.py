@@ -9,7 +9,6 @@ from jax.sharding import PartitionSpec
 from mimic_video.config import ConfigError, MeshConfig
 from mimic_video.training.sharding import batch_rows, global_batch, make_mesh, path_name, shardings
 from mimic_video.training.steps import TRAINED, place
-from mimic_video.vam import VideoActionModel
 
 STAGES = ("video", "action")
 
@@ -18,7 +17,7 @@ STAGES = ("video", "action")
 def test_every_matrix_of_a_block_is_split(stage):
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     part = TRAINED[stage]
-    params = jax.eval_shape(VideoActionModel(tiny.experiment(stage=stage)).init, jax.random.key(0))[part]
+    params = tiny.shapes(tiny.experiment(stage=stage))[part]
     found = jax.tree_util.tree_leaves_with_path(shardings({part: params}, mesh))
     specs = {path_name(path): sharding.spec for path, sharding in found}
     whole = [name for name, spec in specs.items() if "blocks" in name and name.endswith("kernel") and "fsdp" not in spec]

@@ -11,9 +11,7 @@ import tiny
 from mimic_video.config import ConfigError, MeshConfig
 from mimic_video.training.sharding import global_batch, make_mesh, path_name
 from mimic_video.training.steps import join_params, make_state, make_train_step, place, split_params
-from mimic_video.vam import VideoActionModel
 
-STAGES = ("video", "action")
 SMALL = {"backbone": {"num_blocks": 1, "num_heads": 8, "width": 48}, "decoder": {"num_blocks": 1, "num_heads": 4}}
 
 
@@ -21,7 +19,7 @@ def run_steps(config, mesh, batches):
     """Metrics of each step and the last state."""
     trained, frozen = split_params(tiny.params(config), config)
     state, frozen = place(make_state(config, trained), mesh), place(frozen, mesh)
-    step, logged = make_train_step(VideoActionModel(config), mesh, state), []
+    step, logged = make_train_step(tiny.model(config), mesh, state), []
     for batch in batches:
         state, metrics = step(state, frozen, global_batch(batch, mesh))
         logged.append(jax.device_get(metrics))
@@ -56,15 +54,38 @@ def assert_same_steps(one, other):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), (one.params, one.ema), (other.params, other.ema))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 4, 1), (1, 1, 2), (1, 2, 4), (1, 1, 8)], ids=str)
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_mesh_trains_as_one_device_does(stage, mesh):
-    """Of data, fsdp and sequence. Frames have two patches, which four and eight devices cannot divide."""
-    assert_same_steps(two_steps(stage, mesh), two_steps(stage))
+@pytest.mark.parametrize(
+    ("stage", "mesh", "train"),
+    [
+        ("video", (2, 2, 2), {"micro_batches": 2}),
+        ("action", (1, 2, 4), {"micro_batches": 2, "remat": "attention"}),
+        *(
+            pytest.param(*case, marks=pytest.mark.training)
+            for case in (
+                ("video", (8, 1, 1), {"remat": "attention"}),
+                ("video", (1, 2, 4), {}),
+                ("video", (1, 1, 8), {"remat": "full"}),
+                ("video", (1, 1, 1), {"micro_batches": 2, "remat": "full"}),
+                ("action", (2, 4, 1), {}),
+                ("action", (1, 1, 2), {"remat": "full"}),
+                ("action", (8, 1, 1), {}),
+                ("action", (1, 1, 1), {"micro_batches": 2}),
+                ("action", (2, 2, 2), {"micro_batches": 2}),
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_a_step_is_that_of_one_device_whatever_it_is_spread_over(stage, mesh, train):
+    """Of data, fsdp and sequence, in parts, and with blocks computed again in the backward pass.
+
+    Frames have two patches, which four and eight devices cannot divide. The parts of a batch have different numbers of padded
+    frames and actions, one of them none that count.
+    """
+    assert_same_steps(two_steps(stage, mesh, **train), two_steps(stage))
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_parameters_and_moments_are_split_over_fsdp():
     state = two_steps("action", (2, 4, 1))[1]
     block = state.params["decoder"]["blocks"]["mlp"]["up"]["kernel"]
@@ -77,26 +98,11 @@ def test_parameters_and_moments_are_split_over_fsdp():
         assert sum(whole[name] for name in split) > 0.8 * sum(whole.values())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)], ids=str)
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_batch_in_parts_is_the_same_step(stage, mesh):
-    """Although the parts have different numbers of padded frames and actions, one of them none that count."""
-    assert_same_steps(two_steps(stage, mesh, micro_batches=2), two_steps(stage))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("remat", ["attention", "full"])
-@pytest.mark.parametrize("stage", STAGES)
-def test_rematerialisation_changes_nothing(stage, remat):
-    assert_same_steps(two_steps(stage, remat=remat), two_steps(stage))
-
-
 @pytest.mark.parametrize("remat", ["none", "attention", "full"])
 def test_what_a_policy_keeps_of_a_block(remat):
     """Residuals of the backward pass: all, what attention returns, or nothing but the inputs of blocks."""
     config = tiny.experiment(stage="video", train={"remat": remat})
-    vam, params, batch = VideoActionModel(config), tiny.params(config), tiny.batch(config, 8)
+    vam, params, batch = tiny.model(config), tiny.params(config), tiny.batch(config, 8)
     draws = vam.draw(jax.random.key(0), 8)
 
     def loss(backbone):
@@ -132,7 +138,7 @@ def test_adapters_change_nothing_at_first():
     jax.tree.map(np.testing.assert_array_equal, joined, params)
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_adapters_and_modulations_learn_and_the_rest_stays(adapted):
     _, before, (_, state, frozen) = adapted
     after = jax.device_get(state.params)
@@ -149,7 +155,7 @@ def test_adapters_and_modulations_learn_and_the_rest_stays(adapted):
     assert "q_norm" in frozen["backbone"]["blocks"]["self_attn"] and "final_proj" in frozen["backbone"]
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_merged_adapters_are_the_scaled_product(adapted):
     config, _, (_, state, frozen) = adapted
     trained, frozen = jax.device_get((state.params, frozen))
@@ -175,7 +181,7 @@ def test_the_published_recipe_trains_as_many_parameters():  # SPEC 4.3
         },
         text={"width": 1024},
     )
-    trained = jax.eval_shape(lambda: split_params(VideoActionModel(config).init(jax.random.key(0)), config)[0])
+    trained = jax.eval_shape(lambda: split_params(tiny.model(config).init(jax.random.key(0)), config)[0])
     adapters, full = (sum(leaf.size for leaf in jax.tree.leaves(trained[part])) for part in ("lora", "backbone"))
     assert (adapters, full) == (370_690_048, 177_733_632)
 

@@ -14,7 +14,6 @@ from mimic_video.training.metrics import read_metrics
 from mimic_video.training.sharding import global_batch, make_mesh
 from mimic_video.training.steps import place, split_params
 from mimic_video.training.validation import draw_curves, make_action_curves, make_video_curve, make_video_samples
-from mimic_video.vam import VideoActionModel
 
 SMALL = {"backbone": {"num_blocks": 1}, "decoder": {"num_blocks": 1}, "policy": {"video_steps": 3, "stop_step": 2}}
 
@@ -26,10 +25,10 @@ def spread(config, *batches):
     return mesh, *parts, [global_batch(batch, mesh) for batch in batches]
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_action_errors_are_those_of_the_policy_and_of_noised_true_video():
     config = tiny.experiment(**SMALL)
-    vam, size = VideoActionModel(config), 8
+    vam, size = tiny.model(config), 8
     batches = [tiny.batch(config, size, seed) for seed in (0, 1)]
     for batch in batches:
         batch["action_scale"] = np.broadcast_to(np.float32([2.0, 0.5]), batch["actions"].shape)
@@ -62,10 +61,10 @@ def test_action_errors_are_those_of_the_policy_and_of_noised_true_video():
     assert len({round(value, 6) for value in values.values()}) == len(values)
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_video_errors_by_noise_level_and_predicted_videos():
     config = tiny.experiment(stage="video", **SMALL)
-    vam, batch = VideoActionModel(config), tiny.batch(config, 8)
+    vam, batch = tiny.model(config), tiny.batch(config, 8)
     mesh, params, frozen, (placed,) = spread(config, batch)
     values = make_video_curve(vam, mesh)(params, frozen, [placed])
     assert len(values) == 10 and len(set(values.values())) == 10
@@ -89,7 +88,7 @@ def test_video_errors_by_noise_level_and_predicted_videos():
     assert np.abs(np.int16(predicted) - np.int16(video)).max() <= 1
 
 
-@pytest.mark.slow
+@pytest.mark.training
 def test_a_resumed_run_writes_all_of_it(tmp_path):
     settings = {"log_every": 2, "validate_every": 3, "validation_curves": True}
     config = tiny.experiment(stage="video", train=settings, **SMALL)
@@ -123,7 +122,6 @@ def test_a_resumed_run_writes_all_of_it(tmp_path):
 
 
 def test_curves_as_a_picture():
-    pytest.importorskip("matplotlib")
     names = [
         f"validation_action_mse{raw}/{video}_video/tau_{time}"
         for raw in ("", "_raw")

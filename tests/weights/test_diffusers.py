@@ -9,6 +9,8 @@ from mimic_video.config import TokenizerConfig
 from mimic_video.weights.diffusers import read_component, video_dit_config, wan_config
 from mimic_video.weights.published import WeightsError
 
+pytestmark = pytest.mark.reference
+
 COSMOS_14B = {
     "_class_name": "CosmosTransformer3DModel",
     "_diffusers_version": "0.34.0",

@@ -17,6 +17,8 @@ from mimic_video.weights import files
 from mimic_video.weights.files import open_tensors, write_pt, write_safetensors
 from mimic_video.weights.published import WeightsError
 
+pytestmark = pytest.mark.reference
+
 DTYPES = {
     "f64": torch.float64,
     "f32": torch.float32,

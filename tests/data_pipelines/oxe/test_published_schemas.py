@@ -23,7 +23,7 @@ SIZE = (32, 48)
 ANCHOR = 2
 LEROBOT = ("v2.1", "v3.0")
 RATES = {name: registry.find(name).control_hz for name in oxe_schemas.SCHEMAS} | dict.fromkeys(LEROBOT, 10.0)
-FORMATS = ("array_record", pytest.param("tfrecord", marks=pytest.mark.slow))  # which TensorFlow has to write
+FORMATS = ("array_record", pytest.param("tfrecord", marks=pytest.mark.reference))  # which TensorFlow has to write
 
 
 def experiment(name: str, dataset: str, root: Path) -> ExperimentConfig:
@@ -177,7 +177,7 @@ def test_every_published_format_streams_as_the_same_batches(rows, name):
     assert row["text"][0, 0] == len(words)
 
 
-@pytest.mark.slow
+@pytest.mark.reference
 @pytest.mark.parametrize("name", RATES)
 def test_both_file_formats_hold_the_same_windows(datasets, name):
     arrays, records = (datasets(file_format)[name] for file_format in ("array_record", "tfrecord"))
