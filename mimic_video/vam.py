@@ -276,7 +276,7 @@ class VideoActionModel:
     def policy_noise(self, seed: int, batch: int, query: int = 0) -> Noise:
         """Noise as `policy.noise` has it: of (seed, query), or the published streams, which start anew at every query."""
         if self.config.policy.noise == "numpy":
-            return {name: matching.numpy_noise(seed, shape) for name, shape in self._noise_shapes(batch).items()}
+            return {name: jnp.asarray(matching.numpy_noise(seed, shape)) for name, shape in self._noise_shapes(batch).items()}
         return self._draw_noise(jax.random.fold_in(jax.random.key(seed), query), batch)
 
     def sample_video(

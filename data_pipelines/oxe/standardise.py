@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Literal, Protocol
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from scipy.spatial.transform import Rotation
 
 from data_pipelines.episode import POSE_DIM, ActionLayout
@@ -173,7 +173,7 @@ def parse(reference: str) -> tuple[str, int, int]:
 
 
 class Part(Protocol):
-    """Some dimensions of a layout: a name and a unit for people, a width, what it reads, and its values (n, width)."""
+    """Some dimensions of a layout: a name and a unit for people, a width, what it reads, and its values."""
 
     @property
     def name(self) -> str: ...
@@ -183,7 +183,7 @@ class Part(Protocol):
     def width(self) -> int: ...
     @property
     def references(self) -> tuple[str, ...]: ...
-    def __call__(self, columns: Columns) -> np.ndarray: ...
+    def __call__(self, columns: Columns) -> Float[np.ndarray, "n {self.width}"]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +204,7 @@ class Values:
     def references(self) -> tuple[str, ...]:
         return (self.column,) if self.plus is None else (self.column, self.plus)
 
-    def __call__(self, columns: Columns) -> np.ndarray:
+    def __call__(self, columns: Columns) -> Float[np.ndarray, "n {self.width}"]:
         values = self.scale * read(columns, self.column)
         return values if self.plus is None else values + read(columns, self.plus)
 
@@ -226,7 +226,7 @@ class Turn:
     def references(self) -> tuple[str, ...]:
         return (self.column,) if self.plus is None else (self.column, self.plus)
 
-    def __call__(self, columns: Columns) -> np.ndarray:
+    def __call__(self, columns: Columns) -> Float[np.ndarray, "n {self.width}"]:
         angles = self.scale * read(columns, self.column)
         if self.plus is not None:
             angles = angles + read(columns, self.plus)
@@ -248,7 +248,7 @@ class Transform:
     def references(self) -> tuple[str, ...]:
         return (self.column,)
 
-    def __call__(self, columns: Columns) -> np.ndarray:
+    def __call__(self, columns: Columns) -> Float[np.ndarray, "n {self.width}"]:
         position, rotation = split_transforms(read(columns, self.column))
         return np.concatenate([position, rot6d_from_matrix(rotation)], axis=1)
 
@@ -276,7 +276,7 @@ class Gripper:
     def references(self) -> tuple[str, ...]:
         return (self.column,)
 
-    def __call__(self, columns: Columns) -> np.ndarray:
+    def __call__(self, columns: Columns) -> Float[np.ndarray, "n {self.width}"]:
         raw = read(columns, self.column)[:, 0]
         if self.relative:
             return accumulate(raw if self.closed > self.open else -raw, self.relative)[:, None]
@@ -302,7 +302,7 @@ class LastCommand:
     def references(self) -> tuple[str, ...]:
         return (*self.gripper.references, *self.action)
 
-    def __call__(self, columns: Columns) -> np.ndarray:
+    def __call__(self, columns: Columns) -> Float[np.ndarray, "n {self.width}"]:
         commands = self.gripper(columns)
         placeholder = not any(read(columns, reference)[0].any() for reference in self.action)
         if placeholder and len(commands) > 1:
@@ -323,7 +323,7 @@ class Constant:
     def width(self) -> int:
         return len(self.values)
 
-    def __call__(self, columns: Columns) -> np.ndarray:
+    def __call__(self, columns: Columns) -> Float[np.ndarray, "n {self.width}"]:
         return np.tile(np.asarray(self.values, np.float64), (len(next(iter(columns.values()))), 1))
 
 
@@ -375,8 +375,8 @@ class Layout:
             for i in range(part.width)
         )
 
-    def __call__(self, columns: Columns) -> Float[np.ndarray, "n width"]:
-        """float32 values. Raises ValueError naming the feature and the step, as `read` and the parts do."""
+    def __call__(self, columns: Columns) -> Float32[np.ndarray, "n {self.width}"]:
+        """Raises ValueError naming the feature and the step, as `read` and the parts do."""
         return np.concatenate([part(columns) for part in self.parts], axis=1).astype(np.float32)
 
     def __str__(self) -> str:

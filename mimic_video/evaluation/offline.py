@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 
 from mimic_video.transforms import Normalizer
 
@@ -52,9 +52,9 @@ def action_errors(
 
 
 def psnr(
-    predicted: UInt8[np.ndarray, "n f h w 3"], real: UInt8[np.ndarray, "n f h w 3"], mask: np.ndarray
+    predicted: UInt8[np.ndarray, "n f h w 3"], real: UInt8[np.ndarray, "n f h w 3"], mask: Bool[np.ndarray, "n f"]
 ) -> Float[np.ndarray, " f"]:
-    """Peak signal-to-noise ratio in dB of each frame index, over the windows whose frame is real (mask (n, f))."""
+    """Peak signal-to-noise ratio in dB of each frame index, over the windows whose frame is real."""
     squares = ((predicted.astype(np.float32) - real.astype(np.float32)) / 255) ** 2
     mse = (squares.mean(axis=(2, 3, 4)) * mask).sum(0) / np.maximum(mask.sum(0), 1)
     return -10 * np.log10(np.maximum(mse, 1e-10))

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 
 
-def mean_squared_jerk(trajectories: Sequence[Float[np.ndarray, "steps d"]], hz: float) -> float:
+def mean_squared_jerk(trajectories: Sequence[Float[np.ndarray, "_ d"]], hz: float) -> float:
     """The mean of ‖d³x/dt³‖² over all times of all trajectories, by third differences: m²/s⁶ for metres, sampled at `hz`.
 
     Raises:

@@ -35,7 +35,7 @@ def _train(run, stage, **config):
 def make_video_run(run):
     _train(run, "video")
     real = np.random.default_rng(0).integers(0, 256, (2, 6, 16, 16, 3)).astype(np.uint8)
-    model, copying = (psnr(other, real, np.ones((2, 6))).tolist() for other in (real // 2, real[:, ::-1]))
+    model, copying = (psnr(other, real, np.ones((2, 6), bool)).tolist() for other in (real // 2, real[:, ::-1]))
     evaluation = {"checkpoint_step": 60, "psnr": model, "psnr_last_frame_repeated": copying, "seconds": 1.0}
     write_json(run / "evaluation.json", evaluation | {"samples": ["open the drawer", "press <i>it</i>"]})
     for i in range(2):

@@ -26,8 +26,9 @@ def test_compiled_programs_are_kept_unless_switched_off(config_file, tmp_path):
     ]
     processes = []
     for home, variables, arguments in starts:
+        inherited = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
         environment = (
-            os.environ
+            inherited
             | {
                 "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'launch'}",
                 "XDG_CACHE_HOME": str(home),

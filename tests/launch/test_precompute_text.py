@@ -12,6 +12,8 @@ from data_pipelines.writers import write_rlds
 from mimic_video.config import TextConfig
 from mimic_video.models.text import make_text_encoder
 
+pytestmark = pytest.mark.reference
+
 ROWS = 16
 
 

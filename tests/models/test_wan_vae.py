@@ -7,9 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from diffusers import AutoencoderKLWan
-from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
@@ -37,24 +34,31 @@ def coder(direction, chunk, compat=CompatConfig()):
 
 
 @pytest.fixture(scope="module")
-def theirs():
-    """diffusers' network with scales and biases that matter, and an output that its clamp to [−1, 1] leaves alone."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = AutoencoderKLWan(base_dim=WIDTH).eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        if name.endswith("gamma"):
-            parameter.uniform_(0.5, 1.5)
-        elif name.endswith("bias"):
-            parameter.normal_(0, 0.1)
-    model.decoder.conv_out.weight *= 0.3
-    return model
+def params():
+    """Kernels as PyTorch draws them, scales and biases that matter, an output that diffusers' clamp to [−1, 1] leaves alone."""
+    random = np.random.default_rng(2)
+
+    def fill(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.endswith("scale"):
+            return random.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
+        deviation = 0.1 if name.endswith("bias") else (3 * math.prod(leaf.shape[:-1])) ** -0.5
+        gain = np.float32(0.3 if name == "decoder/conv_out/kernel" else 1)
+        return gain * random.normal(0, deviation, leaf.shape).astype(np.float32)
+
+    return jax.tree.map(jnp.asarray, jax.tree_util.tree_map_with_path(fill, split()[1]))
 
 
 @pytest.fixture(scope="module")
-def params(theirs):
-    state = {name: value.numpy() for name, value in theirs.state_dict().items()}
-    return jax.tree.map(jnp.asarray, import_params(state, DIFFUSERS_VAE_NAMES, split()[1]))
+def theirs(params):
+    """diffusers' network."""
+    import torch
+    from diffusers import AutoencoderKLWan
+
+    torch.set_num_threads(1)
+    model = AutoencoderKLWan(base_dim=WIDTH).eval().requires_grad_(False)
+    model.load_state_dict({name: torch.tensor(np.asarray(value)) for name, value in export_params(params, DIFFUSERS_VAE_NAMES)})
+    return model
 
 
 def videos(frames, height=16, width=24):
@@ -69,6 +73,8 @@ def latents(frames, height=2, width=3):
 
 
 def to_torch(x):
+    import torch
+
     return torch.tensor(np.moveaxis(np.asarray(x, np.float32), -1, 1))
 
 
@@ -80,6 +86,7 @@ def from_torch(x):
 CASES = [(1, 1, (16, 24)), (5, 1, (16, 24)), (9, 1, (16, 24)), (17, 3, (24, 8))]
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize(("frames", "chunk", "size"), CASES)
 def test_encode_as_diffusers(theirs, params, frames, chunk, size):
     video = videos(frames, *size)
@@ -89,6 +96,7 @@ def test_encode_as_diffusers(theirs, params, frames, chunk, size):
     np.testing.assert_allclose(coder("encode", chunk)(params, video), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize(("frames", "chunk", "size"), CASES)
 def test_decode_as_diffusers(theirs, params, frames, chunk, size):
     z = latents(1 + (frames - 1) // 4, size[0] // 8, size[1] // 8)
@@ -227,10 +235,15 @@ INVERSE_STD_BFLOAT16 = [0.35546875, 0.6875, 0.4296875, 0.376953125, 0.8203125, 0
 # fmt: on
 
 
-def test_latent_statistics(theirs):
+@pytest.mark.reference
+def test_latent_statistics_are_those_of_diffusers(theirs):
     mean, inverse_std = latent_statistics(bfloat16=False)
     np.testing.assert_array_equal(mean, np.float32(theirs.config.latents_mean))
     np.testing.assert_allclose(inverse_std, 1 / np.float64(theirs.config.latents_std), rtol=1e-6)
+
+
+def test_latent_statistics():
+    mean, inverse_std = latent_statistics(bfloat16=False)
     rounded = latent_statistics(bfloat16=True)
     np.testing.assert_array_equal(rounded[0], np.float32(MEAN_BFLOAT16))
     np.testing.assert_array_equal(rounded[1], np.float32(INVERSE_STD_BFLOAT16))
@@ -282,14 +295,21 @@ def test_published_names():
     assert len(shapes) == 194
 
 
+@pytest.mark.reference
 def test_diffusers_names():
+    import torch
+    from diffusers import AutoencoderKLWan
+
     with torch.device("meta"):
         theirs = AutoencoderKLWan().state_dict()
     ours = published_shapes(DIFFUSERS_VAE_NAMES, split(width=96)[1])
     assert {name: tuple(value.shape) for name, value in theirs.items()} == {name: value.shape for name, value in ours.items()}
 
 
+@pytest.mark.reference
 def test_both_names_of_a_parameter_are_the_same_to_diffusers():
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
     theirs = convert_wan_vae_to_diffusers({name: name for name in WAN_VAE_NAMES})  # diffusers' name → published name
     assert {name: WAN_VAE_NAMES[published] for name, published in theirs.items()} == DIFFUSERS_VAE_NAMES
 

@@ -9,6 +9,10 @@ HALF = np.sqrt(0.5)
 TURN = [0, -1, 0, 1, 0, 0]  # rot6d rows of a quarter turn about z
 
 
+def steps(*values):
+    return np.array(values, float)
+
+
 @pytest.mark.parametrize(
     "encoding, values",
     [
@@ -54,25 +58,25 @@ def test_homogeneous_matrices_in_either_order(order):
 
 
 def test_opening():
-    np.testing.assert_allclose(s.opening([0, 0.02, 0.08, 0.1], closed=0, open=0.08), [0, 0.25, 1, 1])
-    np.testing.assert_allclose(s.opening([0, 0.25, 1], closed=1, open=0), [1, 0.75, 0])
-    np.testing.assert_allclose(s.opening([-1, 0, 1], closed=1, open=-1), [1, 0.5, 0])
+    np.testing.assert_allclose(s.opening(steps(0, 0.02, 0.08, 0.1), closed=0, open=0.08), [0, 0.25, 1, 1])
+    np.testing.assert_allclose(s.opening(steps(0, 0.25, 1), closed=1, open=0), [1, 0.75, 0])
+    np.testing.assert_allclose(s.opening(steps(-1, 0, 1), closed=1, open=-1), [1, 0.5, 0])
     with pytest.raises(ValueError, match="both closed and open"):
-        s.opening([0], closed=1, open=1)
+        s.opening(steps(0), closed=1, open=1)
 
 
 def test_binarise_holds_between_the_thresholds():
-    np.testing.assert_array_equal(s.binarise([0.5, 0.9, 0.5, 0.3, 0.2, 0.5, 0.7, 0.75]), [1, 1, 1, 1, 0, 0, 0, 1])
-    np.testing.assert_array_equal(s.binarise([0.5, 0.1]), [0, 0])
-    np.testing.assert_array_equal(s.binarise([0.5, 0.6]), [1, 1])
+    np.testing.assert_array_equal(s.binarise(steps(0.5, 0.9, 0.5, 0.3, 0.2, 0.5, 0.7, 0.75)), [1, 1, 1, 1, 0, 0, 0, 1])
+    np.testing.assert_array_equal(s.binarise(steps(0.5, 0.1)), [0, 0])
+    np.testing.assert_array_equal(s.binarise(steps(0.5, 0.6)), [1, 1])
     with pytest.raises(ValueError, match=r"low=0\.8, high=0\.2"):
-        s.binarise([0.0], low=0.8, high=0.2)
+        s.binarise(steps(0.0), low=0.8, high=0.2)
 
 
 def test_relative_commands_carry_forward():
-    np.testing.assert_array_equal(s.accumulate([0, 1, 0, 0.05, -1, 0]), [1, 0, 0, 0, 1, 1])  # closes first: was open
-    np.testing.assert_array_equal(s.accumulate([0, -1, 0, 1]), [0, 1, 1, 0])  # opens first: was closed
-    np.testing.assert_array_equal(s.accumulate([0, 0.1, -0.1]), [1, 1, 1])  # nothing beyond the threshold
+    np.testing.assert_array_equal(s.accumulate(steps(0, 1, 0, 0.05, -1, 0)), [1, 0, 0, 0, 1, 1])  # closes first: was open
+    np.testing.assert_array_equal(s.accumulate(steps(0, -1, 0, 1)), [0, 1, 1, 0])  # opens first: was closed
+    np.testing.assert_array_equal(s.accumulate(steps(0, 0.1, -0.1)), [1, 1, 1])  # nothing beyond the threshold
 
 
 def test_the_side_that_closes():
