@@ -39,7 +39,6 @@ EXTRAS["quickstart"] = EXTRAS["data"] + EXTRAS["sim"] + EXTRAS["report"]
 EXTRAS["test"] = [
     *(package for extra in ("data", "formats", "report", "video", "serve", "gcs") for package in EXTRAS[extra]),
     "beartype",  # what jaxtyping checks shapes with
-    "beartype",  # with jaxtyping: shapes in annotations are checked while tests run
     "gcp-storage-emulator",  # a bucket on this machine
     "mypy",
     "pytest",

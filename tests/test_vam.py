@@ -403,6 +403,7 @@ def test_windows_of_other_lengths_and_sizes(params):
     assert sampled.shape == (1, 13, 32, 16, 3)
 
 
+@pytest.mark.training
 def test_the_wan_tokenizer_in_place_of_the_fitted_one():
     config = tiny.experiment(stage="video", tokenizer={"kind": "wan", "width": 4}, precision="bfloat16")
     vam, batch = tiny.model(config), tiny.batch(config, 1)

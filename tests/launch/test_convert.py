@@ -3,6 +3,7 @@
 import json
 import re
 
+import chex
 import huggingface_hub
 import jax
 import ml_dtypes
@@ -361,9 +362,9 @@ def test_converted_weights_keep_the_dtype_that_each_network_computes_in(tmp_path
     assert {leaf.dtype.name for leaf in jax.tree.leaves(loaded["tokenizer"])} == {"float32"}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(loaded["backbone"])} == {"bfloat16"}
     for part in ("tokenizer", "backbone"):
-        jax.tree.map(np.testing.assert_array_equal, checkpoints.load_params(tmp_path / "run", "stored")[0][part], params[part])
+        chex.assert_trees_all_equal(checkpoints.load_params(tmp_path / "run", "stored")[0][part], params[part])
         rounded = jax.tree.map(lambda leaf, like: np.asarray(leaf, like.dtype), params[part], loaded[part])
-        jax.tree.map(np.testing.assert_array_equal, loaded[part], rounded)
+        chex.assert_trees_all_equal(loaded[part], rounded)
 
 
 def test_embodiments_go_with_the_stage(tmp_path, statistics):

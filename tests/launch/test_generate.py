@@ -56,6 +56,7 @@ def test_a_video_goes_on(generate, pictures, tmp_path):
     assert np.abs(written[:5].astype(int) - past).mean() < 8  # of a palette of 256 colours
 
 
+@pytest.mark.training
 def test_settings_of_the_window_and_the_sampler(generate, tmp_path):
     size = "--config.data.image_size=(32, 32)"
     assert "wrote 13 frames" in generate("one.png", "long.mp4", size, "--config.data.future_frames=12")

@@ -81,7 +81,8 @@ def assert_same(one, other):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("stage", ["action", pytest.param("video", marks=pytest.mark.training)])
+@pytest.mark.training
+@pytest.mark.parametrize("stage", ["action", "video"])
 def test_training_from_latents_equals_training_from_frames(command, tmp_path, stage):
     validating = {"train": {"validate_every": 2}}
     output = command("precompute_latents", **validating)  # for both stages, since both read the same dataset

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 
-import jax
+import chex
 import numpy as np
 import pytest
 import tiny
@@ -119,7 +119,7 @@ def test_four_processes_train_as_one_even_if_one_of_them_is_killed(launch, exper
         assert len(set(one)) == STEPS
         np.testing.assert_allclose(four, one, rtol=5e-7)
     one, four = (checkpoints.load_params(run, "stored")[0] for run in runs.values())
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), four, one)
+    chex.assert_trees_all_close(four, one, rtol=1e-7, atol=1e-6)
 
 
 def test_what_one_process_cannot_read_ends_all_with_its_reason(experiment_file, tmp_path):
@@ -152,5 +152,5 @@ def test_two_processes_train_and_continue_in_a_bucket(launch, experiment_file, t
         assert [[record["step"] for record in each] for each in records] == [list(range(1, STEPS + 1))] * 2
         np.testing.assert_allclose(*[[record["loss"] for record in each] for each in records], rtol=5e-7)
         params = [checkpoints.load_params(each, "stored")[0] for each in (run, tmp_path / "run")]
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *params)
+        chex.assert_trees_all_close(*params, rtol=1e-7, atol=1e-6)
         assert f"step {STEPS} of {run}" in launch("export", f"--checkpoint={run}", f"--out={tmp_path / 'policy'}")

@@ -2,8 +2,7 @@
 
 import json
 
-import jax
-import numpy as np
+import chex
 import pytest
 import tiny
 
@@ -52,7 +51,7 @@ def test_a_mixture_of_two_action_layouts(launch, config_file, tmp_path):
     other, _, _ = train("tfrecord", copies)
     (params, step), (others, _) = (checkpoints.load_params(run, "float32") for run in (action, other))
     assert step == 3
-    jax.tree.map(np.testing.assert_array_equal, params, others)  # so what follows holds for both
+    chex.assert_trees_all_equal(params, others)  # so what follows holds for both
     robots = run_directory.load_embodiments(action)
     assert [(e.name, e.action_dim, e.proprio_dim) for e in robots.values()] == [("native", 4, 4), ("delta", 10, 10)]
     for layout, file in files.items():

@@ -1,6 +1,8 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
 
 from configs import published
@@ -19,7 +21,7 @@ def test_every_weight_is_off_by_half_a_step_of_its_output_at_most():
     largest = np.abs(kernel).max(axis=1, keepdims=True)
     assert (np.abs(restored["kernel"] - kernel) <= largest / 254 * (1 + 1e-5)).all()
     np.testing.assert_array_equal(restored["scale"], 1)
-    jax.tree.map(np.testing.assert_array_equal, quantized(made), made)
+    chex.assert_trees_all_equal(quantized(made), made)
     assert cast(made, jnp.bfloat16)["blocks"]["mlp"]["kernel"].scale.dtype == jnp.float32
 
 
@@ -38,6 +40,7 @@ def test_a_network_computes_as_with_the_weights_that_its_integers_stand_for():
     assert 0 < np.abs(velocity(kept) - velocity(exact)).max() < 0.05 * np.abs(velocity(exact)).max()
 
 
+@pytest.mark.full_size
 def test_the_published_policy_in_half_the_memory():
     """The tokenizer, the decoder and the embeddings stay as they are."""
 

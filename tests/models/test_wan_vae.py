@@ -3,6 +3,7 @@
 import functools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -316,7 +317,7 @@ def test_both_names_of_a_parameter_are_the_same_to_diffusers():
 
 def test_weights_survive_the_way_out_and_back(params):
     tensors = dict(export_params(params, WAN_VAE_NAMES))
-    jax.tree.map(np.testing.assert_array_equal, import_params(tensors, WAN_VAE_NAMES, split()[1]), params)
+    chex.assert_trees_all_equal(import_params(tensors, WAN_VAE_NAMES, split()[1]), params)
 
 
 # Errors.

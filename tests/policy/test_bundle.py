@@ -1,5 +1,6 @@
 import json
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def bundle(tmp_path, params):
 def test_what_is_read_is_what_was_written(bundle, params):
     read = read_bundle(bundle)
     assert read.config == CONFIG
-    jax.tree.map(np.testing.assert_array_equal, read.params, params)
+    chex.assert_trees_all_equal(read.params, params)
     assert list(read.embodiments) == ["arm", "lift"] and read.embodiments["lift"].raw_dims["action"] == (1,)
     np.testing.assert_array_equal(read.embodiments["arm"].statistics["action"].mean, STATISTICS["action"].mean)
     assert json.loads((bundle / "manifest.json").read_text())["step"] == 7

@@ -1,5 +1,6 @@
 """Random training states, and runs that hold them."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +45,5 @@ def saved(run, states, keep=3):
 
 
 def assert_equal_bits(one, two):
-    assert jax.tree.structure(one) == jax.tree.structure(two)
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal_dtypes(one, two)
+    chex.assert_trees_all_equal(one, two)

@@ -67,17 +67,20 @@ def test_the_slowest_resource_binds():
     assert bound.ici == 1e9 / chip.link_rate and bound.binding == "dcn"
 
 
+@pytest.mark.tpu_compiler
 def test_a_topology_that_is_none():
     with pytest.raises(aot.TopologyError, match="topology 'v5e:3x3' is not one that libtpu knows"):
         aot.topology_devices("v5e:3x3")
 
 
+@pytest.mark.tpu_compiler
 def test_slices_are_told_apart():
     devices = aot.topology_devices("v5e:2x2", slices=2)
     assert len(devices) == 8 and {device.slice_index for device in devices} == {0, 1}
     assert flops.chip_of(devices[0]) is flops.CHIPS["TPU v5 lite"]
 
 
+@pytest.mark.tpu_compiler
 def test_a_mesh_that_does_not_fit_the_topology():
     devices = aot.topology_devices("v5e:2x2")
     with pytest.raises(ConfigError, match="must multiply to the 4 devices"):

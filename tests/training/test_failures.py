@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def test_a_loss_that_is_not_a_number_stops_training_and_is_never_saved(tmp_path)
         train(tmp_path, bad_step=4)
     assert f"between steps 4 and 4 of {tmp_path}; the last good checkpoint is that of step 2" in str(error.value)
     assert saved_steps(tmp_path) == [2]
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(checkpoints.load_params(tmp_path)[0]))
+    chex.assert_tree_all_finite(checkpoints.load_params(tmp_path)[0])
     assert int(train(tmp_path).step) == 6
 
 

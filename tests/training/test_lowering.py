@@ -37,6 +37,7 @@ def gradient(q, k, v, mask=None):
     return jax.grad(lambda *heads: jnp.sum(attention(*heads, mask).astype(jnp.float32)), (0, 1, 2))(q, k, v)
 
 
+@pytest.mark.full_size
 @pytest.mark.parametrize("name", forms.EXPERIMENTS)
 def test_a_step_of_every_experiment_lowers_for_a_gpu(name):
     """As shipped, on one device; its attention is cuDNN's, forward and backward."""
@@ -81,7 +82,7 @@ def test_a_step_of_every_form_lowers(name):
 POLICIES = {name: rest for name, *rest in forms.policy_forms(forms.shipped("published:bridge"))}
 
 
-@pytest.mark.parametrize("experiment", ["published:bridge", "published:libero"])
+@pytest.mark.parametrize("experiment", ["published:bridge", pytest.param("published:libero", marks=pytest.mark.full_size)])
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_policy_of_every_form_lowers(name, experiment):
     """At the published size; 61 tokens of LIBERO's chunks are odd, and so are Bridge's 17 with a robot's own."""

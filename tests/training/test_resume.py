@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -162,7 +163,7 @@ def test_ten_steps_are_five_a_sigterm_a_sigkill_and_five(train, video_run, tmp_p
     if stage == "action":
         assert (stopped / "embodiments.json").read_text() == (whole / "embodiments.json").read_text()
         average = checkpoints.load_params(video_run)[0]["backbone"]
-        jax.tree.map(np.testing.assert_array_equal, checkpoints.load_frozen(stopped)["backbone"], average)
+        chex.assert_trees_all_equal(checkpoints.load_frozen(stopped)["backbone"], average)
 
 
 @pytest.mark.processes
@@ -195,4 +196,4 @@ def test_a_run_without_a_checkpoint_starts_again_on_the_frozen_parameters_it_kep
             )
     kept = jax.device_get(checkpoints.load_frozen(tmp_path))
     for frozen in used:
-        jax.tree.map(np.testing.assert_array_equal, frozen, kept)
+        chex.assert_trees_all_equal(frozen, kept)

@@ -1,5 +1,6 @@
 """Import and export of parameters, strictness, prefixes, and LoRA against peft."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -94,12 +95,13 @@ def test_every_tensor_of_a_network_goes_through_a_file_and_back(tmp_path, networ
         bfloat16 = {f"net.{name}": jax.ShapeDtypeStruct(struct.shape, jnp.bfloat16) for name, struct in expected.items()}
         write_safetensors(path, bfloat16, ((f"net.{name}", value) for name, value in tensors.items()))
     params = import_params(without_prefix(open_tensors(path)), names, shapes, source=str(path))
-    assert jax.tree.map(lambda leaf: leaf.shape, params) == jax.tree.map(lambda leaf: leaf.shape, shapes)
+    chex.assert_trees_all_equal_shapes(params, shapes)
     exported = dict(export_params(params, names))
     assert list(exported) == list(expected)
     assert_equal_bits(exported, tensors)
-    write_pt(tmp_path / "again.pt", exported.items())
-    assert_equal_bits(open_tensors(tmp_path / "again.pt"), tensors)
+    if suffix == "pt":
+        write_pt(tmp_path / "again.pt", exported.items())
+        assert_equal_bits(open_tensors(tmp_path / "again.pt"), tensors)
 
 
 def test_published_sizes():
