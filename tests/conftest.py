@@ -4,6 +4,7 @@ import collections
 import os
 import re
 
+import jaxtyping
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -39,13 +40,14 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_configure(config):
-    """Whatever was compiled, by a worker, a child process or an earlier run, is not compiled again.
+    """Keeps what is compiled for other workers, child processes and later runs, and has shapes checked where they are annotated.
 
-    JAX tells entries apart by its version, its flags and the program; `pytest --cache-clear` removes them.
+    JAX tells entries of the cache apart by its version, its flags and the program; `pytest --cache-clear` removes them.
     """
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("compiled")))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    jaxtyping.install_import_hook(["mimic_video", "data_pipelines"], "shape_checks.checked")
 
 
 @pytest.fixture(autouse=True, scope="session")
