@@ -240,6 +240,23 @@ def test_gradients_reach_only_what_a_stage_trains(params):
                 assert set(sizes.values()) == {0.0}
 
 
+@pytest.mark.parametrize(
+    ("stage", "name", "value"),
+    [
+        ("action", "actions", np.zeros((2, 4, 3), np.float32)),
+        ("action", "proprio", np.zeros((2, 2, 3), np.float32)),
+        ("action", "action_mask", np.ones((2, 4), np.float32)),
+        ("video", "video_mask", np.ones((2, 3), bool)),
+        ("video", "text", np.zeros((2, 4, 9), np.float32)),
+    ],
+)
+def test_a_batch_of_other_shapes_is_refused(params, stage, name, value):
+    """Of which some would be broadcast, or a mask multiplied as numbers."""
+    config = tiny.experiment(stage=stage)
+    with pytest.raises(AssertionError, match=f"field '{name}' of the batch"):
+        loss_of(tiny.model(config), params, tiny.batch(config, 2) | {name: value})
+
+
 # Sampling.
 
 
