@@ -41,6 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from etils import epath
+from measured import provenance
 
 from mimic_video.config import ExperimentConfig, LoraConfig
 from mimic_video.models.text import make_text_encoder
@@ -316,9 +317,8 @@ def main(command: str | None, config: ExperimentConfig) -> None:
 
 
 def print_result(measured: dict[str, Any]) -> None:
-    device = jax.devices()[0]
-    result: dict[str, Any] = {"devices": f"{jax.device_count()} x {device.device_kind}", **measured}
-    if device.platform == "cpu":
+    result = {**provenance(), **measured}
+    if jax.default_backend() == "cpu":
         result["note"] = "on CPU: this shows that the benchmark runs, not how fast the system is"
     print(json.dumps(result))
 

@@ -28,6 +28,7 @@ from typing import Any
 import cv2
 import numpy as np
 from absl import app, flags
+from measured import provenance
 
 from data_pipelines.episode import ArrayFrames, Episode
 from data_pipelines.loader import Part, WindowDataset, make_batches
@@ -267,7 +268,7 @@ def main(_: list[str]) -> None:
         result[f"{name}_frames_per_second"] = speeds.get(name)
         if name != "loader":
             result[f"ratio_to_{name}"] = speeds["loader"] / speeds[name] if name in speeds else None
-    print(json.dumps(result))
+    print(json.dumps({**provenance(), **result}))
 
 
 def measure_in_turns(readers: dict[str, Measure], windows: int) -> dict[str, float]:

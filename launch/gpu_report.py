@@ -353,6 +353,7 @@ def device() -> dict[str, Any]:
     import benchmark
     import jax
     import jax.numpy as jnp
+    from measured import provenance
 
     size = 2**20 if _SMALL.value else 2**31
     x, add, times = jnp.zeros(size, jnp.int8), jax.jit(lambda x: x + 1), []
@@ -360,14 +361,9 @@ def device() -> dict[str, Any]:
         start = time.perf_counter()
         jax.block_until_ready(add(x))
         times.append(time.perf_counter() - start)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    chip = jax.devices()[0]
     return {
-        "device": chip.device_kind,
-        "capability": getattr(chip, "compute_capability", None),
-        "jax": jax.__version__,
-        "commit": commit,
-        "python": sys.version.split()[0],
+        **provenance(),
+        "capability": getattr(jax.devices()[0], "compute_capability", None),
         "copy_gb_per_s": round(2 * size / min(times) / 1e9),
         "product_tflops": round(benchmark.product_rate("bfloat16") / 1e12, 1),
     }

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from mimic_video.config import DataConfig
 from mimic_video.flow import matching, solvers
@@ -114,7 +114,7 @@ def make_action_curves(vam: VideoActionModel, mesh: Mesh) -> Curves:
     @on_mesh
     def squares(
         params: Params, frozen: Params, batch: Batch, latents: Latents, x_tau: Latents, time: Float[Array, ""]
-    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    ) -> tuple[Int[Array, ""], dict[str, Float[Array, ""]]]:
         """The number of action values, and sums of their squared errors."""
         everything, robots, video_time = join_params(params, frozen, vam.config), Robots.of(batch), jnp.full(len(latents), time)
         hidden = vam.hidden_at(everything, latents[:, :past], x_tau, video_time, batch["text"], robots.view_mask)

@@ -13,7 +13,7 @@ def test_the_report_runs_without_a_gpu(launch, tmp_path):
     assert [line["part"] for line in lines if "seconds" in line] == parts.split(",")
     assert not [line for line in lines if "error" in line]
     found = {part: dict(item for line in lines if line["part"] == part for item in line.items()) for part in parts.split(",")}
-    assert found["device"]["device"] == "cpu" and found["device"]["product_tflops"] > 0
+    assert found["device"]["devices"] == "8 x cpu" and found["device"]["product_tflops"] > 0
     errors = found["attention"]["errors_of_output_and_gradients"]
     assert len(errors) == 5 and all(0 < error < 0.02 for case in errors.values() for each in case.values() for error in each)
     assert (found["forms"]["passed"], found["forms"]["failed"], found["golden"]["exit_code"]) == (2, [], 0)
