@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes a virtual environment with this package and one of its extras:  launch/setup.sh EXTRA [DIRECTORY]
-# Rendering without a display needs libOSMesa; where it is missing and apt-get may install it, that is done too.
+# Simulators render without a display by libOSMesa; where it is missing and apt-get may install it, that is done too.
 set -euo pipefail
 extra=${1:?usage: launch/setup.sh EXTRA [DIRECTORY]}
 venv=${2:-.venv}
@@ -12,7 +12,9 @@ cd "$(dirname "$0")/.."
   exit 1
 }
 
-if command -v apt-get >/dev/null && ! ldconfig -p | grep -q libOSMesa; then
+includes() { [[ ",$extra," =~ ,($1), ]]; }
+
+if includes 'sim|quickstart|test-all' && command -v apt-get >/dev/null && ! ldconfig -p | grep -q libOSMesa; then
   as_root=""
   [ "$(id -u)" = 0 ] || as_root="sudo"
   echo "installing libosmesa6 (software rendering)"
@@ -24,4 +26,6 @@ fi
 echo "installing mimic-video-jax[$extra] into $venv"
 "$venv/bin/python" -m pip install -qq --disable-pip-version-check --editable ".[$extra]"
 # openpi's client says that it needs NumPy 1, and runs with 2.
-case ",$extra," in *,test-all,*) "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-deps openpi-client ;; esac
+if includes test-all; then
+  "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-deps openpi-client
+fi
