@@ -324,6 +324,12 @@ def test_sources_that_are_not_there(convert, tmp_path, monkeypatch):
     )
 
 
+def test_a_folder_of_the_name_run_is_no_request_to_export(launch, config_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = launch("convert", f"--config={config_file(ACTION)}", "--source", "run", f"--out={tmp_path / 'out'}")
+    assert message == "error: stage 'action' needs --decoder and --statistics"  # of the other direction
+
+
 def test_exports_that_are_refused(convert, launch, source, tmp_path):
     assert_refused(launch("convert", f"--run={tmp_path / 'none'}", f"--out={tmp_path / 'export'}"), "none is not a run directory")
     assert not (tmp_path / "none").exists()
