@@ -11,7 +11,6 @@ import sys
 import time
 
 import chex
-import jax
 import numpy as np
 import pytest
 import tiny
@@ -20,18 +19,6 @@ from mimic_video.training import checkpoints, loop, run_directory
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = tiny.experiment(train={"steps": 6, "checkpoint_every": 2})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Every start of training compiles the same step."""
-    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("cache")), 0.3), strict=True):
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 def train(run, bad_step=0, at=lambda step: None):
