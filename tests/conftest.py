@@ -44,7 +44,8 @@ def pytest_configure(config):
 
     JAX tells entries of the cache apart by its version, its flags and the program; `pytest --cache-clear` removes them.
     """
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("compiled")))
+    if config.pluginmanager.has_plugin("cacheprovider"):
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("compiled")))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
     jaxtyping.install_import_hook(["mimic_video", "data_pipelines"], "shape_checks.checked")
