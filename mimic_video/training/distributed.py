@@ -5,8 +5,8 @@ service, which is in process 0; a thread in each of the others waits for that, p
 main thread hangs in a collective operation. Process 0 also says so of a process that it has not heard of for `SILENCE` seconds:
 one that was killed, ran out of memory or lost its machine.
 
-Exit codes of a process when there are several: 1 if it failed itself, `OTHER_FAILED` if another one did. If process 0 vanishes
-without a word, JAX aborts the others at once (SIGABRT), with a message that the leader task died.
+Exit codes of a process when there are several: 1 if it failed itself, `OTHER_FAILED` if another one did. Process 0 ends last: if
+it vanishes without a word, JAX aborts the others at once (SIGABRT), with a message that the leader task died.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ OTHER_FAILED = 69  # EX_UNAVAILABLE of sysexits.h
 SILENCE = 30.0  # seconds; collectives, compilation and I/O release the interpreter lock, so no living process is silent so long
 _BEAT = 2.0  # seconds between signs of life, and that a process waits for the others to do something
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-_FAILURE, _ALIVE = "mimic_video/failure", "mimic_video/alive"
+_FAILURE, _ALIVE, _LEAVING = "mimic_video/failure", "mimic_video/alive", "mimic_video/leaving"
 # What JAX and gloo raise where another process is missing begins with a status; local mistakes of a program have other types.
 _STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|DATA_LOSS): ")
 
@@ -190,10 +190,27 @@ class _Watch:
             if "ALREADY_EXISTS" not in str(error):
                 print(f"error: the other processes cannot be told: {str(error).splitlines()[0]}", file=sys.stderr)
 
+    def _let_others_leave(self) -> None:
+        """Process 0 goes last: the others read the reason from it, and JAX aborts those that it leaves behind."""
+        end = time.monotonic() + SILENCE  # some may have died, too
+        while time.monotonic() < end:
+            present, leaving = (
+                {key.removeprefix(folder) for key, _ in self._client.key_value_dir_get(folder)} for folder in (_ALIVE, _LEAVING)
+            )
+            now = time.monotonic()
+            silent = {name for name, (_, heard) in list(self._heard.items()) if now - heard > SILENCE}
+            if not present - leaving - silent - {f"/{self._name}"}:
+                break
+            time.sleep(_BEAT / 4)
+        time.sleep(_BEAT)  # from their word to their end
+
     def _exit(self, code: int) -> None:
         """Ends the process at once: its main thread may hang, and JAX's own end waits for processes that are gone."""
-        if self._index == 0:  # the others read the reason from this process
-            time.sleep(2 * _BEAT)
+        if self._index == 0:
+            self._let_others_leave()
+        else:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is gone, and waits for nobody
+                self._client.key_value_set(f"{_LEAVING}/{self._name}", "", allow_overwrite=True)
         logging.flush()
         sys.stdout.flush()
         sys.stderr.flush()

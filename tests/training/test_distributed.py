@@ -1,16 +1,19 @@
 """How processes find each other, and that they hold the same arrays as one process would."""
 
+import contextlib
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
 
 from mimic_video.config import ConfigError
-from mimic_video.training.distributed import initialize, of_another_process, processes
+from mimic_video.training.distributed import _BEAT, OTHER_FAILED, initialize, of_another_process, processes
 from mimic_video.training.storage import RunError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -111,26 +114,35 @@ with processes():
 """
 
 
-@pytest.mark.processes
-def test_two_processes_hold_the_arrays_of_one():
+@contextlib.contextmanager
+def several(count, program):
+    """Processes of four devices each that run `program`."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))),
         "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": str(count),
         "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4"),
     }
-    running = []
-    for index in range(2):
-        own = environment | {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        running.append(subprocess.Popen([sys.executable, "-c", HOST], env=own, **pipes))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    running = [
+        subprocess.Popen([sys.executable, "-c", program], env=environment | {"JAX_PROCESS_ID": str(index)}, **pipes)
+        for index in range(count)
+    ]
     try:
-        printed = [process.communicate(timeout=120)[0] for process in running]
+        yield running
     finally:
         for process in running:
             process.kill()
+            process.wait()
+
+
+@pytest.mark.processes
+def test_two_processes_hold_the_arrays_of_one():
+    with several(2, HOST) as running:
+        printed = [process.communicate(timeout=120)[0] for process in running]
     expected = {
         "neighbours": (list(range(8)), list(range(8, 16))),
         "interleaved": ([0, 1, 4, 5, 8, 9, 12, 13], [2, 3, 6, 7, 10, 11, 14, 15]),
@@ -141,3 +153,29 @@ def test_two_processes_hold_the_arrays_of_one():
         assert process.returncode == 3, printed[index]
         for name, rows in expected.items():
             assert f"{name} {rows[index]}" in printed[index]
+
+
+WAITS_FOR_A_MISTAKE = """
+from mimic_video.training.distributed import processes
+with processes():
+    print("ready", flush=True)
+    raise SystemExit(f"error: {input()}")
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("failing", "late"), [(1, 2), (0, 1)])
+def test_process_0_waits_for_one_that_is_late(failing, late):
+    with several(3, WAITS_FOR_A_MISTAKE) as running:
+        for process in running:
+            assert any(line == "ready\n" for line in process.stdout)
+        running[late].send_signal(signal.SIGSTOP)
+        running[failing].stdin.write("no data\n")
+        running[failing].stdin.flush()
+        time.sleep(5 * _BEAT)
+        running[late].send_signal(signal.SIGCONT)
+        printed = [process.stdout.read() for process in running]  # of their whole lives
+        codes = [process.wait() for process in running]
+    for index, code in enumerate(codes):
+        assert "no data" in printed[index]
+        assert code == (1 if index == failing else OTHER_FAILED), printed[index]
