@@ -24,9 +24,10 @@ import experiment
 import jax
 from absl import flags
 
+from mimic_video.analysis import aot
 from mimic_video.config import ConfigError, ExperimentConfig
-from mimic_video.training import aot, flops
-from mimic_video.training.run_directory import write_json
+from mimic_video.runs.directory import write_json
+from mimic_video.training import flops
 
 _PLATFORM = flags.DEFINE_enum("platform", "tpu", ["tpu", "cuda"], "What is compiled for")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Name of the TPU topology, such as v5e:16x16 or v5p:4x4x8")

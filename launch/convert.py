@@ -27,8 +27,8 @@ from etils import epath
 
 from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.embodiments import Embodiment, choose
-from mimic_video.training import checkpoints, run_directory
-from mimic_video.training.storage import RunError, absolute, local_path, run_path
+from mimic_video.runs import checkpoints, directory
+from mimic_video.runs.storage import RunError, absolute, local_path, run_path
 from mimic_video.transforms import Statistics, from_json, statistics_from_published, statistics_to_published, to_json
 from mimic_video.vam import Params, VideoActionModel
 from mimic_video.weights.diffusers import DIFFUSERS_DIT_NAMES, read_component, video_dit_config, wan_config
@@ -120,7 +120,7 @@ def diffusers_weights(config: ExperimentConfig, source: pathlib.Path) -> Params:
         backbone=video_dit_config(read_component(source, "transformer"), config.backbone.hidden_block),
         tokenizer=wan_config(read_component(source, "vae")),
     )
-    run_directory.require_same_model(there, config, ("backbone", "tokenizer.kind", "tokenizer.width"), source)
+    directory.require_same_model(there, config, ("backbone", "tokenizer.kind", "tokenizer.width"), source)
     params = {}
     for name, part, names in (("tokenizer", "vae", DIFFUSERS_VAE_NAMES), ("backbone", "transformer", DIFFUSERS_DIT_NAMES)):
         params[name] = import_params(open_tensors(source / part), names, shapes[name], source=str(source / part))
@@ -169,7 +169,7 @@ def convert(config: ExperimentConfig) -> None:
     if config.tokenizer.kind != "wan":
         raise ConfigError(f"config field 'tokenizer.kind' is {config.tokenizer.kind!r}; expected 'wan', the published one")
     out = run_path(_OUT.value)
-    run_directory.require_empty(out)
+    directory.require_empty(out)
     embodiments = None
     if _BACKBONE.value is None:
         params = diffusers_weights(config, fetch(_SOURCE.value, _DIFFUSERS_FILES))
@@ -187,10 +187,10 @@ def convert(config: ExperimentConfig) -> None:
 
 def export(run: epath.Path, out: pathlib.Path) -> None:
     """Run directory → files with published names."""
-    run, config = absolute(run), run_directory.read_config(run)
+    run, config = absolute(run), directory.read_config(run)
     statistics = None
     if config.stage == "action":
-        statistics = exported_statistics(choose(run_directory.load_embodiments(run), None).statistics)
+        statistics = exported_statistics(choose(directory.load_embodiments(run), None).statistics)
     params, step = checkpoints.load_params(run, _PRECISION.value)
     print(f"step {step} of {run}")
     for line in write_networks(out, run.name, config, params, _FORMAT.value):
@@ -198,7 +198,7 @@ def export(run: epath.Path, out: pathlib.Path) -> None:
     if statistics is not None:
         path = out / "dataset_statistics" / f"{run.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        run_directory.write_json(path, statistics)
+        directory.write_json(path, statistics)
         print(f"wrote {path}")
 
 

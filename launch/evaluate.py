@@ -31,8 +31,8 @@ from mimic_video.evaluation.rollouts import EpisodeResult, run_rollouts, success
 from mimic_video.media import film_strip, write_video
 from mimic_video.models.text import make_text_encoder
 from mimic_video.policy.policy import Policy
-from mimic_video.training import checkpoints, run_directory
-from mimic_video.training.storage import RunError, Spool, run_path
+from mimic_video.runs import checkpoints, directory
+from mimic_video.runs.storage import RunError, Spool, run_path
 from mimic_video.vam import VideoActionModel
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory", required=True)
@@ -42,7 +42,7 @@ _RECORDED = flags.DEFINE_integer("recorded", 4, "Episodes per task, or video sam
 _DATASET = flags.DEFINE_string("dataset", None, "Of a run on several datasets, the one to evaluate on, by name")
 
 _VIDEO_SAMPLES = 16
-_POLICY_FIELDS = ("data.image_size", "data.past_frames", "data.future_frames", *run_directory.MODEL_FIELDS, "decoder")
+_POLICY_FIELDS = ("data.image_size", "data.past_frames", "data.future_frames", *directory.MODEL_FIELDS, "decoder")
 
 
 def chosen_windows(config: ExperimentConfig) -> WindowDataset:
@@ -86,7 +86,7 @@ def evaluate_video(config: ExperimentConfig, run: epath.Path, out: pathlib.Path)
 
 
 def evaluate_policy(config: ExperimentConfig, run: epath.Path, out: pathlib.Path) -> dict:
-    run_directory.require_same_model(run_directory.read_config(run), config, _POLICY_FIELDS, run)
+    directory.require_same_model(directory.read_config(run), config, _POLICY_FIELDS, run)
     policy = Policy.load(run, config, _DATASET.value)
     windows = chosen_windows(config)
     samples = [windows[index] for index in range(0, len(windows), 4)]
@@ -126,7 +126,7 @@ def main(config: ExperimentConfig) -> None:
         else:
             values = {"video": evaluate_video, "action": evaluate_policy}[config.stage](config, run, spool.path)
         spool.path.mkdir(parents=True, exist_ok=True)
-        run_directory.write_json(spool.path / "evaluation.json", values | {"seconds": time.perf_counter() - start})
+        directory.write_json(spool.path / "evaluation.json", values | {"seconds": time.perf_counter() - start})
     for task, row in values.get("success", {}).items():
         interval = f"95 % interval {row['low']:.2f} to {row['high']:.2f}"
         print(f"{task}: {row['successes']}/{row['episodes']} = {row['rate']:.2f}, {interval}")

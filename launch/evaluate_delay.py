@@ -26,8 +26,8 @@ from mimic_video.evaluation.environment import EnvironmentPool
 from mimic_video.evaluation.rollouts import EpisodeResult, run_task, success_table
 from mimic_video.evaluation.smoothness import mean_squared_jerk
 from mimic_video.policy.policy import Policy
-from mimic_video.training import run_directory
-from mimic_video.training.storage import RunError, run_path
+from mimic_video.runs import directory
+from mimic_video.runs.storage import RunError, run_path
 
 STRATEGIES = get_args(get_type_hints(PolicyConfig)["strategy"])
 
@@ -70,7 +70,7 @@ def row(strategy: str, milliseconds: float, steps: int, results: list[EpisodeRes
 
 def main(given: ExperimentConfig) -> None:
     run, start = run_path(_WORKDIR.value), time.perf_counter()
-    config = dataclasses.replace(run_directory.read_config(run), policy=given.policy, evaluation=given.evaluation)
+    config = dataclasses.replace(directory.read_config(run), policy=given.policy, evaluation=given.evaluation)
     evaluation, delays = config.evaluation, delays_in_steps(config.data.control_hz)
     policy = Policy.load(run, config, _DATASET.value)
     seeds = range(evaluation.first_seed, evaluation.first_seed + evaluation.episodes_per_task)
@@ -92,7 +92,7 @@ def main(given: ExperimentConfig) -> None:
         "device": jax.devices()[0].device_kind,
         "seconds": time.perf_counter() - start,
     }
-    run_directory.write_json(run / "delays.json", values)
+    directory.write_json(run / "delays.json", values)
     print(f"\n{'strategy':<20}{'delay ms':>9}{'success':>9}  {'95 % interval':<14}{'seconds':>8}{'jerk':>8}{'commanded':>11}")
     for r in rows:
         overall, seconds = r["success"]["overall"], r["seconds_to_success"]

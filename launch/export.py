@@ -30,9 +30,9 @@ from mimic_video.models.text import DamagedEntryError, T5TextEncoder, make_text_
 from mimic_video.policy.bundle import new_bundle, write_policy
 from mimic_video.policy.policy import Policy
 from mimic_video.policy.stablehlo import Platform, attention_for, write_programs
-from mimic_video.training.checkpoints import load_params
-from mimic_video.training.run_directory import load_embodiments, read_config
-from mimic_video.training.storage import RunError, local_path, run_path
+from mimic_video.runs.checkpoints import load_params
+from mimic_video.runs.directory import load_embodiments, read_config
+from mimic_video.runs.storage import RunError, local_path, run_path
 from mimic_video.vam import Params, VideoActionModel
 from mimic_video.weights.layout import write_networks
 

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mimic_video.analysis.aot import widest_robot
 from mimic_video.config import ExperimentConfig, MeshConfig, experiment_from
 from mimic_video.models.layers import Remat
-from mimic_video.training.aot import widest_robot
 from mimic_video.transforms import compute_statistics
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"

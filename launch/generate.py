@@ -19,8 +19,8 @@ from absl import flags
 from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.media import MediaError, check_writable, crop_to_shape, read_frames, write_video
 from mimic_video.models.text import make_text_encoder
-from mimic_video.training import checkpoints, run_directory
-from mimic_video.training.storage import RunError, run_path
+from mimic_video.runs import checkpoints, directory
+from mimic_video.runs.storage import RunError, run_path
 from mimic_video.transforms import resize_images, stack_views
 from mimic_video.vam import VideoActionModel
 
@@ -45,7 +45,7 @@ def observed_frames(config: ExperimentConfig) -> np.ndarray:
 
 def main(config: ExperimentConfig) -> None:
     run = run_path(_WORKDIR.value)
-    run_directory.require_same_model(run_directory.read_config(run), config, run_directory.MODEL_FIELDS, run)
+    directory.require_same_model(directory.read_config(run), config, directory.MODEL_FIELDS, run)
     check_writable(_OUT.value, config.data.frame_size)
     past = observed_frames(config)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, past_frames=past.shape[1]))

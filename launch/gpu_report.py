@@ -99,7 +99,7 @@ def share_of_forms(number: int, of: int) -> dict[str, Any]:
     import jax.numpy as jnp
     import numpy as np
 
-    from mimic_video.training.aot import policy_program, step_program
+    from mimic_video.analysis.aot import policy_program, step_program
 
     def filled(shape: Any) -> Any:
         """Of nothing in particular, and nothing that is zero."""

@@ -31,10 +31,9 @@ from data_pipelines.precompute import LatentCache, create_latents, first_rows, l
 from data_pipelines.sources.rlds import DatasetError
 from data_pipelines.windows import video_window
 from mimic_video.config import ConfigError, ExperimentConfig
-from mimic_video.training import checkpoints, run_directory
-from mimic_video.training.sharding import global_batch, make_mesh, require_divisible
-from mimic_video.training.steps import place
-from mimic_video.training.storage import RunError, run_path
+from mimic_video.parallel.sharding import global_batch, make_mesh, place, require_divisible
+from mimic_video.runs import checkpoints, directory
+from mimic_video.runs.storage import RunError, run_path
 from mimic_video.vam import Params, VideoActionModel
 
 _STRIDE = flags.DEFINE_integer("stride", 1, "Steps of an episode from one window to the next", lower_bound=1)
@@ -104,7 +103,7 @@ def main(config: ExperimentConfig) -> None:
         raise ConfigError("config field 'data.latents' is empty; expected the folder to fill")
     (share, shares), backbone = parse_share(_SHARD.value), run_path(config.backbone_run)
     tokenizer_fields = ("tokenizer.kind", "tokenizer.width")
-    run_directory.require_same_model(run_directory.read_config(backbone), config, tokenizer_fields, backbone)
+    directory.require_same_model(directory.read_config(backbone), config, tokenizer_fields, backbone)
     tokenizer = checkpoints.load_tokenizer(backbone, config)
     shape, dtype = (*config.data.latent_shape, config.backbone.latent_channels), VideoActionModel(config).dtype("tokenizer")
     splits = [config.data.train_split] + [config.data.validation_split] * bool(config.train.validate_every)

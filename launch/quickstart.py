@@ -19,7 +19,7 @@ import time
 from absl import app, flags
 
 from mimic_video.evaluation.rollouts import wilson_interval
-from mimic_video.training.run_directory import write_json
+from mimic_video.runs.directory import write_json
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written; runs/quickstart, or runs/smoke, unless given")
 _SMOKE = flags.DEFINE_bool("smoke", False, "A few steps of every phase, to see that all of them run; no policy comes of it")

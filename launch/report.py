@@ -14,7 +14,7 @@ from absl import app, flags
 
 from mimic_video.config import ConfigError
 from mimic_video.evaluation.report import write_report
-from mimic_video.training.storage import RunError, local_path
+from mimic_video.runs.storage import RunError, local_path
 
 _OUT = flags.DEFINE_string("out", None, "HTML file to write", required=True)
 _TITLE = flags.DEFINE_string("title", "Video-action model: report", "Heading of the page")

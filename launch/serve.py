@@ -20,7 +20,7 @@ from mimic_video.config import ConfigError
 from mimic_video.policy.observations import PolicyLayout
 from mimic_video.policy.policy import Policy
 from mimic_video.policy.server import PolicyServer, ServerOptions
-from mimic_video.training.storage import RunError
+from mimic_video.runs.storage import RunError
 
 _DEFAULTS = ServerOptions()
 _POLICY = flags.DEFINE_string("policy", None, "Bundle of launch/export.py, or run directory of stage `action`", required=True)

@@ -10,7 +10,7 @@ datasets have changed in between, or if another run is using the directory.
 
 SIGTERM, Ctrl-C and the notice of Google Compute Engine make it finish its step, save and end with exit code 75: start it again.
 
-On several hosts it runs once on each, or once per GPU under SLURM, with one --workdir for all; `mimic_video.training.distributed`
+On several hosts it runs once on each, or once per GPU under SLURM, with one --workdir for all; `mimic_video.parallel.distributed`
 says how the processes find each other, and that all of them end when one fails.
 """
 
@@ -37,22 +37,23 @@ from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.embodiments import Embodiment
 from mimic_video.models.patch_tokenizer import PatchTokenizer
 from mimic_video.models.text import make_text_encoder
-from mimic_video.training import checkpoints, run_directory
-from mimic_video.training.distributed import processes
+from mimic_video.parallel.distributed import processes
+from mimic_video.parallel.sharding import batch_rows, make_mesh, shardings
+from mimic_video.runs import checkpoints, directory
+from mimic_video.runs.storage import RunError, run_path
+from mimic_video.stages import TRAINED
 from mimic_video.training.loop import NonFiniteLossError, train
 from mimic_video.training.metrics import wandb_package
 from mimic_video.training.preemption import EXIT_CODE, PreemptedError
-from mimic_video.training.sharding import batch_rows, make_mesh, named_leaves, shardings
-from mimic_video.training.steps import TRAINED
-from mimic_video.training.storage import RunError, run_path
 from mimic_video.transforms import Normalizer
+from mimic_video.trees import named_leaves
 from mimic_video.vam import Params, VideoActionModel
 
 Windows = Mapping[str, WindowDataset]
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory, or gs://BUCKET/FOLDER", required=True)
 _PROFILE = flags.DEFINE_string("profile", "", "FIRST:LAST, the steps of which a profiler's trace goes to WORKDIR/profile")
-_BACKBONE_FIELDS = ("data.image_size", "data.past_frames", "data.future_frames", "data.video_hz", *run_directory.MODEL_FIELDS)
+_BACKBONE_FIELDS = ("data.image_size", "data.past_frames", "data.future_frames", "data.video_hz", *directory.MODEL_FIELDS)
 
 
 def fit_tokenizer(config: ExperimentConfig, datasets: Windows) -> Params:
@@ -131,7 +132,7 @@ def find_embodiments(run: epath.Path, config: ExperimentConfig, datasets: Window
     """
     hosts = Hosts(jax.process_index(), jax.process_count(), multihost_utils.process_allgather)
     if not hosts.gather(np.array((run / "embodiments.json").exists())).all():  # asked together: none goes ahead and writes it
-        run_directory.save_embodiments(
+        directory.save_embodiments(
             run,
             {
                 name: Embodiment(
@@ -141,7 +142,7 @@ def find_embodiments(run: epath.Path, config: ExperimentConfig, datasets: Window
             },
         )
         multihost_utils.sync_global_devices("embodiments")
-    return run_directory.load_embodiments(run)
+    return directory.load_embodiments(run)
 
 
 def profiled_steps() -> tuple[int, int] | None:
@@ -162,10 +163,10 @@ def main(config: ExperimentConfig) -> None:
         raise ConfigError("config field 'backbone_run' is empty; expected a run with the weights of the Wan tokenizer")
     if config.backbone_run:
         backbone = run_path(config.backbone_run)
-        trained = with_views_of(config, run_directory.read_config(backbone))
-        run_directory.require_same_model(trained, config, _BACKBONE_FIELDS, backbone)
+        trained = with_views_of(config, directory.read_config(backbone))
+        directory.require_same_model(trained, config, _BACKBONE_FIELDS, backbone)
         checkpoints.require_checkpoint(backbone)
-    with run_directory.locked(run):
+    with directory.locked(run):
         try:
             train_in(run, config, profile)
         except PreemptedError as stop:
@@ -186,7 +187,7 @@ def train_in(run: epath.Path, config: ExperimentConfig, profile: tuple[int, int]
     encode_text = make_text_encoder(config.text)
     for instruction in {episode.instruction for windows in datasets.values() for episode in windows.episodes}:
         encode_text(instruction)  # so that one that does not fit is an error now
-    run_directory.write_config(run, config)
+    directory.write_config(run, config)
     normalizers: dict[str, dict[str, Normalizer]] = {}
     if config.stage == "action":
         normalizers = {name: e.normalizers(config) for name, e in find_embodiments(run, config, datasets).items()}

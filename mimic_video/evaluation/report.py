@@ -17,9 +17,8 @@ from typing import Any
 
 from mimic_video.config import ExperimentConfig, to_dict
 from mimic_video.evaluation.rollouts import wilson_interval
-from mimic_video.training.metrics import read_metrics
-from mimic_video.training.run_directory import read_config
-from mimic_video.training.storage import RunError
+from mimic_video.runs.directory import read_config, read_metrics
+from mimic_video.runs.storage import RunError
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # of the labels, in order; colour-blind safe
 _GREY = "#666666"

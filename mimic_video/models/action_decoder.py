@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from mimic_video.config import ActionDecoderConfig
 from mimic_video.models.attention import Attention, Backend, KeyMask, Keys
+from mimic_video.models.devices import BATCH_AXES, axis_size, constrain
 from mimic_video.models.layers import (
     MLP,
     LayerNorm,
@@ -27,7 +28,6 @@ from mimic_video.models.layers import (
     stack_blocks,
     truncated_normal,
 )
-from mimic_video.models.parallel import BATCH_AXES, axis_size, constrain
 
 Tokens = Float[Array, "m s d"]  # s = proprioception tokens, then action tokens
 

@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from mimic_video.config import ConfigError
+from mimic_video.models.devices import BATCH, BATCH_AXES, TOKENS, axis_size, compute_capability, is_spread, platform
 from mimic_video.models.layers import SAVED_ATTENTION, RMSNorm, linear
-from mimic_video.models.parallel import BATCH, BATCH_AXES, TOKENS, axis_size, compute_capability, is_spread, platform
 
 Backend = Literal["auto", "xla", "cudnn", "splash"]
 # Tokens are on one axis, or as video tokens on two: frames and patches of a frame.

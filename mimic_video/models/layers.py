@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from mimic_video.models.parallel import is_spread, platform
+from mimic_video.models.devices import is_spread, platform
 from mimic_video.models.quantization import dequantized
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]

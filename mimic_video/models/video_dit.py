@@ -9,8 +9,8 @@ from jaxtyping import Array, Bool, Float
 
 from mimic_video.config import CompatConfig, VideoDiTConfig
 from mimic_video.models.attention import Attention, Backend, KeyMask
+from mimic_video.models.devices import TOKENS, constrain
 from mimic_video.models.layers import MLP, Modulation, Remat, RMSNorm, linear, modulate, scan_blocks, silu, stack_blocks
-from mimic_video.models.parallel import TOKENS, constrain
 from mimic_video.models.rope import rope_angles, rotate
 
 Tokens = Float[Array, "b t n d"]  # n = patches of one latent frame, row by row; those of several views one view after the other

@@ -17,8 +17,8 @@ from mimic_video.models.text import TextEncoder, make_text_encoder
 from mimic_video.policy import bundle
 from mimic_video.policy.execution import Committed
 from mimic_video.policy.program import PolicyProgram
-from mimic_video.training import checkpoints, run_directory
-from mimic_video.training.storage import RunError, local_path, run_path
+from mimic_video.runs import checkpoints, directory
+from mimic_video.runs.storage import RunError, local_path, run_path
 from mimic_video.transforms import resize_images, stack_views
 from mimic_video.vam import Params, Prefix
 
@@ -70,11 +70,11 @@ class Policy:
         if bundle.is_bundle(run):
             own, params, embodiments, encode_text = bundle.read_bundle(local_path(path))
             return cls(config or own, params, choose(embodiments, embodiment), encode_text=encode_text)
-        trained = run_directory.read_config(run)
+        trained = directory.read_config(run)
         if trained.stage != "action":
             raise RunError(f"{run} holds a run of stage '{trained.stage}'; a policy needs stage 'action'")
         params, _ = checkpoints.load_params(run)
-        return cls(config or trained, params, choose(run_directory.load_embodiments(run), embodiment))
+        return cls(config or trained, params, choose(directory.load_embodiments(run), embodiment))
 
     def __call__(
         self,

@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mimic_video.models.parallel import platform as present_platform
+from mimic_video.models.devices import platform as present_platform
 from mimic_video.policy.policy import Policy
-from mimic_video.training.run_directory import write_json
-from mimic_video.training.sharding import named_leaves
+from mimic_video.runs.directory import write_json
+from mimic_video.trees import named_leaves
 
 Platform = Literal["cpu", "cuda", "tpu"]
 

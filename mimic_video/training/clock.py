@@ -9,10 +9,9 @@ import jax
 from etils import epath
 
 from mimic_video.config import ConfigError, ExperimentConfig
+from mimic_video.runs.directory import read_metrics, write_json
+from mimic_video.runs.storage import Spool
 from mimic_video.training.flops import mfu, step_flops, video_tokens
-from mimic_video.training.metrics import read_metrics
-from mimic_video.training.run_directory import write_json
-from mimic_video.training.storage import Spool
 
 # Metrics that a repeated run does not repeat: everything else is a function of the configuration and the data.
 MEASURED = (

@@ -16,10 +16,10 @@ import jax
 from mimic_video.config import ExperimentConfig
 from mimic_video.flow.solvers import stopping_sigmas
 from mimic_video.models.action_decoder import embedder_widths
+from mimic_video.models.lora import has_name
 from mimic_video.models.patch_tokenizer import CHANNELS, PATCH
 from mimic_video.models.wan_vae import MULTIPLES, TIME_RESAMPLED
-from mimic_video.training.lora import has_name
-from mimic_video.training.steps import TRAINED
+from mimic_video.stages import TRAINED
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,14 +12,15 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from mimic_video.config import ExperimentConfig
-from mimic_video.training import checkpoints
+from mimic_video.parallel.sharding import global_batch, make_mesh, place, require_divisible
+from mimic_video.runs import checkpoints
+from mimic_video.runs.directory import write_config
+from mimic_video.runs.storage import RunError
+from mimic_video.stages import split_params
 from mimic_video.training.clock import ProfilerWindow, StepClock, first_start
 from mimic_video.training.metrics import MetricWriter, device_memory
 from mimic_video.training.preemption import PreemptedError, preemption_notices
-from mimic_video.training.run_directory import write_config
-from mimic_video.training.sharding import global_batch, make_mesh, require_divisible
-from mimic_video.training.steps import TrainState, abstract_state, initial_state, make_train_step, place, split_params
-from mimic_video.training.storage import RunError
+from mimic_video.training.steps import TrainState, abstract_state, initial_state, make_train_step
 from mimic_video.training.validation import make_validation
 from mimic_video.vam import Params, VideoActionModel
 

@@ -16,8 +16,9 @@ from jaxtyping import Array, Float, UInt8
 from tensorboardX import SummaryWriter
 
 from mimic_video.config import ConfigError, ExperimentConfig, to_dict
-from mimic_video.training.sharding import path_name
-from mimic_video.training.storage import Spool, in_bucket
+from mimic_video.runs.directory import read_metrics
+from mimic_video.runs.storage import Spool, in_bucket
+from mimic_video.trees import path_name
 
 # (regex over the '/'-joined path, group); the first match wins.
 _GROUPS = (
@@ -136,10 +137,3 @@ def _wandb_run(run: epath.Path, config: ExperimentConfig) -> Any:
         dir=None if in_bucket(run) else str(run),
         config=to_dict(config),
     )
-
-
-def read_metrics(run: epath.Path) -> list[dict[str, float]]:
-    """Every complete record of a run, oldest first; a last line that a kill cut short is left out."""
-    path = epath.Path(run) / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]

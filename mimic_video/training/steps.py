@@ -1,26 +1,21 @@
 """The training state and the compiled step of either stage."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mimic_video.config import ExperimentConfig
-from mimic_video.models.parallel import BATCH
-from mimic_video.training.lora import init_adapters, join_network, require_names, split_network
+from mimic_video.models.devices import BATCH
+from mimic_video.parallel.sharding import MeshFunction, shardings
+from mimic_video.stages import join_params, split_params
 from mimic_video.training.metrics import group_norms
 from mimic_video.training.optimizer import average_decay, make_optimizer, make_schedule
-from mimic_video.training.sharding import shardings
 from mimic_video.vam import Batch, Draws, Mean, Metrics, Params, VideoActionModel
-
-TRAINED = {"video": "backbone", "action": "decoder"}  # the network that each stage optimises
 
 
 @struct.dataclass
@@ -35,52 +30,6 @@ class TrainState:
     @property
     def inference_params(self) -> Params:
         return self.ema or self.params
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshFunction:
-    """A jitted function that runs, is traced or lowered with its mesh in context, which tells networks how they are spread."""
-
-    function: Any
-    mesh: Mesh
-
-    def __call__(self, *arguments: Any) -> Any:
-        with jax.set_mesh(self.mesh):
-            return self.function(*arguments)
-
-    def trace(self, *arguments: Any) -> Any:
-        with jax.set_mesh(self.mesh):
-            return self.function.trace(*arguments)
-
-    def lower(self, *arguments: Any) -> Any:
-        with jax.set_mesh(self.mesh):
-            return self.function.lower(*arguments)
-
-
-def split_params(params: Params, config: ExperimentConfig) -> tuple[Params, Params]:
-    """(trained, frozen) parts of {"tokenizer", "backbone", "decoder"}; a stage drops what it does not read.
-
-    With LoRA, `trained` is {network: what is trained fully, "lora": new adapters} and the rest of the network is frozen.
-
-    Raises:
-        ConfigError: if the configuration of LoRA names a parameter that is not there, or one twice.
-    """
-    name = TRAINED[config.stage]
-    frozen = {other: part for other, part in params.items() if other not in (name, "decoder")}
-    if not config.lora.rank:
-        return {name: params[name]}, frozen
-    require_names(params, config.lora)
-    trained, base = split_network(params[name], config.lora)
-    adapters = init_adapters(base, config.lora, jax.random.fold_in(jax.random.key(config.seed), 1))
-    return {name: trained, "lora": adapters}, frozen | {name: base}
-
-
-def join_params(trained: Params, frozen: Params, config: ExperimentConfig) -> Params:
-    """What `split_params` split, with adapters merged into the network: the parameters that the model computes with."""
-    if not config.lora.rank:
-        return frozen | trained
-    name = TRAINED[config.stage]
-    return frozen | {name: join_network(trained[name], frozen[name], trained["lora"], config.lora)}
 
 
 def make_state(config: ExperimentConfig, params: Params) -> TrainState:
@@ -174,15 +123,3 @@ def make_validation_step(vam: VideoActionModel, mesh: Mesh) -> Callable[[Params,
         return {name: mean.value for name, mean in means.items()}
 
     return MeshFunction(jax.jit(validate), mesh)
-
-
-def place(tree: Any, mesh: Mesh) -> Any:
-    """Puts parameters or state where the sharding rules want them; what processes hold by themselves is the same in all."""
-
-    def one(leaf: Any, where: NamedSharding) -> jax.Array:
-        if where.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
-            return jax.device_put(leaf, where)
-        values = np.asarray(leaf)
-        return jax.make_array_from_callback(values.shape, where, lambda index: values[index])
-
-    return jax.tree.map(one, tree, shardings(tree, mesh))

@@ -12,9 +12,10 @@ from jaxtyping import Array, Float, Int, UInt8
 from mimic_video.config import DataConfig
 from mimic_video.flow import matching, solvers
 from mimic_video.media import film_strip, write_video
+from mimic_video.parallel.sharding import MeshFunction, global_batch
+from mimic_video.stages import join_params
 from mimic_video.training.metrics import MetricWriter
-from mimic_video.training.sharding import global_batch
-from mimic_video.training.steps import MeshFunction, join_params, make_validation_step
+from mimic_video.training.steps import make_validation_step
 from mimic_video.vam import Batch, Latents, Params, Robots, VideoActionModel
 
 Curves = Callable[[Params, Params, Sequence[Batch]], dict[str, float]]

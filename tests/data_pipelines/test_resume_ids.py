@@ -13,7 +13,7 @@ from data_pipelines.mixture import BLOCK, Mixture, Phase
 from data_pipelines.sources.rlds import RldsSource
 from data_pipelines.writers import write_rlds
 from mimic_video.config import ActionDecoderConfig, DataConfig
-from mimic_video.training import checkpoints
+from mimic_video.runs import checkpoints
 from mimic_video.training.steps import TrainState
 
 LENGTHS = {"one": (12, 20, 9), "two": (40,), "three": (7, 7, 7), "four": (30, 25), "five": (15, 11)}  # steps of episodes

@@ -13,8 +13,8 @@ from mimic_video.config import experiment_from
 from mimic_video.evaluation.offline import action_errors, psnr
 from mimic_video.evaluation.report import difference_interval, error_verdict, success_verdict, video_verdict, write_report
 from mimic_video.evaluation.rollouts import EpisodeResult, success_table
-from mimic_video.training.run_directory import write_config, write_json
-from mimic_video.training.storage import RunError
+from mimic_video.runs.directory import write_config, write_json
+from mimic_video.runs.storage import RunError
 
 TASKS, SEEDS, LABEL = ("drawer-open-v3", "button-press-topdown-v3"), range(1000, 1008), 'trained <b>&"backbone"'
 

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from data_pipelines.sources.rlds import RldsSource
-from mimic_video.training import checkpoints, run_directory
+from mimic_video.runs import checkpoints, directory
 
 pytestmark = pytest.mark.simulator
 
@@ -38,7 +38,7 @@ def test_a_second_camera(launch, config_file, tmp_path):
     assert embedding.shape == (2, 16) and np.abs(embedding).min(axis=1).max() > 0
     file = config_file(experiment("action", data | BOTH, backbone_run=str(runs["two"]), **views))
     launch("train", f"--config={file}", f"--workdir={runs['action']}")
-    assert run_directory.load_embodiments(runs["action"])["demonstrations"].cameras == ("primary", "wrist")
+    assert directory.load_embodiments(runs["action"])["demonstrations"].cameras == ("primary", "wrist")
     assert "drawer-close-v3: " in launch("evaluate", f"--config={file}", f"--workdir={runs['action']}")
     strategies = ("receding_horizon", "real_time_chunking")
     arguments = [f"--config={file}", f"--workdir={runs['action']}", *(f"--strategy={strategy}" for strategy in strategies)]

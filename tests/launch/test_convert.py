@@ -16,7 +16,7 @@ from diffusers import AutoencoderKLWan, CosmosTransformer3DModel
 
 from mimic_video.embodiments import Embodiment
 from mimic_video.policy.policy import Policy
-from mimic_video.training import checkpoints, run_directory
+from mimic_video.runs import checkpoints, directory
 from mimic_video.training.loop import train
 from mimic_video.transforms import compute_statistics, statistics_to_published, to_json
 from mimic_video.weights.files import open_tensors, write_pt
@@ -128,8 +128,8 @@ def test_a_policy_from_published_files(convert, source, tmp_path, tensors, stati
     configured, step = checkpoints.load_params(run)
     assert step == 0 and {leaf.dtype.name for leaf in jax.tree.leaves(configured)} == {"bfloat16"}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(checkpoints.load_params(run, "float32")[0])} == {"float32"}
-    assert run_directory.read_config(run) == ACTION
-    robot = run_directory.load_embodiments(run)["bridge"]
+    assert directory.read_config(run) == ACTION
+    robot = directory.load_embodiments(run)["bridge"]
     np.testing.assert_array_equal(robot.statistics["action"].mean_clamped, statistics["action"].mean_clamped)
     assert robot.raw_dims == {"action": ACTION.data.raw_action_dims, "proprio": ()}
     policy = Policy.load(run)
@@ -173,7 +173,7 @@ def test_an_export_in_float32_with_our_own_statistics_comes_back(convert, launch
         "--tokenizer=video_backbone/tokenizer/*",
     )
     assert_params(tmp_path / "run", wide)
-    robots = [next(iter(run_directory.load_embodiments(tmp_path / name).values())) for name in ("first", "run")]
+    robots = [next(iter(directory.load_embodiments(tmp_path / name).values())) for name in ("first", "run")]
     assert to_json(robots[0].statistics) == to_json(robots[1].statistics)
 
 
@@ -354,7 +354,7 @@ def test_training_does_not_continue_in_a_converted_run(tmp_path):
         pytest.fail("training has started")
 
     with pytest.raises(
-        run_directory.RunError, match=r"converted weights without optimizer state.*--config.backbone_run=.*run and another"
+        directory.RunError, match=r"converted weights without optimizer state.*--config.backbone_run=.*run and another"
     ):
         train(config, tmp_path / "run", never, never, never)
 

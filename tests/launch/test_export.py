@@ -17,8 +17,9 @@ import tiny
 from mimic_video.embodiments import Embodiment
 from mimic_video.models.text import make_text_encoder
 from mimic_video.policy.policy import Policy
-from mimic_video.training import checkpoints, run_directory
-from mimic_video.training.steps import make_state, split_params
+from mimic_video.runs import checkpoints, directory
+from mimic_video.stages import split_params
+from mimic_video.training.steps import make_state
 from mimic_video.transforms import compute_statistics
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -40,7 +41,7 @@ PROPRIO, INSTRUCTION = np.array([[0.5, 1.5, -1.0]], np.float32), "open the drawe
 def run(tmp_path_factory):
     """With adapters that matter, and a moving average that is not what was trained last."""
     folder = tmp_path_factory.mktemp("export") / "run"
-    run_directory.write_config(folder, CONFIG)
+    directory.write_config(folder, CONFIG)
     trained, frozen = split_params(tiny.params(CONFIG), CONFIG)
     random = np.random.default_rng(3)
     trained = jax.tree.map(lambda leaf: np.asarray(leaf) + 0.05 * random.standard_normal(leaf.shape, np.float32), trained)
@@ -48,7 +49,7 @@ def run(tmp_path_factory):
     state = make_state(CONFIG, jax.tree.map(np.zeros_like, trained)).replace(step=np.int32(4), ema=trained)
     with checkpoints.open_checkpoints(folder, 1) as manager:
         checkpoints.save(manager, jax.device_put(state), data={})
-    run_directory.save_embodiments(folder, {"arm": ROBOT})
+    directory.save_embodiments(folder, {"arm": ROBOT})
     return folder
 
 

@@ -5,7 +5,7 @@ import tiny
 from PIL import Image
 
 from mimic_video.media import read_frames, write_video
-from mimic_video.training import checkpoints
+from mimic_video.runs import checkpoints
 
 CONFIG = tiny.experiment(stage="video")
 

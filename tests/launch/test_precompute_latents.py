@@ -12,7 +12,7 @@ import tiny
 from data_pipelines import precompute
 from data_pipelines.sources.rlds import RldsSource
 from data_pipelines.writers import write_rlds
-from mimic_video.training import checkpoints
+from mimic_video.runs import checkpoints
 from mimic_video.vam import VideoActionModel
 
 STEPS = 15 + 12  # windows of the split train at stride 1

@@ -16,11 +16,11 @@ import tiny
 from buckets import emulated_bucket
 
 from data_pipelines.writers import write_rlds
-from mimic_video.training import checkpoints
-from mimic_video.training.distributed import OTHER_FAILED, SILENCE
-from mimic_video.training.metrics import read_metrics
+from mimic_video.parallel.distributed import OTHER_FAILED, SILENCE
+from mimic_video.runs import checkpoints
+from mimic_video.runs.directory import read_metrics
+from mimic_video.runs.storage import run_path
 from mimic_video.training.preemption import EXIT_CODE
-from mimic_video.training.storage import run_path
 
 pytestmark = pytest.mark.processes
 

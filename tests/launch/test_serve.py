@@ -11,8 +11,9 @@ import tiny
 
 from mimic_video.embodiments import Embodiment
 from mimic_video.policy.policy import Policy
-from mimic_video.training import checkpoints, run_directory
-from mimic_video.training.steps import make_state, split_params
+from mimic_video.runs import checkpoints, directory
+from mimic_video.stages import split_params
+from mimic_video.training.steps import make_state
 from mimic_video.transforms import compute_statistics
 from mimic_video_client import PolicyClient, RequestRefused, ServerUnavailable
 
@@ -29,13 +30,13 @@ def run(tmp_path_factory):
         "action": compute_statistics(np.random.default_rng(0).normal([5, -3], [0.1, 2.0], (200, 4, 2))),
         "proprio": compute_statistics(np.random.default_rng(1).normal(1.0, 2.0, (200, 1, 3))),
     }
-    run_directory.write_config(folder, config)
+    directory.write_config(folder, config)
     trained, frozen = split_params(tiny.params(config), config)
     checkpoints.save_frozen(folder, frozen)
     state = make_state(config, jax.tree.map(np.zeros_like, trained)).replace(step=np.int32(4), ema=trained)
     with checkpoints.open_checkpoints(folder, 1) as manager:
         checkpoints.save(manager, jax.device_put(state), data={})
-    run_directory.save_embodiments(folder, {"arm": Embodiment("arm", 0, statistics, {"action": (), "proprio": ()})})
+    directory.save_embodiments(folder, {"arm": Embodiment("arm", 0, statistics, {"action": (), "proprio": ()})})
     return folder
 
 

@@ -18,7 +18,7 @@ from data_pipelines.sources.rlds import RldsSource
 from data_pipelines.statistics import action_statistics
 from data_pipelines.writers import write_rlds
 from mimic_video.embodiments import Embodiment, to_table
-from mimic_video.training import checkpoints
+from mimic_video.runs import checkpoints
 
 SETTINGS = {"precision": "bfloat16", "train": {"steps": 2, "ema_decay": 0.0}}
 
@@ -86,11 +86,11 @@ jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 import train
 from data_pipelines.loader import WindowDataset
 from data_pipelines.sources.rlds import RldsSource
-from mimic_video.training import checkpoints, run_directory
+from mimic_video.runs import checkpoints, directory
 from pathlib import Path
 import tiny
 config, run = tiny.experiment(), Path(sys.argv[4])
-run_directory.write_config(run, config)
+directory.write_config(run, config)
 windows = WindowDataset(RldsSource(sys.argv[3], "train"), config.data, actions=True)
 for _ in range(2):  # computed, then read
     found = train.find_embodiments(run, config, {"tiny": windows})

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from data_pipelines.writers import write_rlds
-from mimic_video.training import run_directory
+from mimic_video.runs import directory
 
 
 @pytest.fixture(scope="module")
@@ -107,27 +107,27 @@ def test_a_dataset_whose_copy_was_cut_short(train, tmp_path, dataset):
 
 
 def test_a_backbone_of_another_width(train, tmp_path):
-    run_directory.write_config(tmp_path / "video", tiny.experiment(stage="video", backbone={"width": 32}))
+    directory.write_config(tmp_path / "video", tiny.experiment(stage="video", backbone={"width": 32}))
     assert_says(train(f"--config.backbone_run={tmp_path / 'video'}"), "'backbone.width' is 16, there 32")
 
 
 def test_a_backbone_that_was_never_trained(train, tmp_path):
     run = tmp_path / "video"
-    run_directory.write_config(run, tiny.experiment(stage="video"))
+    directory.write_config(run, tiny.experiment(stage="video"))
     assert_says(train(f"--config.backbone_run={run}"), f"{run} has no complete checkpoint")
 
 
 def test_a_workdir_of_another_experiment(train, tmp_path):
-    run_directory.write_config(tmp_path / "run", tiny.experiment(seed=5))
+    directory.write_config(tmp_path / "run", tiny.experiment(seed=5))
     assert_says(train(), "seed: 5 → 0", "--workdir")
 
 
 def test_a_corrected_command_may_use_the_same_workdir(train, tmp_path, dataset):
     train("--config.backbone_run=runs/nowhere")
     data = {"video_dataset": str(dataset), "action_dataset": str(dataset)}
-    run_directory.write_config(tmp_path / "run", tiny.experiment(data=data, backbone_run=str(tmp_path / "video")))
+    directory.write_config(tmp_path / "run", tiny.experiment(data=data, backbone_run=str(tmp_path / "video")))
 
 
 def test_a_directory_that_another_run_is_using(train, tmp_path):
-    with run_directory.locked(tmp_path / "run"):
+    with directory.locked(tmp_path / "run"):
         assert_says(train(), f"process {os.getpid()} on .* has been training in .*run since", "or use another --workdir")

@@ -6,7 +6,7 @@ import chex
 import pytest
 import tiny
 
-from mimic_video.training import checkpoints, run_directory
+from mimic_video.runs import checkpoints, directory
 
 pytestmark = pytest.mark.simulator
 
@@ -52,7 +52,7 @@ def test_a_mixture_of_two_action_layouts(launch, config_file, tmp_path):
     (params, step), (others, _) = (checkpoints.load_params(run, "float32") for run in (action, other))
     assert step == 3
     chex.assert_trees_all_equal(params, others)  # so what follows holds for both
-    robots = run_directory.load_embodiments(action)
+    robots = directory.load_embodiments(action)
     assert [(e.name, e.action_dim, e.proprio_dim) for e in robots.values()] == [("native", 4, 4), ("delta", 10, 10)]
     for layout, file in files.items():
         output = launch("evaluate", f"--config={file}", f"--workdir={action}", f"--dataset={layout}", "--recorded=0")

@@ -7,9 +7,9 @@ import pytest
 
 from mimic_video.config import MeshConfig
 from mimic_video.models import attention as module
-from mimic_video.models import parallel
+from mimic_video.models import devices
 from mimic_video.models.attention import attention
-from mimic_video.training.sharding import make_mesh
+from mimic_video.parallel.sharding import make_mesh
 
 HEAD_DIM = 128  # what a TPU's lanes hold
 
@@ -138,7 +138,7 @@ def test_cudnn_is_given_the_same_attention(queries, keys, masked, monkeypatch):
 def test_compute_capability_is_that_of_cuda(version, capability, expected, monkeypatch):
     device = types.SimpleNamespace(client=types.SimpleNamespace(platform_version=version), compute_capability=capability)
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
-    assert parallel._own_capability.__wrapped__() == expected
+    assert devices._own_capability.__wrapped__() == expected
 
 
 # Many products, in parts.

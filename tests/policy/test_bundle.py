@@ -11,7 +11,7 @@ from mimic_video.embodiments import Embodiment
 from mimic_video.models.text import make_text_encoder
 from mimic_video.policy.bundle import VERSION, BundleError, new_bundle, read_bundle, write_policy
 from mimic_video.policy.policy import Policy
-from mimic_video.training.storage import RunError
+from mimic_video.runs.storage import RunError
 from mimic_video.transforms import compute_statistics
 
 CONFIG = tiny.experiment(backbone={"num_blocks": 1}, decoder={"num_blocks": 1})

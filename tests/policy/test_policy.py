@@ -10,8 +10,9 @@ from mimic_video.embodiments import Embodiment
 from mimic_video.policy import program
 from mimic_video.policy.execution import Committed
 from mimic_video.policy.policy import Policy
-from mimic_video.training import checkpoints, run_directory
-from mimic_video.training.steps import make_state, split_params
+from mimic_video.runs import checkpoints, directory
+from mimic_video.stages import split_params
+from mimic_video.training.steps import make_state
 from mimic_video.transforms import compute_statistics, resize_images
 
 CONFIG = tiny.experiment()
@@ -179,7 +180,7 @@ def test_commitments_that_cannot_be_kept(policy, committed, complaint):
 
 
 def write_run(run, config, params):
-    run_directory.write_config(run, config)
+    directory.write_config(run, config)
     trained, frozen = split_params(params, config)
     checkpoints.save_frozen(run, frozen)
     state = make_state(config, jax.tree.map(np.zeros_like, trained)).replace(step=np.int32(4), ema=trained)
@@ -190,17 +191,17 @@ def write_run(run, config, params):
 def test_a_policy_is_loaded_from_a_run(tmp_path, policy, params):
     """It plans as the one in memory: with the moving average, and the run's statistics."""
     write_run(tmp_path, CONFIG, params)
-    run_directory.save_embodiments(tmp_path, {"arm": ROBOT})
+    directory.save_embodiments(tmp_path, {"arm": ROBOT})
     np.testing.assert_allclose(Policy.load(tmp_path)(*observation()), policy(*observation()), rtol=1e-5, atol=1e-6)
     longer = Policy.load(tmp_path, tiny.experiment(policy={"action_steps": 3}))
     assert np.abs(longer(*observation()) - policy(*observation())).max() > 1e-4
 
 
 def test_a_run_that_is_no_policy(tmp_path):
-    with pytest.raises(run_directory.RunError, match="is not a run directory"):
+    with pytest.raises(directory.RunError, match="is not a run directory"):
         Policy.load(tmp_path)
-    run_directory.write_config(tmp_path, tiny.experiment(stage="video"))
-    with pytest.raises(run_directory.RunError, match="stage 'video'; a policy needs stage 'action'"):
+    directory.write_config(tmp_path, tiny.experiment(stage="video"))
+    with pytest.raises(directory.RunError, match="stage 'video'; a policy needs stage 'action'"):
         Policy.load(tmp_path)
 
 
@@ -231,7 +232,7 @@ def test_one_model_for_two_robots(tmp_path):
     robots = {"arm": ROBOT, "lift": Embodiment("lift", 1, narrow, {"action": (), "proprio": ()})}
     params = tiny.params(config)
     write_run(tmp_path, config, params)
-    run_directory.save_embodiments(tmp_path, robots)
+    directory.save_embodiments(tmp_path, robots)
     arm, lift = (Policy.load(tmp_path, embodiment=name) for name in robots)
     images, proprio, instructions = observation()
     plan = lift(images, proprio[:, :2], instructions)

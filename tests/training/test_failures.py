@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import tiny
 
-from mimic_video.training import checkpoints, loop, run_directory
+from mimic_video.runs import checkpoints, directory
+from mimic_video.training import loop
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = tiny.experiment(train={"steps": 6, "checkpoint_every": 2})
@@ -53,7 +54,7 @@ def test_a_disk_that_is_full_for_something_else_ends_training_too(tmp_path):
     def fail(step):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "metrics.jsonl"))
 
-    with pytest.raises(run_directory.RunError, match=r"cannot be written: \[Errno 28\] .*metrics.jsonl'; the same command"):
+    with pytest.raises(directory.RunError, match=r"cannot be written: \[Errno 28\] .*metrics.jsonl'; the same command"):
         train(tmp_path, at=fail)
 
 
@@ -86,7 +87,7 @@ def test_a_full_disk_ends_training_with_what_is_left_and_the_next_start_continue
                     time.sleep(0.01)
                 full.enter_context(file_size_limit(20_000))
 
-        with pytest.raises(run_directory.RunError) as error:
+        with pytest.raises(directory.RunError) as error:
             train(tmp_path, at=fill)
     assert re.fullmatch(
         f"step 4 could not be saved in {tmp_path}/checkpoints: .*File too large.*; the last good checkpoint is "

@@ -6,10 +6,10 @@ import pytest
 import tiny
 from jax.extend.core import jaxprs_in_params
 
+from mimic_video.analysis.aot import batch_shapes
 from mimic_video.config import ExperimentConfig, TokenizerConfig, TrainConfig
+from mimic_video.stages import join_params, split_params
 from mimic_video.training import flops
-from mimic_video.training.aot import batch_shapes
-from mimic_video.training.steps import join_params, split_params
 from mimic_video.vam import Robots
 
 PUBLISHED = ExperimentConfig(stage="video", tokenizer=TokenizerConfig(kind="wan"), train=TrainConfig(batch_size=1))

@@ -7,7 +7,8 @@ import pytest
 import tiny
 
 from mimic_video.config import ConfigError
-from mimic_video.training.metrics import MetricWriter, device_memory, group_norms, read_metrics, wandb_package
+from mimic_video.runs.directory import read_metrics
+from mimic_video.training.metrics import MetricWriter, device_memory, group_norms, wandb_package
 
 CONFIG = tiny.experiment()
 

@@ -16,11 +16,13 @@ import tiny
 
 from data_pipelines.writers import write_rlds
 from mimic_video.config import MeshConfig, to_dict
-from mimic_video.training import checkpoints, loop, run_directory
-from mimic_video.training.metrics import read_metrics
+from mimic_video.parallel.sharding import make_mesh
+from mimic_video.runs import checkpoints, directory
+from mimic_video.runs.directory import read_metrics
+from mimic_video.training import loop
 from mimic_video.training.preemption import EXIT_CODE
-from mimic_video.training.sharding import make_mesh, named_leaves
 from mimic_video.training.steps import abstract_state
+from mimic_video.trees import named_leaves
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 10
@@ -95,7 +97,7 @@ def steps_saved(workdir):
 
 def final_state(workdir):
     """All arrays of the last checkpoint and of the frozen parameters."""
-    config = run_directory.read_config(workdir)
+    config = directory.read_config(workdir)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     with checkpoints.open_checkpoints(workdir, 2) as manager:
         state = checkpoints.restore(manager, abstract_state(tiny.model(config), mesh))

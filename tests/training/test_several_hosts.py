@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from mimic_video.training import run_directory
+from mimic_video.runs import directory
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -21,12 +21,13 @@ import jax
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 import tiny
 from mimic_video.config import MeshConfig
-from mimic_video.training import checkpoints, loop
+from mimic_video.runs import checkpoints
+from mimic_video.training import loop
 from mimic_video.training.preemption import PreemptedError
-from mimic_video.training.run_directory import locked
-from mimic_video.training.sharding import make_mesh
+from mimic_video.runs.directory import locked
+from mimic_video.parallel.sharding import make_mesh
 from mimic_video.training.steps import abstract_state
-from mimic_video.training.storage import RunError
+from mimic_video.runs.storage import RunError
 
 what, run = sys.argv[3], pathlib.Path(sys.argv[4])
 config = tiny.experiment(train={"steps": 1000, "checkpoint_every": 2, "keep_checkpoints": 9}, mesh={"data": 1, "fsdp": 4})
@@ -108,7 +109,7 @@ def test_all_stop_after_the_same_step_and_leave_a_checkpoint_that_only_one_canno
 
 @pytest.mark.processes
 def test_no_process_runs_in_a_directory_that_is_taken(hosts, tmp_path):
-    with run_directory.locked(tmp_path / "run"):
+    with directory.locked(tmp_path / "run"):
         assert json.loads((tmp_path / "run" / "lock").read_text())["pid"] == os.getpid()
         one, other = hosts("lock")
     assert one == other and f"process {os.getpid()} on" in one

@@ -11,8 +11,10 @@ import pytest
 import tiny
 
 from mimic_video.config import ConfigError, MeshConfig
-from mimic_video.training.sharding import global_batch, make_mesh, path_name
-from mimic_video.training.steps import join_params, make_state, make_train_step, place, split_params
+from mimic_video.parallel.sharding import global_batch, make_mesh, place
+from mimic_video.stages import join_params, split_params
+from mimic_video.training.steps import make_state, make_train_step
+from mimic_video.trees import path_name
 
 LEARNING_RATE = tiny.experiment().train.learning_rate
 SMALL = {"backbone": {"num_blocks": 1, "num_heads": 8, "width": 48}, "decoder": {"num_blocks": 1, "num_heads": 4}}

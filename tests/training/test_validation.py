@@ -9,10 +9,10 @@ from PIL import Image
 
 from mimic_video.config import MeshConfig
 from mimic_video.flow import matching, solvers
+from mimic_video.parallel.sharding import global_batch, make_mesh, place
+from mimic_video.runs.directory import read_metrics
+from mimic_video.stages import split_params
 from mimic_video.training.loop import train
-from mimic_video.training.metrics import read_metrics
-from mimic_video.training.sharding import global_batch, make_mesh
-from mimic_video.training.steps import place, split_params
 from mimic_video.training.validation import draw_curves, make_action_curves, make_video_curve, make_video_samples
 
 SMALL = {"backbone": {"num_blocks": 1}, "decoder": {"num_blocks": 1}, "policy": {"video_steps": 3, "stop_step": 2}}

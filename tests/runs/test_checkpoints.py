@@ -7,9 +7,11 @@ import tiny
 from run_states import CONFIG, DATA, assert_equal_bits, random_like, saved, state_of
 
 from mimic_video.config import MeshConfig
-from mimic_video.training import checkpoints, run_directory
-from mimic_video.training.sharding import make_mesh, named_leaves
-from mimic_video.training.steps import abstract_state, join_params, split_params
+from mimic_video.runs import checkpoints, directory
+from mimic_video.parallel.sharding import make_mesh
+from mimic_video.trees import named_leaves
+from mimic_video.stages import join_params, split_params
+from mimic_video.training.steps import abstract_state
 
 
 @pytest.mark.parametrize("ema_decay", [0.9, 0.0])
@@ -66,14 +68,14 @@ def test_the_data_have_to_be_those_of_the_checkpoint(tmp_path, template):
     check(any={"windows": 0})  # there is no checkpoint yet
     saved(tmp_path, [state_of(template, 5)])
     check(one=one, two=two)
-    with pytest.raises(run_directory.RunError, match=r"datasets\.two\.windows: 9 → 8") as error:
+    with pytest.raises(directory.RunError, match=r"datasets\.two\.windows: 9 → 8") as error:
         check(one=one, two=two | {"windows": 8})
     assert str(tmp_path) in str(error.value) and "one" not in str(error.value) and "content" not in str(error.value)
-    with pytest.raises(run_directory.RunError, match=r"datasets\.one\.content: 'ab' → 'ef'"):
+    with pytest.raises(directory.RunError, match=r"datasets\.one\.content: 'ab' → 'ef'"):
         check(one=one | {"content": "ef"}, two=two)
-    with pytest.raises(run_directory.RunError, match=r"datasets\.two\.windows: 9 → None"):
+    with pytest.raises(directory.RunError, match=r"datasets\.two\.windows: 9 → None"):
         check(one=one)
-    with pytest.raises(run_directory.RunError, match=r"datasets\.three\.windows: None → 3"):
+    with pytest.raises(directory.RunError, match=r"datasets\.three\.windows: None → 3"):
         check(one=one, two=two, three={"windows": 3})
 
 
@@ -88,8 +90,8 @@ def test_a_checkpoint_from_before_the_item_data_continues_with_a_warning(tmp_pat
 
 
 def test_frozen_parameters_are_kept_once(tmp_path, template):
-    run_directory.write_config(tmp_path, CONFIG)
-    with pytest.raises(run_directory.RunError, match="has no frozen parameters: its training has not started"):
+    directory.write_config(tmp_path, CONFIG)
+    with pytest.raises(directory.RunError, match="has no frozen parameters: its training has not started"):
         checkpoints.load_frozen(tmp_path)
     frozen = random_like(template[1], 1)
     assert set(frozen) == {"tokenizer", "backbone"}
@@ -101,10 +103,10 @@ def test_frozen_parameters_are_kept_once(tmp_path, template):
 @pytest.mark.parametrize("ema_decay", [0.9, 0.0])
 def test_parameters_for_inference(tmp_path, template, ema_decay):
     config = tiny.experiment(train={"ema_decay": ema_decay})
-    run_directory.write_config(tmp_path, config)
+    directory.write_config(tmp_path, config)
     frozen = random_like(template[1], 1)
     checkpoints.save_frozen(tmp_path, frozen)
-    with pytest.raises(run_directory.RunError, match="has no complete checkpoint"):
+    with pytest.raises(directory.RunError, match="has no complete checkpoint"):
         checkpoints.load_params(tmp_path)
     state = state_of(template, 4, config, make_mesh(MeshConfig(data=2, fsdp=4)))
     saved(tmp_path, [state_of(template, 2, config), state])
@@ -123,7 +125,7 @@ def test_checkpoints_of_round_steps_are_kept_for_good(tmp_path, template):
 
 def test_adapters_are_merged_into_the_parameters_for_inference_on_any_mesh(tmp_path):
     config = tiny.experiment(lora={"rank": 2})
-    run_directory.write_config(tmp_path, config)
+    directory.write_config(tmp_path, config)
     trained, frozen = split_params(random_like(tiny.params(config), 3), config)
     checkpoints.save_frozen(tmp_path, frozen)
     state = state_of((trained, frozen), 4, config)

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import tiny
 
+from mimic_video.analysis import aot
+from mimic_video.analysis.hlo import Collective, Work
 from mimic_video.config import ConfigError
-from mimic_video.training import aot, flops
-from mimic_video.training.hlo import Collective, Work
+from mimic_video.training import flops
 
 
 @pytest.mark.parametrize("stage", ["video", "action"])

@@ -22,14 +22,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 from jax._src import cloud_tpu_init
 from jax._src.distributed import global_state  # there is no public way to the key-value store
+from jax.experimental import multihost_utils
 
 from mimic_video.config import ConfigError
 
 OTHER_FAILED = 69  # EX_UNAVAILABLE of sysexits.h
 SILENCE = 30.0  # seconds; collectives, compilation and I/O release the interpreter lock, so no living process is silent so long
+_MESSAGE_BYTES = 1000  # of what `agree` sends
 _BEAT = 2.0  # seconds between signs of life, and that a process waits for the others to do something
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _FAILURE, _ALIVE, _LEAVING = "mimic_video/failure", "mimic_video/alive", "mimic_video/leaving"
@@ -112,6 +115,16 @@ def of_another_process(error: BaseException | None) -> bool:
     while error is not None and not _STATUS.match(str(error)):
         error = error.__cause__ or error.__context__
     return error is not None
+
+
+def agree(problem: str | None) -> str | None:
+    """What is wrong on any process, the same answer on all of them; None if nothing is. All have to call this."""
+    if jax.process_count() == 1:
+        return problem
+    said = (problem or "").encode()[:_MESSAGE_BYTES]
+    gathered = multihost_utils.process_allgather(np.frombuffer(said.ljust(_MESSAGE_BYTES, b"\0"), np.uint8))
+    texts = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in gathered]
+    return next(filter(None, texts), None)
 
 
 class _NumberedFormatter(logging.PythonFormatter):

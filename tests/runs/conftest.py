@@ -4,7 +4,7 @@ import pytest
 import tiny
 from run_states import CONFIG
 
-from mimic_video.training.steps import split_params
+from mimic_video.stages import split_params
 
 
 @pytest.fixture(scope="session")

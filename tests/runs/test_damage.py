@@ -11,8 +11,8 @@ import pytest
 import tensorstore
 from run_states import CONFIG, assert_equal_bits, random_like, saved, state_of
 
-from mimic_video.training import checkpoints, run_directory
-from mimic_video.training.trees import DamagedError, load_tree
+from mimic_video.runs import checkpoints, directory
+from mimic_video.runs.arrays import DamagedError, load_tree
 
 
 def array_middles(item):
@@ -55,7 +55,7 @@ DAMAGE = {
 def run(tmp_path_factory, template):
     """A run with checkpoints 2 and 4."""
     run = tmp_path_factory.mktemp("damage") / "run"
-    run_directory.write_config(run, CONFIG)
+    directory.write_config(run, CONFIG)
     checkpoints.save_frozen(run, random_like(template[1], 1))
     return saved(run, [state_of(template, 2), state_of(template, 4)])
 
@@ -122,7 +122,7 @@ def test_arrays_without_fingerprints_are_read_with_a_warning(copied, template, c
 def test_if_every_checkpoint_is_damaged_all_are_named_and_none_is_moved(copied, template):
     for step in ("2", "4"):
         shutil.rmtree(copied / "checkpoints" / step / "params")
-    with pytest.raises(run_directory.RunError, match=r"no checkpoint of .* can be used") as error:
+    with pytest.raises(directory.RunError, match=r"no checkpoint of .* can be used") as error:
         restored(copied, template)
     assert all(f"checkpoints/{step}/params is damaged" in str(error.value) for step in (2, 4))
     assert sorted(path.name for path in (copied / "checkpoints").iterdir()) == ["2", "4"]
@@ -132,7 +132,7 @@ def test_another_models_checkpoint_is_an_error_and_stays_where_it_is(copied, tem
     other = jax.tree.map(lambda leaf: leaf, template[0])
     other["decoder"]["blocks"]["mlp"]["up"]["kernel"] = np.zeros((3, 16, 32), np.float32)
     other["decoder"]["newer"] = {"scale": np.zeros(3, np.float32)}
-    with pytest.raises(run_directory.RunError, match="holds arrays of another model") as error:
+    with pytest.raises(directory.RunError, match="holds arrays of another model") as error:
         restored(copied, (other,))
     assert "decoder/blocks/mlp/up/kernel has shape (2, 16, 32) there, (3, 16, 32) here" in str(error.value)
     assert "decoder/newer/scale is not there" in str(error.value)
@@ -142,7 +142,7 @@ def test_another_models_checkpoint_is_an_error_and_stays_where_it_is(copied, tem
 def test_inference_names_the_damaged_checkpoint_and_how_to_use_the_one_before(copied, template):
     newest = copied / "checkpoints" / "4"
     (newest / "ema" / "_METADATA").write_text("{")
-    with pytest.raises(run_directory.RunError, match=r"4/ema is damaged: .*; to use that of step 2 instead: mv ") as error:
+    with pytest.raises(directory.RunError, match=r"4/ema is damaged: .*; to use that of step 2 instead: mv ") as error:
         checkpoints.load_params(copied)
     assert newest.exists()
     old, new = str(error.value).split("mv ")[1].split()
@@ -154,5 +154,5 @@ def test_inference_names_the_damaged_checkpoint_and_how_to_use_the_one_before(co
 
 def test_damaged_frozen_parameters_are_an_error_that_names_them(copied):
     os.truncate(*array_middles(copied / "frozen")[-1])
-    with pytest.raises(run_directory.RunError, match="run/frozen is damaged: "):
+    with pytest.raises(directory.RunError, match="run/frozen is damaged: "):
         checkpoints.load_frozen(copied)

@@ -7,8 +7,9 @@ import tiny
 from jax.sharding import PartitionSpec
 
 from mimic_video.config import ConfigError, MeshConfig
-from mimic_video.training.sharding import batch_rows, global_batch, make_mesh, path_name, shardings
-from mimic_video.training.steps import TRAINED, place
+from mimic_video.parallel.sharding import batch_rows, global_batch, make_mesh, place, shardings
+from mimic_video.stages import TRAINED
+from mimic_video.trees import path_name
 
 STAGES = ("video", "action")
 

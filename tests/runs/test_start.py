@@ -9,8 +9,9 @@ import tiny
 from run_states import random_like
 
 from mimic_video.config import ConfigError, MeshConfig
-from mimic_video.training import checkpoints, run_directory
-from mimic_video.training.sharding import make_mesh, named_leaves
+from mimic_video.runs import checkpoints, directory
+from mimic_video.parallel.sharding import make_mesh
+from mimic_video.trees import named_leaves
 
 CONFIG = tiny.experiment(stage="video", precision="bfloat16", backbone={"num_blocks": 1})
 UP = "backbone/blocks/mlp/up/kernel"
@@ -63,7 +64,7 @@ def test_the_first_pair_that_matches_says_where_a_parameter_is(run, target):
 
 def test_parameters_that_are_not_there_are_named_with_the_nearest(run, target):
     target = renamed(target, "mlp/up", "mlp/upp")
-    with pytest.raises(run_directory.RunError) as error:
+    with pytest.raises(directory.RunError) as error:
         load_start(run[0], (), target)
     message = f"backbone/blocks/mlp/upp/kernel: there is no backbone/blocks/mlp/upp/kernel in {run[0]} (the nearest is {UP})"
     assert message in str(error.value)
@@ -72,14 +73,14 @@ def test_parameters_that_are_not_there_are_named_with_the_nearest(run, target):
 def test_every_shape_that_differs_is_named_with_both(run, target):
     for name in (UP, "backbone/blocks/mlp/down/kernel"):
         target[name] = target[name].update(shape=(5, 6, 7))
-    with pytest.raises(run_directory.RunError) as error:
+    with pytest.raises(directory.RunError) as error:
         load_start(run[0], (), target)
     assert f"{UP} has shape (5, 6, 7), {UP} there (1, 16, 32)" in str(error.value)
     assert "mlp/down/kernel has shape (5, 6, 7), backbone/blocks/mlp/down/kernel there (1, 32, 16)" in str(error.value)
 
 
 def test_a_parameter_there_is_not_used_twice(run, target):
-    with pytest.raises(run_directory.RunError, match=f"{UP} is used more than once"):
+    with pytest.raises(directory.RunError, match=f"{UP} is used more than once"):
         load_start(run[0], (("copy", "up"),), target | {"backbone/blocks/mlp/copy/kernel": target[UP]})
 
 
@@ -99,5 +100,5 @@ def test_a_map_that_means_nothing_is_an_error(run, target, start_map, message):
 def test_a_damaged_run_to_start_from_is_an_error(run, target, tmp_path):
     copied = shutil.copytree(run[0], tmp_path / "run")
     (copied / "checkpoints" / "0" / "params" / "_METADATA").unlink()
-    with pytest.raises(run_directory.RunError, match=r"0/params is damaged: .*; there is no earlier checkpoint"):
+    with pytest.raises(directory.RunError, match=r"0/params is damaged: .*; there is no earlier checkpoint"):
         load_start(copied, (), target)

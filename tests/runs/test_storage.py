@@ -11,9 +11,10 @@ import tiny
 from buckets import emulated_bucket
 from run_states import CONFIG, assert_equal_bits, saved, state_of
 
-from mimic_video.training import checkpoints, run_directory, storage
-from mimic_video.training.metrics import MetricWriter, read_metrics
-from mimic_video.training.storage import RunError, Spool, local_path, run_path
+from mimic_video.runs import checkpoints, directory, storage
+from mimic_video.runs.directory import read_metrics
+from mimic_video.training.metrics import MetricWriter
+from mimic_video.runs.storage import RunError, Spool, local_path, run_path
 
 
 @pytest.fixture(scope="module")
@@ -35,20 +36,20 @@ def test_what_is_neither_a_directory_nor_a_bucket_is_refused(tmp_path, monkeypat
 
 def test_a_bucket_that_does_not_exist_is_found_out_at_the_start(bucket):
     with pytest.raises(RunError, match=r"gs://nowhere/run/lock cannot be written: "):
-        run_directory.locked(run_path("gs://nowhere/run")).__enter__()
+        directory.locked(run_path("gs://nowhere/run")).__enter__()
 
 
 def test_a_run_in_a_bucket_keeps_others_out_until_it_ends_or_is_killed(bucket, monkeypatch):
     for name, seconds in {"_BEAT": 0.05, "_SILENCE": 0.5, "_SETTLING": 0.1}.items():
         monkeypatch.setattr(storage, name, seconds)
     run = bucket / "used"
-    with run_directory.locked(run):
+    with directory.locked(run):
         with pytest.raises(RunError, match=rf'another run is using {run}: {{"host": .*"beats": \d+}}; stop it'):
-            run_directory.locked(run).__enter__()
+            directory.locked(run).__enter__()
         assert json.loads((run / "lock").read_text())["pid"] == os.getpid()
     assert not (run / "lock").exists()
     (run / "lock").write_text("left by a killed process")
-    with run_directory.locked(run):
+    with directory.locked(run):
         assert json.loads((run / "lock").read_text())["pid"] == os.getpid()
 
 
@@ -83,7 +84,7 @@ def test_checkpoints_are_those_that_were_saved_and_damaged_ones_are_moved_aside(
 def test_what_was_not_written_to_the_end_does_not_count(bucket, template):
     """A killed save leaves a folder without orbax's last file."""
     run, frozen = bucket / "killed", template[1]
-    run_directory.write_config(run, CONFIG)
+    directory.write_config(run, CONFIG)
     checkpoints.save_frozen(run, frozen)
     saved(run, [state_of(template, 1), state_of(template, 2)])
     for item in (run / "frozen", run / "checkpoints" / "2"):

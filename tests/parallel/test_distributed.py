@@ -13,8 +13,8 @@ import jax
 import pytest
 
 from mimic_video.config import ConfigError
-from mimic_video.training.distributed import _BEAT, OTHER_FAILED, initialize, of_another_process, processes
-from mimic_video.training.storage import RunError
+from mimic_video.parallel.distributed import _BEAT, OTHER_FAILED, initialize, of_another_process, processes
+from mimic_video.runs.storage import RunError
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -74,7 +74,7 @@ def test_errors_that_another_process_causes_are_known_by_what_they_came_of():
 
 
 HOST = """
-from mimic_video.training.distributed import processes
+from mimic_video.parallel.distributed import processes
 with processes():
     import jax
     import numpy as np
@@ -82,8 +82,8 @@ with processes():
     from jax.experimental.multihost_utils import process_allgather
     from jax.sharding import AxisType, Mesh
     from mimic_video.config import MeshConfig
-    from mimic_video.training.sharding import batch_rows, global_batch, make_mesh, shardings
-    from mimic_video.training.steps import place
+    from mimic_video.parallel.sharding import batch_rows, global_batch, make_mesh, shardings
+    from mimic_video.parallel.sharding import place
     from mimic_video.vam import VideoActionModel
 
     rows = np.arange(16 * 3, dtype=np.float32).reshape(16, 3)
@@ -156,7 +156,7 @@ def test_two_processes_hold_the_arrays_of_one():
 
 
 WAITS_FOR_A_MISTAKE = """
-from mimic_video.training.distributed import processes
+from mimic_video.parallel.distributed import processes
 with processes():
     print("ready", flush=True)
     raise SystemExit(f"error: {input()}")

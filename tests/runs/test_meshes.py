@@ -8,9 +8,11 @@ import tiny
 from run_states import DATA, assert_equal_bits, random_like
 
 from mimic_video.config import MeshConfig
-from mimic_video.training import checkpoints, run_directory
-from mimic_video.training.sharding import global_batch, make_mesh, shardings
-from mimic_video.training.steps import abstract_state, make_state, make_train_step, place, split_params
+from mimic_video.runs import checkpoints, directory
+from mimic_video.parallel.sharding import global_batch, make_mesh, shardings
+from mimic_video.parallel.sharding import place
+from mimic_video.stages import split_params
+from mimic_video.training.steps import abstract_state, make_state, make_train_step
 
 MESHES = {
     "fsdp=8": MeshConfig(data=1, fsdp=8),
@@ -32,7 +34,7 @@ CONFIG = tiny.experiment(stage="video", backbone={"width": 32, "num_heads": 4, "
 def run(tmp_path_factory):
     """(run directory, state in it, frozen parameters), saved on eight devices."""
     run, mesh = tmp_path_factory.mktemp("meshes") / "run", mesh_of("fsdp=8")
-    run_directory.write_config(run, CONFIG)
+    directory.write_config(run, CONFIG)
     params, frozen = split_params(tiny.params(CONFIG), CONFIG)
     state = place(make_state(CONFIG, params), mesh)
     state = state.replace(opt_state=place(jax.tree.map(jnp.abs, random_like(state.opt_state, 7)), mesh))

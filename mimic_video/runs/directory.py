@@ -1,4 +1,4 @@
-"""Run directories: what a training run leaves on disk. Here what is small; training/checkpoints.py has the arrays.
+"""Run directories: what a training run leaves on disk. Here what is small; runs/checkpoints.py has the arrays.
 
     run/config.json        the resolved configuration
     run/embodiments.json   the robots and their normalisation statistics (stage `action`)
@@ -9,7 +9,7 @@
     run/checkpoints/N.damaged/  one that could not be read or is not what was written, kept to be looked at
     run/metrics.jsonl, run/tensorboard/, run/samples/, run/first_start, run/wandb_id, run/wandb/, run/profile/
 
-Paths are those of training/storage.py.
+Paths are those of runs/storage.py.
 """
 
 import contextlib
@@ -30,8 +30,9 @@ from jax.experimental import multihost_utils
 
 from mimic_video.config import ConfigError, ExperimentConfig, experiment_from, to_dict
 from mimic_video.embodiments import Embodiment, from_table, to_table
-from mimic_video.training.sharding import path_name
-from mimic_video.training.storage import RunError, in_bucket, lease
+from mimic_video.parallel.distributed import agree
+from mimic_video.trees import flat
+from mimic_video.runs.storage import RunError, in_bucket, lease
 
 _MAY_CHANGE = (
     "train.log_every",
@@ -53,7 +54,6 @@ _MAY_CHANGE = (
 # What the weights of a tokenizer and backbone depend on.
 MODEL_FIELDS = ("data.cameras", "tokenizer.kind", "tokenizer.width", "text.kind", "text.rows", "text.width", "backbone")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
-_MESSAGE_BYTES = 1000
 
 
 def write_config(run: epath.Path, config: ExperimentConfig) -> None:
@@ -132,6 +132,13 @@ def load_embodiments(run: epath.Path) -> dict[str, Embodiment]:
         raise RunError(f"{path} cannot be read: {error}") from error
 
 
+def read_metrics(run: epath.Path) -> list[dict[str, float]]:
+    """Every complete record of a run, oldest first; a last line that a kill cut short is left out."""
+    path = epath.Path(run) / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 @contextlib.contextmanager
 def locked(run: epath.Path) -> Iterator[None]:
     """Keeps other runs out of a run directory until the block ends, and makes the directory if it is not there.
@@ -195,19 +202,3 @@ def _flock(run: epath.Path, file: Any) -> None:
         if error.errno not in _NO_LOCKS:
             raise
         logging.warning("%s is on a file system without locks (%s): nothing keeps a second run out of it", run, error)
-
-
-def agree(problem: str | None) -> str | None:
-    """What is wrong on any process, the same answer on all of them; None if nothing is. All have to call this."""
-    if jax.process_count() == 1:
-        return problem
-    said = (problem or "").encode()[:_MESSAGE_BYTES]
-    gathered = multihost_utils.process_allgather(np.frombuffer(said.ljust(_MESSAGE_BYTES, b"\0"), np.uint8))
-    texts = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in gathered]
-    return next(filter(None, texts), None)
-
-
-def flat(values: dict) -> dict[str, Any]:
-    """{"a.b": leaf} of nested dicts."""
-    leaves = jax.tree_util.tree_leaves_with_path(values, is_leaf=lambda value: not isinstance(value, dict))
-    return {path_name(path).replace("/", "."): leaf for path, leaf in leaves}

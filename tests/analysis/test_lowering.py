@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from mimic_video.analysis import aot
 from mimic_video.config import ConfigError, MeshConfig
 from mimic_video.models import attention as module
 from mimic_video.models.attention import attention
-from mimic_video.training import aot
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "launch"))
 import forms

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mimic_video.training.hlo import Collective, Program
+from mimic_video.analysis.hlo import Collective, Program
 
 STEP = """
 HloModule step, is_scheduled=true, num_partitions=4

@@ -1,5 +1,6 @@
 """Where arrays live: the device mesh, and first-match rules from parameter paths to partitions."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Sequence
@@ -11,7 +12,8 @@ from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mimic_video.config import ConfigError, MeshConfig
-from mimic_video.models.parallel import BATCH
+from mimic_video.models.devices import BATCH
+from mimic_video.trees import path_name
 
 # (regex over the '/'-joined path, partition); the first match wins. Block parameters have a leading depth axis.
 RULES = (
@@ -52,6 +54,26 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(array, ("data", "fsdp", "sequence"), axis_types=(AxisType.Auto,) * 3)
 
 
+@dataclasses.dataclass(frozen=True)
+class MeshFunction:
+    """A jitted function that runs, is traced or lowered with its mesh in context, which tells networks how they are spread."""
+
+    function: Any
+    mesh: Mesh
+
+    def __call__(self, *arguments: Any) -> Any:
+        with jax.set_mesh(self.mesh):
+            return self.function(*arguments)
+
+    def trace(self, *arguments: Any) -> Any:
+        with jax.set_mesh(self.mesh):
+            return self.function.trace(*arguments)
+
+    def lower(self, *arguments: Any) -> Any:
+        with jax.set_mesh(self.mesh):
+            return self.function.lower(*arguments)
+
+
 def require_divisible(batch_size: int, mesh: Mesh) -> None:
     """Raises ConfigError unless a batch can be split over the data and fsdp axes."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -80,16 +102,6 @@ def _own_parts(mesh: Mesh) -> list[int]:
     return [part for part, group in enumerate(groups) if any(device.process_index == here for device in group)]
 
 
-def path_name(path: tuple[Any, ...]) -> str:
-    """'backbone/blocks/mlp/up/kernel' from a JAX key path."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def named_leaves(tree: Any) -> dict[str, Any]:
-    """{path name: leaf}, in the order of the tree's leaves."""
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """A NamedSharding for every leaf of a tree of parameters, or of optimizer state that mirrors one.
 
@@ -108,6 +120,18 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def place(tree: Any, mesh: Mesh) -> Any:
+    """Puts parameters or state where the sharding rules want them; what processes hold by themselves is the same in all."""
+
+    def one(leaf: Any, where: NamedSharding) -> jax.Array:
+        if where.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
+            return jax.device_put(leaf, where)
+        values = np.asarray(leaf)
+        return jax.make_array_from_callback(values.shape, where, lambda index: values[index])
+
+    return jax.tree.map(one, tree, shardings(tree, mesh))
 
 
 def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

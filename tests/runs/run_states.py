@@ -7,9 +7,10 @@ import numpy as np
 import tiny
 
 from mimic_video.config import MeshConfig
-from mimic_video.training import checkpoints
-from mimic_video.training.sharding import make_mesh
-from mimic_video.training.steps import make_state, place
+from mimic_video.runs import checkpoints
+from mimic_video.parallel.sharding import make_mesh
+from mimic_video.parallel.sharding import place
+from mimic_video.training.steps import make_state
 
 CONFIG = tiny.experiment()
 DATA = {

@@ -12,10 +12,10 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from mimic_video.training.fingerprints import fingerprints
-from mimic_video.training.run_directory import agree
-from mimic_video.training.sharding import named_leaves
-from mimic_video.training.storage import RunError, absolute
+from mimic_video.runs.fingerprints import fingerprints
+from mimic_video.parallel.distributed import agree
+from mimic_video.trees import named_leaves
+from mimic_video.runs.storage import RunError, absolute
 
 _GROUP_BYTES = 2**30  # of this process that are read, verified and converted at a time
 # What reading a damaged file raises. Not errors of the machine, such as missing permission, memory or network.

@@ -15,9 +15,9 @@ import json, pathlib, resource, sys
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from mimic_video.config import MeshConfig
-from mimic_video.training.sharding import make_mesh
-from mimic_video.training import trees
-from mimic_video.training.trees import load_tree, tree_args, tree_handler
+from mimic_video.parallel.sharding import make_mesh
+from mimic_video.runs import arrays
+from mimic_video.runs.arrays import load_tree, tree_args, tree_handler
 import orbax.checkpoint as ocp
 
 path, what = pathlib.Path(sys.argv[1]), sys.argv[2]
@@ -31,7 +31,7 @@ if what == "save":
         checkpointer.save(path, args=tree_args({str(i): make(jax.random.key(i)) for i in range(16)}))
 else:
     dtype = jnp.dtype(what)
-    trees._GROUP_BYTES = 2**26  # in the proportion of a gibibyte to the gigabytes of a large model
+    arrays._GROUP_BYTES = 2**26  # in the proportion of a gibibyte to the gigabytes of a large model
     target = {str(i): jax.ShapeDtypeStruct((2000, 2000), dtype, sharding=where) for i in range(16)}
     load_tree(path, {"0": target["0"]})  # compiles, and starts threads
     before = peak()

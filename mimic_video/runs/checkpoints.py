@@ -1,11 +1,11 @@
-"""Checkpoints and frozen parameters of run directories, whose layout is in training/run_directory.py."""
+"""Checkpoints and frozen parameters of run directories, whose layout is in runs/directory.py."""
 
 import contextlib
 import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
@@ -16,21 +16,18 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.embodiments import Embodiment
-from mimic_video.training.fingerprints import json_fingerprint
-from mimic_video.training.run_directory import (
-    agree,
-    flat,
-    read_config,
-    require_empty,
-    save_embodiments,
-    write_config,
-)
-from mimic_video.training.sharding import named_leaves, shardings
-from mimic_video.training.steps import TrainState, join_params, split_params
-from mimic_video.training.storage import RunError, absolute, in_bucket
-from mimic_video.training.trees import DamagedError, load_tree, nearest, tree_args, tree_handler
+from mimic_video.runs.fingerprints import json_fingerprint
+from mimic_video.parallel.distributed import agree
+from mimic_video.runs.directory import read_config, require_empty, save_embodiments, write_config
+from mimic_video.trees import flat
+from mimic_video.parallel.sharding import shardings
+from mimic_video.trees import named_leaves
+from mimic_video.stages import join_params, split_params
+from mimic_video.runs.storage import RunError, absolute, in_bucket
+from mimic_video.runs.arrays import DamagedError, load_tree, nearest, tree_args, tree_handler
 from mimic_video.vam import Params, VideoActionModel
 
+State = TypeVar("State", bound=Any)  # a dataclass of trees, with `step`, `params` and `ema` (training/steps.py)
 Precision = Literal["configured", "stored", "float32", "bfloat16"]
 START_PRECISION: dict[str, Precision] = {"video": "float32", "action": "configured"}  # in which a stage takes over `backbone_run`
 
@@ -80,7 +77,7 @@ def _saving(manager: _Manager) -> Iterator[None]:
         ) from error
 
 
-def save(manager: _Manager, state: TrainState, data: Mapping[str, Any]) -> None:
+def save(manager: _Manager, state: Any, data: Mapping[str, Any]) -> None:
     """Starts to save the state after its step, and for `require_same_data` that of the data, as JSON has it.
 
     Raises:
@@ -100,14 +97,14 @@ def check_saves(manager: _Manager) -> None:
         manager.check_for_errors()
 
 
-def _items(state: TrainState) -> dict[str, Any]:
+def _items(state: Any) -> dict[str, Any]:
     """The state as what is stored apart: what inference reads, and the rest."""
     rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     items = {"params": rest.pop("params"), "ema": rest.pop("ema"), "train_state": rest}
     return {name: item for name, item in items.items() if jax.tree.leaves(item)}
 
 
-def restore(manager: ocp.CheckpointManager, state: TrainState) -> TrainState | None:
+def restore(manager: ocp.CheckpointManager, state: State) -> State | None:
     """The newest checkpoint, straight into the shardings of `state` (arrays, or `abstract_state`); None if there is none.
 
     One that is damaged is moved aside with an error in the log, and the one before it is used.

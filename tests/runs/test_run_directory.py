@@ -12,69 +12,69 @@ import tiny
 from run_states import CONFIG
 
 from mimic_video.config import ConfigError
-from mimic_video.training import run_directory
+from mimic_video.runs import directory
 
 
 def test_configuration_of_a_run(tmp_path):
     run = tmp_path / "runs" / "one"
-    with pytest.raises(run_directory.RunError, match=r"one is not a run directory: it has no config\.json"):
-        run_directory.read_config(run)
-    run_directory.write_config(run, CONFIG)
-    assert run_directory.read_config(run) == CONFIG
-    run_directory.write_config(run, CONFIG)
+    with pytest.raises(directory.RunError, match=r"one is not a run directory: it has no config\.json"):
+        directory.read_config(run)
+    directory.write_config(run, CONFIG)
+    assert directory.read_config(run) == CONFIG
+    directory.write_config(run, CONFIG)
 
 
 def test_what_a_run_may_not_change_is_listed(tmp_path):
-    run_directory.write_config(tmp_path, CONFIG)
+    directory.write_config(tmp_path, CONFIG)
     changed = tiny.experiment(seed=3, train={"learning_rate": 0.5}, data={"video_hz": 5.0}, mesh={"fsdp": 2})
     with pytest.raises(ConfigError) as error:
-        run_directory.write_config(tmp_path, changed)
+        directory.write_config(tmp_path, changed)
     for difference in ("seed: 0 → 3", "train.learning_rate: 0.001 → 0.5", "data.video_hz: 10.0 → 5.0", str(tmp_path)):
         assert difference in str(error.value)
     assert "mesh" not in str(error.value) and "train.steps" not in str(error.value)
-    assert run_directory.read_config(tmp_path) == CONFIG
+    assert directory.read_config(tmp_path) == CONFIG
 
 
 def test_what_a_run_may_change_is_recorded(tmp_path):
-    run_directory.write_config(tmp_path, CONFIG)
+    directory.write_config(tmp_path, CONFIG)
     changed = tiny.experiment(
         train={"log_every": 7, "checkpoint_every": 9, "keep_checkpoints": 1},
         mesh={"fsdp": 2},
         policy={"stop_step": 2},
         evaluation={"max_steps": 9},
     )
-    run_directory.write_config(tmp_path, changed)
-    assert run_directory.read_config(tmp_path) == changed
+    directory.write_config(tmp_path, changed)
+    assert directory.read_config(tmp_path) == changed
 
 
 def test_weights_of_another_model(tmp_path):
     other = tiny.experiment(backbone={"width": 32, "num_blocks": 3}, text={"rows": 9}, decoder={"width": 32}, seed=4)
-    run_directory.require_same_model(CONFIG, other, ("data.image_size", "tokenizer"), tmp_path)
+    directory.require_same_model(CONFIG, other, ("data.image_size", "tokenizer"), tmp_path)
     with pytest.raises(ConfigError) as error:
-        run_directory.require_same_model(CONFIG, other, ("text", "backbone"), tmp_path)
+        directory.require_same_model(CONFIG, other, ("text", "backbone"), tmp_path)
     for name, now, there in (("backbone.width", 32, 16), ("backbone.num_blocks", 3, 2), ("text.rows", 9, 4)):
         assert f"'{name}' is {now}, there {there}" in str(error.value)
     assert str(tmp_path) in str(error.value)
     assert "decoder" not in str(error.value) and "seed" not in str(error.value)
     same = dataclasses.replace(CONFIG, seed=9, train=dataclasses.replace(CONFIG.train, steps=99))
-    run_directory.require_same_model(CONFIG, same, ("data", "text", "backbone", "decoder", "tokenizer"), tmp_path)
+    directory.require_same_model(CONFIG, same, ("data", "text", "backbone", "decoder", "tokenizer"), tmp_path)
 
 
 def test_a_second_run_on_a_directory_ends_at_once_and_names_the_first(tmp_path):
     run = tmp_path / "runs" / "one"
-    with run_directory.locked(run):
-        with pytest.raises(run_directory.RunError) as error, run_directory.locked(run):
+    with directory.locked(run):
+        with pytest.raises(directory.RunError) as error, directory.locked(run):
             pytest.fail("two runs on one directory")
         assert f"process {os.getpid()} on {socket.gethostname()} has been training in {run} since 20" in str(error.value)
     assert (run / "lock").read_text() == ""
-    with run_directory.locked(run):
+    with directory.locked(run):
         assert json.loads((run / "lock").read_text())["pid"] == os.getpid()
 
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from mimic_video.training.run_directory import locked
+from mimic_video.runs.directory import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -86,13 +86,13 @@ def test_a_killed_run_leaves_no_lock(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(run_directory.RunError, match=f"process {holder.pid} on"), run_directory.locked(tmp_path):
+        with pytest.raises(directory.RunError, match=f"process {holder.pid} on"), directory.locked(tmp_path):
             pass
     finally:
         holder.kill()
         holder.wait()
     assert json.loads((tmp_path / "lock").read_text())["pid"] == holder.pid
-    with run_directory.locked(tmp_path):
+    with directory.locked(tmp_path):
         pass
 
 
@@ -101,12 +101,12 @@ def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch, caplo
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", refuse)  # no such file system can be mounted in a test
-    with caplog.at_level("WARNING", logger="absl"), run_directory.locked(tmp_path):
+    with caplog.at_level("WARNING", logger="absl"), directory.locked(tmp_path):
         assert f"{tmp_path} is on a file system without locks" in caplog.text
 
 
 def test_a_directory_that_cannot_be_made_is_an_error(tmp_path):
     run = tmp_path / "file" / "run"
     run.parent.touch()
-    with pytest.raises(run_directory.RunError, match="file/run cannot be written: "), run_directory.locked(run):
+    with pytest.raises(directory.RunError, match="file/run cannot be written: "), directory.locked(run):
         pass
