@@ -20,6 +20,7 @@ from data_pipelines.mixture import Mixture
 from data_pipelines.precompute import LatentCache, first_rows
 from data_pipelines.sources.rlds import DatasetError, RldsSource
 from data_pipelines.windows import TOLERANCE, action_times, action_window, anchors, video_masks, video_times, video_window
+from mimic_video.batch import Batch, make_batch
 from mimic_video.config import ActionDecoderConfig, DataConfig
 from mimic_video.embodiments import pad_last
 from mimic_video.transforms import Normalizer
@@ -113,7 +114,7 @@ class WindowDataset(Sequence[dict]):
     def with_latents(self, latents: LatentCache) -> Self:
         """Those of the windows that `latents`, which are of the same episodes, hold.
 
-        They have `latents` (t, h, w, c), float32 or bfloat16, in place of `video`; no frame is decoded.
+        They have `latents` (v, t, h, w, c), float32 or bfloat16, in place of `video`; no frame is decoded.
         """
         cached = copy.copy(self)
         held = self._anchor_of % latents.stride == 0
@@ -154,7 +155,7 @@ def make_batches(
     workers: int = 0,
     skip_broken: bool = False,
     scales: bool = False,
-) -> Iterator[dict]:
+) -> Iterator[Batch]:
     """This process's rows of an endless stream of batches, made ahead in the background.
 
     The global batch of a step depends on the mixture and the step alone, row for row: not on `start_step` or `workers`, nor on
@@ -174,11 +175,9 @@ def make_batches(
         scales: gives errors of normalised actions their raw units back.
 
     Returns:
-        Iterator of dicts: what `video_window` has behind a leading axis b, with `latents` (b, t, h, w, c) in place of `video` for
-        datasets `with_latents`; `text` float32 (b, rows, width); for datasets with actions also `proprio` (b, 1, p), `actions`
-        (b, A, m) and `action_mask` bool (b, A); of these also `action_dims` bool (b, m) if a dataset is narrower than m, and
-        `embodiment` int32 (b,), the number of the row's dataset, if the decoder tells them apart; and with `scales`
-        `action_scale` float32 (b, A, m), raw units of one normalised unit.
+        Iterator of batches of NumPy arrays. `latents` are there in place of `video` for datasets `with_latents`; actions and
+        proprioception for datasets with actions; `action_dims` if one of these is narrower than m; `embodiment`, the number of
+        the row's dataset, if the decoder tells them apart; and `action_scale` with `scales`.
 
     Raises:
         ValueError: if there are no rows, or some that a batch does not have.
@@ -284,13 +283,13 @@ class _Load:
         raise AssertionError("unreachable")
 
 
-def _stack(samples: Sequence[dict]) -> dict[str, np.ndarray]:
+def _stack(samples: Sequence[dict]) -> Batch:
     """Rows → a batch."""
-    batch = {name: np.stack([sample[name] for sample in samples]) for name in samples[0] if name != "video"}
-    if "video" not in samples[0]:
-        return batch
-    video = buffers.empty((len(samples), *samples[0]["video"].shape))
-    return batch | {"video": np.stack([sample["video"] for sample in samples], out=video)}
+    arrays: dict[str, Any] = {name: np.stack([sample[name] for sample in samples]) for name in samples[0] if name != "video"}
+    if "video" in samples[0]:
+        video = buffers.empty((len(samples), *samples[0]["video"].shape))
+        arrays["video"] = np.stack([sample["video"] for sample in samples], out=video)
+    return make_batch(arrays)
 
 
 class _FrameCache:

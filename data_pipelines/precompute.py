@@ -1,7 +1,7 @@
 """Latents of windows, computed once by a frozen tokenizer and read in place of frames.
 
     FOLDER/DATASET/SPLIT/manifest.json   what the latents were made of, and how they are stored
-    FOLDER/DATASET/SPLIT/00000.npy, …    shards: (rows, t, h, w, c)
+    FOLDER/DATASET/SPLIT/00000.npy, …    shards: (rows, t, v·h, w, c), the latents of v cameras one above the other
 
 Its rows are the windows anchored at every `stride`-th step of each episode, beginning with the first, episode by episode. A shard
 appears whole or not at all, so that several processes can fill one folder and an interrupted one continues. The manifest's key
@@ -22,6 +22,7 @@ import numpy as np
 
 from data_pipelines.sources.records import DatasetError
 from mimic_video.config import ConfigError, ExperimentConfig
+from mimic_video.registry import TOKENIZERS
 
 SHARD_BYTES = 2**28  # in memory until they are written, and lost to an interruption
 _MANIFEST = "manifest.json"
@@ -37,7 +38,7 @@ class LatentCache:
         key: what the latents were made of, as `latent_key` has it.
         stride: steps of an episode from one window to the next.
         rows: how many windows there are.
-        shape: (t, h, w, c) of a window's latents.
+        shape: (t, v·h, w, c) of a window's latents, as they are stored.
         dtype: "float32" or "bfloat16".
         shard_rows: windows of each shard; the last one may have fewer.
     """
@@ -62,15 +63,15 @@ class LatentCache:
         return [shard for shard in range(self.num_shards) if not self._is_whole(shard)]
 
     def write(self, shards: Sequence[int], latents: Iterator[np.ndarray]) -> None:
-        """Writes shards, given the latents (t, h, w, c) of all of their windows in order."""
+        """Writes shards, given the latents (v, t, h, w, c) of all of their windows in order."""
         for shard in shards:
             values = np.empty((len(self.rows_of(shard)), *self.shape), self.dtype)
             for row in values:
-                row[:] = next(latents)
+                row[:] = np.concatenate(list(next(latents)), axis=1)
             _write_whole(self._path(shard), values.view(_stored(self.dtype)))
 
     def __getitem__(self, row: int) -> np.ndarray:
-        """Latents (t, h, w, c) of a window. Raises DatasetError if its shard is damaged, or its frames could not be read."""
+        """Latents (v, t, h, w, c) of a window. Raises DatasetError if its shard is damaged, or its frames could not be read."""
         shard, place = divmod(row, self.shard_rows)
         try:
             # Opened for each window: little beside reading one, and a large cache has more shards than files may be open.
@@ -79,7 +80,7 @@ class LatentCache:
             raise DatasetError(f"shard {self._path(shard)} of precomputed latents cannot be read: {error}") from error
         if np.isnan(latents.flat[0]):
             raise DatasetError(f"shard {self._path(shard)} has no latents of window {place}: its frames could not be read")
-        return latents
+        return np.stack(np.split(latents, len(self.key["data.cameras"]), axis=1))
 
     def _open(self, shard: int) -> np.ndarray:
         return np.load(self._path(shard), mmap_mode="r")
@@ -114,7 +115,7 @@ def latent_key(config: ExperimentConfig, tokenizer: Mapping[str, Any], dataset: 
         "data.future_frames": data.future_frames,
         "data.video_hz": data.video_hz,
     }
-    if config.tokenizer.kind == "wan":  # the other one knows neither
+    if not TOKENIZERS[config.tokenizer.kind].exact:  # others know neither
         fields["precision"] = config.precision
         fields["compat.bfloat16_latent_statistics"] = config.compat.bfloat16_latent_statistics
     return fields | {"weights": weights.hexdigest(), "dataset": dataset}

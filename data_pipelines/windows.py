@@ -41,15 +41,15 @@ def video_window(episode: Episode, anchor: int, config: DataConfig) -> dict[str,
     """The frames of one window.
 
     Returns:
-        video: uint8 (past+future, V·H, W, 3), the frames nearest to `video_times` of the V cameras of `config`, one above the
-            other; black where the episode lacks a camera.
-        video_mask, view_mask: see `video_masks`.
+        video: uint8 (V, past+future, H, W, 3), the frames nearest to `video_times` of the V cameras of `config`; black where
+            the episode lacks a camera.
+        frame_mask, view_mask: see `video_masks`.
     """
     times = video_times(episode.timestamps[anchor], config)
     steps, rows = np.unique(nearest(episode.timestamps, times), return_inverse=True)
     cameras = {name: frames for name, frames in episode.cameras.items() if name in config.cameras}
     views = stack_views({name: frames.take(steps.tolist()) for name, frames in cameras.items()}, config.cameras)
-    video = views if len(steps) == len(times) else views[rows]  # copied only where frames repeat
+    video = views if len(steps) == len(times) else views[:, rows]  # copied only where frames repeat
     return {"video": video, **video_masks(episode, anchor, config)}
 
 
@@ -57,10 +57,10 @@ def video_masks(episode: Episode, anchor: int, config: DataConfig) -> dict[str, 
     """Which of a window's frames are real.
 
     Returns:
-        video_mask: bool (past+future,), False where the requested time lies outside the episode.
+        frame_mask: bool (past+future,), False where the requested time lies outside the episode.
         view_mask: bool (V,), which of the V cameras of `config` the episode has; only if V > 1.
     """
-    masks = {"video_mask": inside(episode.timestamps, video_times(episode.timestamps[anchor], config))}
+    masks = {"frame_mask": inside(episode.timestamps, video_times(episode.timestamps[anchor], config))}
     return masks if len(config.cameras) == 1 else masks | {"view_mask": np.isin(config.cameras, list(episode.cameras))}
 
 

@@ -43,7 +43,7 @@ from absl import app, flags
 from etils import epath
 from measured import provenance
 
-from mimic_video.analysis.aot import batch_shapes
+from mimic_video.batch import Batch, batch_shapes
 from mimic_video.config import ExperimentConfig, LoraConfig
 from mimic_video.models.text import make_text_encoder
 from mimic_video.parallel.sharding import global_batch, make_mesh, shardings
@@ -77,7 +77,7 @@ SIZES = {
 MATRICES = {"cpu": (512, 1024), "other": (4096, 8192, 16384)}  # sizes that the rate of products is measured at
 
 
-def random_batch(config: ExperimentConfig) -> dict[str, np.ndarray]:
+def random_batch(config: ExperimentConfig) -> Batch:
     """A batch of nothing in particular: every frame, view and action counts."""
     random = np.random.default_rng(0)
 
@@ -88,7 +88,7 @@ def random_batch(config: ExperimentConfig) -> dict[str, np.ndarray]:
             return random.standard_normal(shape.shape, np.float32).astype(shape.dtype)
         return random.integers(0, 256 if shape.dtype == jnp.uint8 else config.decoder.embodiments, shape.shape, shape.dtype)
 
-    return {name: draw(shape) for name, shape in batch_shapes(config).items()}
+    return jax.tree.map(draw, batch_shapes(config, config.train.batch_size))
 
 
 def random_params(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> tuple[TrainState, Params]:
@@ -195,10 +195,11 @@ def chunks(config: ExperimentConfig, size: int) -> dict[str, float]:
     params, noise = jax.jit(vam.init)(jax.random.key(0)), vam.draw_noise(jax.random.key(0), size)
     start = time.perf_counter()
     plan = jax.jit(vam.sample_actions)
-    past = batch["video"][:, : config.data.past_frames]
+    assert batch.observation.video is not None
+    observation = batch.observation._replace(video=batch.observation.video[:, :, : config.data.past_frames])
 
     def call():
-        return plan(params, past, batch["proprio"], batch["text"], noise)
+        return plan(params, observation, noise)
 
     jax.block_until_ready(call())
     return {"first_call_s": round(time.perf_counter() - start, 2), **percentiles(call, _REPEATS.value)}
@@ -245,9 +246,7 @@ def draws(config: ExperimentConfig) -> dict[str, Any]:
     }
 
 
-def gradient_variance(
-    config: ExperimentConfig, trained: Params, frozen: Params, batch: dict[str, np.ndarray], keys: int
-) -> float:
+def gradient_variance(config: ExperimentConfig, trained: Params, frozen: Params, batch: Batch, keys: int) -> float:
     """Summed over parameters, of the gradient over the noise of `keys` steps."""
     vam, size = VideoActionModel(config), config.train.batch_size
 
@@ -271,7 +270,7 @@ def _is_pair(node: Any) -> bool:
     return isinstance(node, tuple)
 
 
-def real_batch(config: ExperimentConfig, run: epath.Path) -> dict[str, np.ndarray]:
+def real_batch(config: ExperimentConfig, run: epath.Path) -> Batch:
     """The first batch of the run's data."""
     # Only here: what else is measured is measured beside robots, too, where nothing reads data.
     from data_pipelines.datasets import open_datasets

@@ -35,6 +35,7 @@ from data_pipelines.loader import Part, WindowDataset, make_batches
 from data_pipelines.mixture import Mixture, Phase
 from data_pipelines.sources.rlds import RldsSource
 from data_pipelines.writers import write_rlds
+from mimic_video.batch import Batch
 from mimic_video.config import ActionDecoderConfig, DataConfig
 from mimic_video.transforms import resize_images
 
@@ -93,7 +94,7 @@ def write_pictures(folder: str, name: str, size: Size) -> pathlib.Path:
     )
 
 
-def open_stream(source: RldsSource, config: DataConfig) -> Iterator[dict]:
+def open_stream(source: RldsSource, config: DataConfig) -> Iterator[Batch]:
     """Batches of random windows, once every buffer of the loader has been filled for the first time."""
     windows = WholeWindows(source, config, actions=False)
     mixture = Mixture([len(windows)], [Phase(0, (1.0,))], _BATCH, seed=0)
@@ -110,7 +111,7 @@ def open_stream(source: RldsSource, config: DataConfig) -> Iterator[dict]:
     return stream
 
 
-def drain(stream: Iterator[dict]) -> None:
+def drain(stream: Iterator[Batch]) -> None:
     """Takes what has been made ahead: up to four batches a process."""
     for _ in range(4 * max(1, _WORKERS.value)):
         next(stream)
@@ -127,9 +128,9 @@ def loader_reader(source: RldsSource, config: DataConfig) -> Measure:
         drain(stream)
         start = time.perf_counter()
         for _ in range(windows // _BATCH):
-            video = next(stream)["video"]
+            video = next(stream).observation.video
         elapsed = time.perf_counter() - start
-        assert video.shape == (_BATCH, config.num_frames, *config.image_size, 3)
+        assert video is not None and video.shape == (_BATCH, 1, config.num_frames, *config.image_size, 3)
         return windows // _BATCH * _BATCH * config.num_frames / elapsed
 
     return measure

@@ -24,11 +24,12 @@ from data_pipelines.datasets import open_datasets
 from data_pipelines.loader import WindowDataset
 from data_pipelines.sources.metaworld import expert_steps
 from data_pipelines.sources.rlds import DatasetError
+from mimic_video.batch import Observation
 from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.evaluation.metaworld import MetaworldFactory
 from mimic_video.evaluation.offline import action_errors, psnr
 from mimic_video.evaluation.rollouts import EpisodeResult, run_rollouts, success_table
-from mimic_video.media import film_strip, write_video
+from mimic_video.media import film_strip, stacked, write_video
 from mimic_video.models.text import make_text_encoder
 from mimic_video.policy.policy import Policy
 from mimic_video.runs import checkpoints, directory
@@ -67,10 +68,10 @@ def evaluate_video(config: ExperimentConfig, run: epath.Path, out: pathlib.Path)
     noise = vam.policy_noise(config.seed, len(chosen))["video"]
     views = np.isin(config.data.cameras, windows.cameras)
     view_mask = np.tile(views, (len(chosen), 1)) if len(views) > 1 else None
-    predicted = np.asarray(jax.jit(vam.sample_video)(params, real[:, :past], text, noise, view_mask=view_mask))
-    rows = np.repeat(views, config.data.image_size[0])
-    real, predicted = real[:, :, rows], predicted[:, :, rows]
-    mask = np.stack([window["video_mask"] for window in chosen])[:, past:]
+    conditioning = jax.jit(vam.condition)(params, Observation(text, real[:, :, :past], view_mask=view_mask))
+    predicted = np.asarray(jax.jit(vam.sample_video)(params, conditioning, noise))
+    real, predicted = stacked(real[:, views]), stacked(predicted[:, views])
+    mask = np.stack([window["frame_mask"] for window in chosen])[:, past:]
     repeated = np.repeat(real[:, past - 1 : past], config.data.future_frames, axis=1)
     for i in range(min(_RECORDED.value, len(chosen))):
         write_video(out / "videos" / f"{i:02d}.gif", np.concatenate([real[i], predicted[i]], axis=2), config.data.video_hz / 2)

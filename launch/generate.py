@@ -16,8 +16,9 @@ import jax
 import numpy as np
 from absl import flags
 
+from mimic_video.batch import Observation
 from mimic_video.config import ConfigError, ExperimentConfig
-from mimic_video.media import MediaError, check_writable, crop_to_shape, read_frames, write_video
+from mimic_video.media import MediaError, check_writable, crop_to_shape, read_frames, stacked, write_video
 from mimic_video.models.text import make_text_encoder
 from mimic_video.runs import checkpoints, directory
 from mimic_video.runs.storage import RunError, run_path
@@ -33,7 +34,7 @@ _OUT = flags.DEFINE_string("out", None, "MP4 or GIF to write", required=True)
 
 
 def observed_frames(config: ExperimentConfig) -> np.ndarray:
-    """uint8 (1, f, V·H, W, 3): as many of the inputs' last frames as the tokenizer takes, 1 + 4n up to `data.past_frames`."""
+    """uint8 (1, V, f, H, W, 3): as many of the inputs' last frames as the tokenizer takes, 1 + 4n up to `data.past_frames`."""
     cameras, size = config.data.cameras, config.data.image_size
     if len(_INPUT.value) > len(cameras):
         raise ConfigError(f"there are {len(_INPUT.value)} --input; expected one for each camera of {', '.join(cameras)}")
@@ -46,20 +47,22 @@ def observed_frames(config: ExperimentConfig) -> np.ndarray:
 def main(config: ExperimentConfig) -> None:
     run = run_path(_WORKDIR.value)
     directory.require_same_model(directory.read_config(run), config, directory.MODEL_FIELDS, run)
-    check_writable(_OUT.value, config.data.frame_size)
+    height, width = config.data.image_size
+    check_writable(_OUT.value, (len(config.data.cameras) * height, width))
     past = observed_frames(config)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, past_frames=past.shape[1]))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, past_frames=past.shape[2]))
     encode_text, vam = make_text_encoder(config.text), VideoActionModel(config)
-    text = encode_text(_PROMPT.value)[None]
     guidance = (encode_text(_NEGATIVE.value)[None], _GUIDANCE.value) if _GUIDANCE.value else ()
     params, step = checkpoints.load_params(run)
     noise = vam.policy_noise(config.seed, 1)["video"]
     views = len(config.data.cameras)
     given = None if views == 1 else len(_INPUT.value) > np.arange(views)[None]
-    video = np.asarray(jax.jit(vam.sample_video)(params, past, text, noise, *guidance, view_mask=given))[0]
-    video = np.concatenate([past[0], video[past.shape[1] :]])  # what was observed, not what the tokenizer makes of it
-    write_video(_OUT.value, video, config.data.video_hz)
-    print(f"wrote {len(video)} frames at {config.data.video_hz:g} Hz to {_OUT.value} (weights of step {step})")
+    observed = Observation(encode_text(_PROMPT.value)[None], past, view_mask=given)
+    conditioning = jax.jit(vam.condition)(params, observed, *guidance)
+    video = np.asarray(jax.jit(vam.sample_video)(params, conditioning, noise))[0]
+    video = np.concatenate([past[0], video[:, past.shape[2] :]], axis=1)  # what was observed, not what the tokenizer makes of it
+    write_video(_OUT.value, stacked(video), config.data.video_hz)
+    print(f"wrote {video.shape[1]} frames at {config.data.video_hz:g} Hz to {_OUT.value} (weights of step {step})")
 
 
 if __name__ == "__main__":

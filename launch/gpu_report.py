@@ -241,7 +241,7 @@ def precision() -> dict[str, Any]:
         kept = dataclasses.replace(config.policy, weights=weights)
         policy = random_policy(dataclasses.replace(config, precision=precision, policy=kept))
         random = np.random.default_rng(0)
-        images = random.integers(0, 256, (2, config.data.past_frames, *config.data.frame_size, 3), np.uint8)
+        images = random.integers(0, 256, (2, config.data.past_frames, *config.data.image_size, 3), np.uint8)
         with jax.default_matmul_precision("highest" if name == "float32" else "default"):
             chunks[name] = policy(images, np.zeros((2, config.decoder.proprio_dim), np.float32), [""] * 2)
         del policy
@@ -314,7 +314,7 @@ def profile() -> dict[str, Any]:
 def _nothing(config: Any) -> tuple[Any, Any, list[str]]:
     import numpy as np
 
-    images = np.zeros((1, config.data.past_frames, *config.data.frame_size, 3), np.uint8)
+    images = np.zeros((1, config.data.past_frames, *config.data.image_size, 3), np.uint8)
     return images, np.zeros((1, config.decoder.proprio_dim), np.float32), [""]
 
 

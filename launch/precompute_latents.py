@@ -54,12 +54,12 @@ def make_encoder(config: ExperimentConfig, tokenizer: Params) -> Callable[[np.nd
     require_divisible(config.train.batch_size, mesh)
     params, dtype = place({"tokenizer": tokenizer}, mesh), vam.dtype("tokenizer")
     encode = jax.jit(lambda params, video: vam.encode_video(params, video).astype(dtype))
-    return lambda video: np.array(encode(params, global_batch({"video": video}, mesh)["video"]))
+    return lambda video: np.array(encode(params, global_batch(video, mesh)))
 
 
 def read_batches(windows: WindowDataset, config: ExperimentConfig, rows: Sequence[int], stride: int) -> Iterator[dict]:
     """`video` and `broken` (b,) of those rows of a cache, read ahead by threads; the last row fills up the last batch."""
-    first, size, shape = first_rows(list(map(len, windows.episodes)), stride), config.train.batch_size, config.data.frame_size
+    first, size, shape = first_rows(list(map(len, windows.episodes)), stride), config.train.batch_size, config.data.image_size
 
     def read(row: int) -> dict:
         episode = int(np.searchsorted(first, row, side="right")) - 1
@@ -69,7 +69,7 @@ def read_batches(windows: WindowDataset, config: ExperimentConfig, rows: Sequenc
             if not config.data.skip_broken:
                 raise
             logging.warning("skipped a window: %s", error)
-            return {"video": np.zeros((config.data.num_frames, *shape, 3), np.uint8), "broken": True}
+            return {"video": np.zeros((len(config.data.cameras), config.data.num_frames, *shape, 3), np.uint8), "broken": True}
         return {"video": video, "broken": False}
 
     padded = [*rows, *[rows[-1]] * (-len(rows) % size)]
@@ -105,7 +105,8 @@ def main(config: ExperimentConfig) -> None:
     tokenizer_fields = ("tokenizer.kind", "tokenizer.width")
     directory.require_same_model(directory.read_config(backbone), config, tokenizer_fields, backbone)
     tokenizer = checkpoints.load_tokenizer(backbone, config)
-    shape, dtype = (*config.data.latent_shape, config.backbone.latent_channels), VideoActionModel(config).dtype("tokenizer")
+    (frames, height, width), dtype = config.data.latent_shape, VideoActionModel(config).dtype("tokenizer")
+    shape = (frames, len(config.data.cameras) * height, width, config.backbone.latent_channels)
     splits = [config.data.train_split] + [config.data.validation_split] * bool(config.train.validate_every)
 
     work: list[tuple[LatentCache, list[int], WindowDataset]] = []

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mimic_video.batch import Observation
 from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.flow import matching, solvers
 from mimic_video.policy.latency import percentiles
@@ -49,22 +50,18 @@ def times(policy: Policy, batch: int, repeats: int) -> dict[str, Any]:
         return torch.from_numpy(np.array(array, np.float32)).to(device)
 
     random, vam = np.random.default_rng(1), policy.program.vam
-    images = random.integers(0, 256, (batch, config.data.past_frames, *config.data.frame_size, 3), np.uint8)
+    images = random.integers(0, 256, (batch, 1, config.data.past_frames, *config.data.image_size, 3), np.uint8)
     proprio = jnp.zeros((batch, 1, config.decoder.proprio_dim))
     text = np.tile(random.standard_normal((1, config.text.rows, config.text.width), np.float32), (batch, 1, 1))
     noise = policy.program.noise(jax.random.key_data(jax.random.key(0)), batch)
-    past = jax.jit(vam.encode_video)(policy.params, images)
-
-    @jax.jit
-    def ours(params: Any, past: Any, text: Any, noise: Any) -> Any:
-        hidden, at = vam.hidden_after(params, past, text, noise["video"])
-        return vam.decode_actions(params, hidden, at, proprio, noise["actions"])
-
-    expected = np.asarray(ours(policy.params, past, text, noise))
+    observation = Observation(text, images, proprio=proprio)
+    conditioning = jax.jit(vam.condition)(policy.params, observation)
+    expected = np.asarray(jax.jit(vam.sample_actions)(policy.params, observation, noise))
     stop = float(matching.flow_time(solvers.karras_sigmas(config.policy.video_steps)[0]))
-    mask = np.arange(noise["video"].shape[1]) < past.shape[1]
+    past, video_noise = conditioning.past[:, 0], noise["video"][:, 0]
+    mask = np.arange(video_noise.shape[1]) < past.shape[1]
     latents = jnp.where(
-        mask[:, None, None, None], jnp.pad(past, [(0, 0), (0, len(mask) - past.shape[1])] + [(0, 0)] * 3), stop * noise["video"]
+        mask[:, None, None, None], jnp.pad(past, [(0, 0), (0, len(mask) - past.shape[1])] + [(0, 0)] * 3), stop * video_noise
     )
     frame_times = tensor(np.where(mask, matching.CONDITION_TIME, stop))
     backbone = _Backbone(policy, tensor, device, dtype)
@@ -133,7 +130,7 @@ class _Backbone:
         missing = [name for name, value in self._net.named_parameters() if value.is_meta]
         if missing:
             raise RuntimeError(f"diffusers' backbone has parameters that ours lacks: {missing}")
-        self._padding = torch.zeros(1, 1, *policy.config.data.frame_size, device=device, dtype=dtype)
+        self._padding = torch.zeros(1, 1, *policy.config.data.image_size, device=device, dtype=dtype)
         self._net.norm_out.register_forward_pre_hook(self._keep)
 
     def _keep(self, _: Any, arguments: tuple[Any, ...]) -> None:

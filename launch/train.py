@@ -39,6 +39,7 @@ from mimic_video.models.patch_tokenizer import PatchTokenizer
 from mimic_video.models.text import make_text_encoder
 from mimic_video.parallel.distributed import processes
 from mimic_video.parallel.sharding import batch_rows, make_mesh, shardings
+from mimic_video.registry import TOKENIZERS
 from mimic_video.runs import checkpoints, directory
 from mimic_video.runs.storage import RunError, run_path
 from mimic_video.stages import TRAINED
@@ -61,7 +62,7 @@ def fit_tokenizer(config: ExperimentConfig, datasets: Windows) -> Params:
     every = [(windows, index) for windows in datasets.values() for index in range(len(windows))]
     chosen = np.linspace(0, len(every) - 1, min(config.tokenizer.fit_windows, len(every))).astype(int)
     samples = [every[i][0][every[i][1]] for i in chosen]
-    views = [view for sample in samples for view in np.split(sample["video"], len(config.data.cameras), axis=1)]
+    views = [view for sample in samples for view in sample["video"]]
     there = [there for sample in samples for there in sample.get("view_mask", [True])]
     video = np.stack(list(itertools.compress(views, there))).astype(np.float32) / 127.5 - 1
     tokenizer = PatchTokenizer()
@@ -159,8 +160,10 @@ def main(config: ExperimentConfig) -> None:
     run, profile = run_path(_WORKDIR.value), profiled_steps()
     if config.train.wandb_project:
         wandb_package()
-    if config.tokenizer.kind == "wan" and not config.backbone_run:
-        raise ConfigError("config field 'backbone_run' is empty; expected a run with the weights of the Wan tokenizer")
+    if TOKENIZERS[config.tokenizer.kind].pretrained and not config.backbone_run:
+        raise ConfigError(
+            f"config field 'backbone_run' is empty; expected a run with the weights of the tokenizer {config.tokenizer.kind!r}"
+        )
     if config.backbone_run:
         backbone = run_path(config.backbone_run)
         trained = with_views_of(config, directory.read_config(backbone))

@@ -12,9 +12,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-
-class ConfigError(ValueError):
-    """A configuration value that cannot be used. The message names the field, the value and what was expected."""
+from mimic_video.errors import ConfigError as ConfigError
 
 
 def _require(condition: bool, field: str, value: Any, expected: str) -> None:
@@ -42,7 +40,7 @@ class DataConfig:
     train_split: str = "train"
     validation_split: str = "val"
     image_size: tuple[int, int] = (480, 640)  # height, width in pixels, as the tokenizer sees them
-    cameras: tuple[Literal["primary", "secondary", "wrist"], ...] = ("primary",)  # of a sample, one above the other in its frames
+    cameras: tuple[Literal["primary", "secondary", "wrist"], ...] = ("primary",)  # of a sample, in the order of its views
     past_frames: int = 5
     future_frames: int = 56
     video_hz: float = 5.0
@@ -82,21 +80,16 @@ class DataConfig:
         return 1 + (self.past_frames - 1) // 4
 
     @property
-    def frame_size(self) -> tuple[int, int]:
-        """(height, width) in pixels of a sample's frames, in which cameras stand one above the other."""
-        return len(self.cameras) * self.image_size[0], self.image_size[1]
-
-    @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(t, h, w) of a whole window's latents; those of several cameras stand one above the other."""
-        return 1 + (self.num_frames - 1) // 4, self.frame_size[0] // 8, self.frame_size[1] // 8
+        """(t, h, w) of the latents of a whole window of one camera."""
+        return 1 + (self.num_frames - 1) // 4, self.image_size[0] // 8, self.image_size[1] // 8
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
     """Video ↔ latents: the Wan 2.1 VAE (SPEC 1), or `pca`, which is fitted to data and keeps its shape contract."""
 
-    kind: Literal["pca", "wan"] = "pca"
+    kind: str = "pca"  # of `mimic_video.registry`
     fit_windows: int = 512  # pca: windows that the basis is fitted on
     width: int = 96  # wan: channels of the first stage
     chunk_latents: int = 1  # wan: latent frames coded in one pass; bounds memory, changes nothing else
@@ -109,7 +102,7 @@ class TokenizerConfig:
 class TextConfig:
     """Instruction → rows of text features: a T5 encoder (SPEC 2), or `hash`, one fixed random row per word, as a stand-in."""
 
-    kind: Literal["hash", "t5"] = "hash"
+    kind: str = "hash"  # of `mimic_video.registry`
     rows: int = 512
     width: int = 1024
     model: str = ""  # t5: folder of the encoder and its tokenizer, or their Hugging Face name
@@ -125,6 +118,7 @@ class TextConfig:
 class VideoDiTConfig:
     """The video backbone (SPEC 3.1). Defaults are the 2B model."""
 
+    kind: str = "cosmos"  # of `mimic_video.registry`
     width: int = 2048
     num_blocks: int = 28
     num_heads: int = 16

@@ -57,6 +57,11 @@ def write_video(path: str | pathlib.Path, frames: Frames, hz: float) -> None:
             container.mux(stream.encode())
 
 
+def stacked(video: UInt8[np.ndarray, "*b v f h w 3"]) -> UInt8[np.ndarray, "*b f y w 3"]:
+    """A video for people's eyes: its views one above the other."""
+    return np.concatenate(list(np.moveaxis(video, -5, 0)), axis=-3)
+
+
 def film_strip(
     real: UInt8[np.ndarray, "n f h w 3"], predicted: UInt8[np.ndarray, "n f h w 3"]
 ) -> UInt8[np.ndarray, "n*(2*h+4) f*w 3"]:

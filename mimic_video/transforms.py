@@ -370,13 +370,13 @@ def _finite(name: str, values: ArrayLike, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def stack_views(
-    views: Mapping[str, UInt8[np.ndarray, "*b h w 3"]], cameras: Sequence[str]
-) -> UInt8[np.ndarray, "*b {len(cameras)}*h w 3"]:
-    """The views of `cameras`, one above the other in that order; black where there is none. The first one has to be there."""
+    views: Mapping[str, UInt8[np.ndarray, "*b f h w 3"]], cameras: Sequence[str]
+) -> UInt8[np.ndarray, "*b {len(cameras)} f h w 3"]:
+    """The videos of `cameras` in that order; black where there is none. The first one has to be there."""
     if len(cameras) == 1:
-        return views[cameras[0]]
-    black = np.zeros_like(views[cameras[0]])
-    return np.concatenate([views.get(camera, black) for camera in cameras], axis=-3)
+        return np.expand_dims(views[cameras[0]], -5)
+    black = np.broadcast_to(np.uint8(0), views[cameras[0]].shape)
+    return np.stack([views.get(camera, black) for camera in cameras], axis=-5)
 
 
 def resize_images(images: UInt8[np.ndarray, "*b h w 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "*b {size[0]} {size[1]} 3"]:

@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 from mimic_video.config import ActionDecoderConfig, CompatConfig, VideoDiTConfig
-from mimic_video.models.action_decoder import ActionDecoder
+from mimic_video.models.action_decoder import ActionConditioning, ActionDecoder
+from mimic_video.models.protocols import VideoInputs
 from mimic_video.models.video_dit import VideoDiT
 from mimic_video.weights.published import ACTION_DECODER_NAMES, VIDEO_DIT_NAMES, import_params
 
@@ -58,13 +59,13 @@ def test_video_dit(meta, arrays):
     rows, columns = latents.shape[2:4]
     padding = arrays["in/padding_mask"][:, 0]
     padding = padding[:, :: padding.shape[1] // rows, :: padding.shape[2] // columns]  # nearest
-    inputs = (latents, arrays["in/timesteps"], arrays["in/text"], mask[:, :, 0, 0], padding)
-    inputs = jax.tree.map(jnp.asarray, inputs)
+    inputs = (latents[:, None], arrays["in/timesteps"], arrays["in/text"], mask[:, :, 0, 0], padding[:, None])
+    inputs = VideoInputs(*map(jnp.asarray, inputs))
 
     @jax.jit
     def run(state, inputs):
         model = nnx.merge(graphdef, state)
-        return model(*inputs), [model.hidden(*inputs, stop=block) for block in range(meta["num_blocks"] + 1)]
+        return model(inputs)[:, 0], [model.hidden(inputs, stop=block) for block in range(meta["num_blocks"] + 1)]
 
     output, hidden = run(state, inputs)
     np.testing.assert_allclose(output, channels_last(arrays["out/net"]), atol=TOLERANCE)
@@ -91,16 +92,16 @@ def test_action_decoder(meta, arrays):
     times, sigma = arrays["in/timesteps"], arrays["in/video_sigma"][:, 0]
     observed = meta["obs_horizon"]
     np.testing.assert_allclose(times[:, :observed], 1e-3)
-    inputs = [arrays["in/state"], arrays["in/noisy_actions"], times[:, -1], sigma / (1 + sigma)]
+    inputs = [arrays["in/noisy_actions"], times[:, -1], arrays["in/state"], sigma / (1 + sigma)]
     inputs = jax.tree.map(jnp.asarray, inputs)
 
     @jax.jit
-    def run(state, hidden, inputs):
+    def run(state, hidden, actions, time, proprio, video_time):
         model = nnx.merge(graphdef, state)
-        context = model.encode_context(hidden)
-        return model(*inputs, context), model.tokens(*inputs, context), model.tokens(*inputs, context, jnp.ones(len(sigma), bool))
+        told = actions, time, ActionConditioning(model.encode_context(hidden), video_time, proprio)
+        return model(*told), model.tokens(*told), model.tokens(*told, jnp.ones(len(sigma), bool))
 
-    actions, tokens, masked = run(state, jnp.asarray(arrays["in/context"]), inputs)
+    actions, tokens, masked = run(state, jnp.asarray(arrays["in/context"]), *inputs)
     np.testing.assert_allclose(tokens, arrays["out/velocity"], atol=TOLERANCE)
     np.testing.assert_allclose(actions, arrays["out/velocity"][:, observed:], atol=TOLERANCE)
     np.testing.assert_allclose(masked, arrays["out/velocity_obs_masked"], atol=TOLERANCE)

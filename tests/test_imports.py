@@ -58,7 +58,7 @@ def test_imports_are_found():
 
 def test_every_package_imports_only_what_the_table_allows():
     table, known = allowed(), modules()
-    assert table["mimic_video.vam"] == {"mimic_video.config", "mimic_video.flow", "mimic_video.models"}
+    assert table["mimic_video.vam"] >= {"mimic_video.batch", "mimic_video.flow"}
     found: dict[str, set[str]] = {}
     for name, tree in known.items():
         found.setdefault(package(name), set()).update(package(other) for other in imports(tree, known))

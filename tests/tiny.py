@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from data_pipelines.episode import Episode
+from mimic_video.batch import Batch, Observation
 from mimic_video.config import ExperimentConfig, experiment_from
 from mimic_video.vam import VideoActionModel
 
@@ -106,17 +107,28 @@ def params(config: ExperimentConfig, seed: int = 0) -> dict:
     return jax.tree_util.tree_map_with_path(fill, shapes(config))
 
 
-def batch(config: ExperimentConfig, size: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """What the loader makes of `size` windows; nothing is padded."""
+def batch(config: ExperimentConfig, size: int, seed: int = 0) -> Batch:
+    """What the loader makes of `size` windows; nothing is padded, and every sample has all views."""
     data, decoder, random = config.data, config.decoder, np.random.default_rng(seed)
-    return {
-        "video": random.integers(0, 256, (size, data.num_frames, *data.frame_size, 3), np.uint8),
-        "video_mask": np.ones((size, data.num_frames), bool),
-        "text": random.standard_normal((size, config.text.rows, config.text.width)).astype(np.float32),
-        "proprio": random.standard_normal((size, 1, decoder.proprio_dim)).astype(np.float32),
-        "actions": random.standard_normal((size, data.action_horizon, decoder.action_dim)).astype(np.float32),
-        "action_mask": np.ones((size, data.action_horizon), bool),
-    }
+    views = len(data.cameras)
+    video = random.integers(0, 256, (size, views, data.num_frames, *data.image_size, 3), np.uint8)
+    text = random.standard_normal((size, config.text.rows, config.text.width)).astype(np.float32)
+    observation = Observation(text, video, view_mask=np.ones((size, views), bool) if views > 1 else None)
+    windows = Batch(observation, np.ones((size, data.num_frames), bool))
+    if config.stage == "video":
+        return windows
+    return changed(
+        windows,
+        proprio=random.standard_normal((size, 1, decoder.proprio_dim)).astype(np.float32),
+        actions=random.standard_normal((size, data.action_horizon, decoder.action_dim)).astype(np.float32),
+        action_mask=np.ones((size, data.action_horizon), bool),
+    )
+
+
+def changed(batch: Batch, **fields: Any) -> Batch:
+    """A batch with other fields of its own or of its observation."""
+    observed = {name: fields.pop(name) for name in Observation._fields if name in fields}
+    return batch._replace(observation=batch.observation._replace(**observed), **fields)
 
 
 @dataclasses.dataclass(frozen=True)

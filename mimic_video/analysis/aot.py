@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxprs_in_params
 
 from mimic_video.analysis.hlo import Program, Work
+from mimic_video.batch import batch_shapes
 from mimic_video.config import ExperimentConfig, MeshConfig
 from mimic_video.embodiments import Embodiment
 from mimic_video.models.attention import REFUSED
@@ -29,28 +29,6 @@ from mimic_video.training.flops import Chip
 from mimic_video.training.steps import abstract_state, make_train_step
 from mimic_video.transforms import compute_statistics
 from mimic_video.vam import VideoActionModel
-
-
-def batch_shapes(config: ExperimentConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a global batch, as the loader makes them of datasets that have all of their cameras and action dimensions."""
-    data, decoder, size = config.data, config.decoder, config.train.batch_size
-    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-        "video_mask": ((data.num_frames,), bool),
-        "text": ((config.text.rows, config.text.width), jnp.float32),
-    }
-    if data.latents:
-        shapes["latents"] = (*data.latent_shape, config.backbone.latent_channels), config.precision
-    else:
-        shapes["video"] = (data.num_frames, *data.frame_size, 3), jnp.uint8
-    if len(data.cameras) > 1:
-        shapes["view_mask"] = (len(data.cameras),), bool
-    if config.stage == "action":
-        shapes["proprio"] = (decoder.obs_horizon, decoder.proprio_dim), jnp.float32
-        shapes["actions"] = (decoder.action_horizon, decoder.action_dim), jnp.float32
-        shapes["action_mask"] = (decoder.action_horizon,), bool
-        if decoder.embodiments:
-            shapes["embodiment"] = (), jnp.int32
-    return {name: jax.ShapeDtypeStruct((size, *shape), dtype) for name, (shape, dtype) in shapes.items()}
 
 
 class TopologyError(RuntimeError):
@@ -152,7 +130,7 @@ def step_program(config: ExperimentConfig, devices: Sequence[jax.Device]) -> tup
         )
         for name, part in frozen.items()
     }
-    batch = _spread(batch_shapes(config), jax.sharding.NamedSharding(mesh, BATCH))
+    batch = _spread(batch_shapes(config, config.train.batch_size), jax.sharding.NamedSharding(mesh, BATCH))
     return make_train_step(vam, mesh, state), (state, frozen, batch)
 
 

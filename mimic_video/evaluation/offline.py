@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, UInt8
 
 from mimic_video.transforms import Normalizer
 
-# One sample of the data pipeline in raw units: video, video_mask, instruction, proprio, actions, action_mask.
+# One sample of the data pipeline in raw units: video, frame_mask, instruction, proprio, actions, action_mask.
 Window = dict[str, Any]
 
 
@@ -31,7 +31,7 @@ def action_errors(
         group = windows[first : first + batch_size]
         filled = [*group, *[group[-1]] * (batch_size - len(group))]  # a constant batch compiles once
         actions = plan(
-            np.stack([window["video"][:past_frames] for window in filled]),
+            np.stack([window["video"][:, :past_frames] for window in filled]),
             np.stack([window["proprio"][-1] for window in filled]),
             [window["instruction"] for window in filled],
             first // batch_size,

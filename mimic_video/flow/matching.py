@@ -75,10 +75,10 @@ def condition_mask(conditioned: Int[Array, " b"], frames: int) -> Float[Array, "
 
 
 def frame_replacement(
-    clean: Float[Array, "b t h w c"], x_tau: Float[Array, "b t h w c"], time: Float[Array, " b"], mask: Float[Array, "b t"]
-) -> tuple[Float[Array, "b t h w c"], Float[Array, "b t"]]:
+    clean: Float[Array, "b v t h w c"], x_tau: Float[Array, "b v t h w c"], time: Float[Array, " b"], mask: Float[Array, "b t"]
+) -> tuple[Float[Array, "b v t h w c"], Float[Array, "b t"]]:
     """Network input and per-frame times when conditioned frames are given clean (SPEC 4.1)."""
-    return jnp.where(_over(mask, clean) > 0, clean, x_tau), jnp.where(mask > 0, CONDITION_TIME, time[:, None])
+    return jnp.where(_over(mask[:, None], clean) > 0, clean, x_tau), jnp.where(mask > 0, CONDITION_TIME, time[:, None])
 
 
 def weighted_mean(values: Float[Array, "..."], weights: Float[Array, "..."]) -> Float[Array, ""]:

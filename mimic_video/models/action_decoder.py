@@ -40,6 +40,25 @@ class Context(NamedTuple):
     mask: Bool[Array, "b k"] | None
 
 
+class ActionConditioning(NamedTuple):
+    """What the action flow is told of b samples.
+
+    Attributes:
+        context: from `encode_context`.
+        video_time: video flow time τ_v at which the hidden states were read.
+        proprio: normalised proprioception.
+        embodiment: the robot of each sample; for decoders that have embodiments, and only them.
+        action_dims: False for dimensions of actions that a robot lacks, which stay at zero; None if all have all. The network
+            itself does not know.
+    """
+
+    context: Context
+    video_time: Float[Array, " b"]
+    proprio: Float[Array, "b o p"]
+    embodiment: Int[Array, " b"] | None = None
+    action_dims: Bool[Array, "b m"] | None = None
+
+
 PROPRIO_TIME = 1e-3  # the flow time that proprioception tokens carry
 BILINEAR_BIAS = 0.382050174
 
@@ -192,13 +211,10 @@ class ActionDecoder(nnx.Module):
 
     def __call__(
         self,
-        proprio: Float[Array, "b o p"],
         actions: Float[Array, "n a m"],
         time: Float[Array, " n"],
-        video_time: Float[Array, " b"],
-        context: Context,
+        conditioning: ActionConditioning,
         drop_proprio: Bool[Array, " n"] | None = None,
-        embodiment: Int[Array, " b"] | None = None,
     ) -> Float[Array, "n a m"]:
         """The velocity ε − x₀ of every action.
 
@@ -206,31 +222,25 @@ class ActionDecoder(nnx.Module):
         to each other.
 
         Args:
-            proprio: normalised proprioception.
             actions: noised normalised actions, scaled to unit variance (SPEC 7).
             time: action flow time τ_a in [0, 1].
-            video_time: video flow time τ_v at which the hidden states were read.
-            context: from `encode_context`.
             drop_proprio: chunks that see the mask token in place of proprioception; None for none.
-            embodiment: the robot of each sample; for decoders that have embodiments, and only them.
 
         Raises:
             ValueError: if the token count is not the one the position embedding was made for, or the embodiment is missing or not
                 expected.
         """
-        return self.tokens(proprio, actions, time, video_time, context, drop_proprio, embodiment)[:, proprio.shape[1] :]
+        return self.tokens(actions, time, conditioning, drop_proprio)[:, conditioning.proprio.shape[1] :]
 
     def tokens(
         self,
-        proprio: Float[Array, "b o p"],
         actions: Float[Array, "n a m"],
         time: Float[Array, " n"],
-        video_time: Float[Array, " b"],
-        context: Context,
+        conditioning: ActionConditioning,
         drop_proprio: Bool[Array, " n"] | None = None,
-        embodiment: Int[Array, " b"] | None = None,
-    ) -> Float[Array, "n o+a m"]:
+    ) -> Float[Array, "n s m"]:
         """As `__call__`, for proprioception tokens too."""
+        context, video_time, proprio, embodiment, _ = conditioning
         observed, acted, chunks = proprio.shape[1], actions.shape[1], len(actions)
         if (observed, acted) != (self.config.obs_horizon, self.config.action_horizon):
             raise ValueError(

@@ -5,14 +5,16 @@ channels; channels of unit variance; the latents of a prefix are the prefix of t
 basis fitted to a sample of the videos.
 """
 
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-PATCH, GROUP, CHANNELS = 8, 4, 16
+from mimic_video.config import ExperimentConfig
+
+PATCH, GROUP, CHANNELS = 8, 4, 16  # of a latent pixel, in pixels; frames of a latent frame; of a latent
 
 AnyArray = TypeVar("AnyArray", np.ndarray, Array)
 
@@ -59,9 +61,17 @@ class Projection(nnx.Module):
 class PatchTokenizer(nnx.Module):
     """Video in [−1, 1] ↔ latents, by two bases: one for the first frame, one for groups of four."""
 
+    time_stride, stride, channels = GROUP, PATCH, CHANNELS
+    exact = True  # its scales span orders of magnitude
+    pretrained = False
+
     def __init__(self):
         self.first = Projection(PATCH * PATCH * 3)
         self.rest = Projection(GROUP * PATCH * PATCH * 3)
+
+    @classmethod
+    def build(cls, config: ExperimentConfig, rngs: nnx.Rngs) -> Self:
+        return cls()
 
     def encode(self, video: Float[Array, "b f h w 3"]) -> Float[Array, "b 1+f//4 h//8 w//8 16"]:
         """1 + 4n frames of (8i, 8j) pixels → 1 + n latent frames."""

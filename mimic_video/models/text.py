@@ -9,13 +9,14 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from absl import logging
 from jaxtyping import Float
 
 from mimic_video.config import ConfigError, TextConfig
+from mimic_video.models.protocols import TextEncoder
+from mimic_video.registry import TEXT_ENCODERS
 
 # What transformers reads from a folder. Of the weights it takes the first that is there; an index names the files it is cut into.
 _TOKENIZERS = ("tokenizer.json", "spiece.model")
@@ -28,12 +29,6 @@ _HOW_TO_GET = (
     "either copy a cache here that launch/precompute_text.py has filled where the model is, or put the model here "
     "(hf download NAME --exclude '*.h5' for one of Hugging Face)"
 )
-
-
-class TextEncoder(Protocol):
-    def __call__(self, instruction: str) -> Float[np.ndarray, "rows width"]:
-        """Features of one instruction; rows past its end are zero."""
-        ...
 
 
 class HashTextEncoder:
@@ -355,4 +350,4 @@ def _load_t5(folder: Path, config: TextConfig, device: str) -> Callable[[Sequenc
 
 def make_text_encoder(config: TextConfig) -> TextEncoder:
     """The encoder that `text.kind` names. Raises ConfigError if its model or cache cannot be used."""
-    return {"hash": HashTextEncoder, "t5": T5TextEncoder}[config.kind](config)
+    return TEXT_ENCODERS[config.kind](config)

@@ -1,20 +1,21 @@
 """The video backbone: a diffusion transformer over latent frames (Cosmos-Predict2; SPEC 3)."""
 
 import math
+from typing import Self
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from mimic_video.config import CompatConfig, VideoDiTConfig
+from mimic_video.config import CompatConfig, ExperimentConfig, VideoDiTConfig
 from mimic_video.models.attention import Attention, Backend, KeyMask
 from mimic_video.models.devices import TOKENS, constrain
 from mimic_video.models.layers import MLP, Modulation, Remat, RMSNorm, linear, modulate, scan_blocks, silu, stack_blocks
+from mimic_video.models.protocols import Latents, VideoInputs, ViewMask
 from mimic_video.models.rope import rope_angles, rotate
 
 Tokens = Float[Array, "b t n d"]  # n = patches of one latent frame, row by row; those of several views one view after the other
-ViewMask = Bool[Array, "b v"]  # False for a view that a sample does not have
 PerFrame = Float[Array, "b t d"]
 Shared = Float[Array, "b t 3*d"]  # what all blocks have of their modulations
 
@@ -26,9 +27,9 @@ def time_features(times: Float[Array, "b t"], width: int) -> PerFrame:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def token_mask(view_mask: ViewMask, patches: int) -> Bool[Array, "b {patches}"]:
-    """The mask of one latent frame's patches, or of its rows of latents."""
-    return jnp.repeat(view_mask, patches // view_mask.shape[1], axis=1)
+def token_mask(view_mask: ViewMask, patches: int, frames: int) -> Bool[Array, "b k"]:
+    """The mask of a window's tokens, of which each of its latent frames has `patches` a view."""
+    return jnp.tile(jnp.repeat(view_mask, patches, axis=1), frames)
 
 
 class VideoBlock(nnx.Module):
@@ -85,100 +86,59 @@ class VideoDiT(nnx.Module):
         self.final_modulation = Modulation(width, config.adaln_lora_dim, 2, rngs)
         self.final_proj = linear(width, config.latent_channels * patch_size, rngs)
 
-    def hidden(
-        self,
-        latents: Float[Array, "b t h w c"],
-        times: Float[Array, "b t"],
-        text: Float[Array, "b s e"],
-        condition_mask: Float[Array, "b t"],
-        padding_mask: Float[Array, "b h w"] | None = None,
-        view_mask: ViewMask | None = None,
-        *,
-        stop: int,
-    ) -> Tokens:
-        """The residual stream after the first `stop` blocks; 0 is the patch embedding (SPEC 3.8).
+    @classmethod
+    def build(cls, config: ExperimentConfig, rngs: nnx.Rngs) -> Self:
+        return cls(config.backbone, rngs, config.compat, config.attention, config.train.remat)
 
-        Args:
-            latents: network input: clean conditioned frames, noised other frames (SPEC 4.1).
-            times: flow time τ of each latent frame, in [0, 1].
-            text: text rows; every row takes part, so published models need exactly 512 (SPEC 2).
-            condition_mask: 1 for conditioned frames.
-            padding_mask: 1 for latent pixels outside the picture; None for none.
-            view_mask: False for views that nothing attends to; None if every sample has all of them. Views stand one above the
-                other in latents; each has positions of its own.
-        """
-        time, shared = self._time_embedding(times, latents.dtype)
-        x = self._patchify(latents, condition_mask, padding_mask)
-        return self._run(x, time, shared, text, latents.shape, view_mask, stop)
+    def hidden(self, inputs: VideoInputs, *, stop: int) -> Tokens:
+        """The residual stream after the first `stop` blocks; 0 is the patch embedding (SPEC 3.8)."""
+        return self._run(inputs, *self._time_embedding(inputs), stop)
 
-    def __call__(
-        self,
-        latents: Float[Array, "b t h w c"],
-        times: Float[Array, "b t"],
-        text: Float[Array, "b s e"],
-        condition_mask: Float[Array, "b t"],
-        padding_mask: Float[Array, "b h w"] | None = None,
-        view_mask: ViewMask | None = None,
-    ) -> Float[Array, "b t h w c"]:
-        """The velocity ε − x₀ of every latent frame; arguments as for `hidden`."""
-        time, shared = self._time_embedding(times, latents.dtype)
-        x = self._patchify(latents, condition_mask, padding_mask)
-        x = self._run(x, time, shared, text, latents.shape, view_mask, self.config.num_blocks)
+    def __call__(self, inputs: VideoInputs) -> Latents:
+        """The velocity ε − x₀ of every latent frame."""
+        time, shared = self._time_embedding(inputs)
+        x = self._run(inputs, time, shared, self.config.num_blocks)
         shift, scale = (part[:, :, None] for part in self.final_modulation(time, shared))
-        return self._unpatchify(self.final_proj(modulate(x, shift, scale)), latents.shape)
+        return self._unpatchify(self.final_proj(modulate(x, shift, scale)), inputs.latents.shape)
 
-    def _time_embedding(self, times: Float[Array, "b t"], dtype: jnp.dtype) -> tuple[PerFrame, Shared]:
-        if self.compat.bfloat16_times:
-            times = times.astype(jnp.bfloat16)
-        features = time_features(times, self.config.width).astype(dtype)
+    def _time_embedding(self, inputs: VideoInputs) -> tuple[PerFrame, Shared]:
+        times = inputs.times.astype(jnp.bfloat16) if self.compat.bfloat16_times else inputs.times
+        features = time_features(times, self.config.width).astype(inputs.latents.dtype)
         return self.time_norm(features), self.time_out(silu(self.time_in(features)))
 
-    def _run(
-        self,
-        x: Tokens,
-        time: PerFrame,
-        shared: Shared,
-        text: Float[Array, "b s e"],
-        latent_shape: tuple[int, ...],
-        view_mask: ViewMask | None,
-        stop: int,
-    ) -> Tokens:
-        config = self.config
-        _, t, h, w, _ = latent_shape
-        grid, head_dim = (t, h // config.views // config.patch[1], w // config.patch[2]), config.width // config.num_heads
+    def _run(self, inputs: VideoInputs, time: PerFrame, shared: Shared, stop: int) -> Tokens:
+        config, x = self.config, self._patchify(inputs)
+        _, views, t, h, w, _ = inputs.latents.shape
+        grid, head_dim = (t, h // config.patch[1], w // config.patch[2]), config.width // config.num_heads
         angles = rope_angles(grid, head_dim, config.rope_ratio, bfloat16=self.compat.bfloat16_rope)
-        angles = np.tile(angles.reshape(t, -1, angles.shape[-1]), (1, config.views, 1))
-        mask = None if view_mask is None else jnp.tile(token_mask(view_mask, x.shape[2]), t)
+        angles = np.tile(angles.reshape(t, -1, angles.shape[-1]), (1, views, 1))
+        mask = None if inputs.view_mask is None else token_mask(inputs.view_mask, x.shape[2] // views, t)
 
         def apply(block: VideoBlock, x: Tokens) -> Tokens:
-            return constrain(block(x, time, shared, text, lambda heads: rotate(heads, angles), mask), TOKENS)
+            return constrain(block(x, time, shared, inputs.text, lambda heads: rotate(heads, angles), mask), TOKENS)
 
         return scan_blocks(self.blocks, apply, constrain(x, TOKENS), stop=stop, remat=self.remat)
 
-    def _patchify(
-        self,
-        latents: Float[Array, "b t h w c"],
-        condition_mask: Float[Array, "b t"],
-        padding_mask: Float[Array, "b h w"] | None,
-    ) -> Tokens:
-        b, t, h, w, _ = latents.shape
-        _, rows, columns = self.config.patch
-        if h % (rows * self.config.views) or w % columns:
-            raise ValueError(f"latents of {h}x{w} cannot be cut into patches of {rows}x{columns} in {self.config.views} views")
-        if padding_mask is None:
-            padding_mask = jnp.zeros((b, h, w))
-        masks = (condition_mask[:, :, None, None, None], padding_mask[:, None, :, :, None])
-        whole = [jnp.broadcast_to(mask, (b, t, h, w, 1)).astype(latents.dtype) for mask in masks]
+    def _patchify(self, inputs: VideoInputs) -> Tokens:
+        latents, (_, rows, columns) = inputs.latents, self.config.patch
+        b, v, t, h, w, _ = latents.shape
+        if v != self.config.views or h % rows or w % columns:
+            raise ValueError(
+                f"latents are {v} views of {h}x{w}; expected {self.config.views}, to be cut into patches of {rows}x{columns}"
+            )
+        padding = jnp.zeros((b, v, h, w)) if inputs.padding_mask is None else inputs.padding_mask
+        masks = (inputs.condition_mask[:, None, :, None, None, None], padding[:, :, None, :, :, None])
+        whole = [jnp.broadcast_to(mask, (b, v, t, h, w, 1)).astype(latents.dtype) for mask in masks]
         x = jnp.concatenate([latents, *whole], axis=-1)
-        x = x.reshape(b, t, h // rows, rows, w // columns, columns, -1)
-        x = x.transpose(0, 1, 2, 4, 6, 3, 5)  # b t h w (c m n): channel slowest (SPEC 3.3)
-        x = self.patch_proj(x.reshape(b, t, (h // rows) * (w // columns), -1))
-        if self.config.views > 1:
-            x = x + jnp.repeat(self.view_embedding[...], x.shape[2] // self.config.views, axis=0)
+        x = x.reshape(b, v, t, h // rows, rows, w // columns, columns, -1)
+        x = x.transpose(0, 2, 1, 3, 5, 7, 4, 6)  # b t v h w (c m n): channel slowest (SPEC 3.3)
+        x = self.patch_proj(x.reshape(b, t, v * (h // rows) * (w // columns), -1))
+        if v > 1:
+            x = x + jnp.repeat(self.view_embedding[...], x.shape[2] // v, axis=0)
         return x
 
-    def _unpatchify(self, x: Tokens, latent_shape: tuple[int, ...]) -> Float[Array, "b t h w c"]:
-        b, t, h, w, c = latent_shape
+    def _unpatchify(self, x: Tokens, latent_shape: tuple[int, ...]) -> Latents:
+        b, v, t, h, w, c = latent_shape
         _, rows, columns = self.config.patch
-        x = x.reshape(b, t, h // rows, w // columns, rows, columns, c)  # channel fastest, unlike the input (SPEC 3.7)
-        return x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(latent_shape)
+        x = x.reshape(b, t, v, h // rows, w // columns, rows, columns, c)  # channel fastest, unlike the input (SPEC 3.7)
+        return x.transpose(0, 2, 1, 3, 5, 4, 6, 7).reshape(latent_shape)

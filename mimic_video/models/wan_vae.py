@@ -8,6 +8,7 @@ weights and clip in float32 and 4 GiB in bfloat16, for 61 frames or any number.
 
 import math
 from collections.abc import Callable
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from mimic_video.config import CompatConfig, TokenizerConfig
+from mimic_video.config import CompatConfig, ExperimentConfig, TokenizerConfig
 from mimic_video.models.attention import attention
 from mimic_video.models.layers import linear, silu, truncated_normal
 
@@ -287,12 +288,20 @@ class WanVAE(nnx.Module):
     Computes in the dtype of parameters and inputs; call it under `jax.jit`, or every call compiles its scan again.
     """
 
+    time_stride, stride, channels = GROUP, PATCH, CHANNELS
+    exact = False
+    pretrained = True
+
     def __init__(self, config: TokenizerConfig, rngs: nnx.Rngs, compat: CompatConfig = NO_ROUNDING):
         self.config, self.compat = config, compat
         self.encoder = make_encoder(config.width, rngs)
         self.quant_conv = linear(2 * CHANNELS, 2 * CHANNELS, rngs, bias=0.0)
         self.post_quant_conv = linear(CHANNELS, CHANNELS, rngs, bias=0.0)
         self.decoder = make_decoder(config.width, rngs)
+
+    @classmethod
+    def build(cls, config: ExperimentConfig, rngs: nnx.Rngs) -> Self:
+        return cls(config.tokenizer, rngs, config.compat)
 
     def encode(self, video: Float[Array, "b f h w 3"]) -> Float[Array, "b 1+f//4 h//8 w//8 16"]:
         """1 + 4n frames of (8i, 8j) pixels in [−1, 1] → 1 + n normalised latent frames: the mean, with no sampling.

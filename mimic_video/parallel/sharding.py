@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -14,6 +14,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mimic_video.config import ConfigError, MeshConfig
 from mimic_video.models.devices import BATCH
 from mimic_video.trees import path_name
+
+Tree = TypeVar("Tree")
 
 # (regex over the '/'-joined path, partition); the first match wins. Block parameters have a leading depth axis.
 RULES = (
@@ -134,8 +136,8 @@ def place(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(one, tree, shardings(tree, mesh))
 
 
-def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's `batch_rows` of a batch → global arrays split over the data and fsdp axes."""
+def global_batch(batch: Tree, mesh: Mesh) -> Tree:
+    """A tree of this process's `batch_rows` of arrays → global arrays split over the data and fsdp axes."""
     sharding, parts = NamedSharding(mesh, BATCH), _own_parts(mesh)
 
     def whole(rows: np.ndarray) -> jax.Array:
@@ -148,4 +150,4 @@ def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 
         return jax.make_array_from_callback(shape, sharding, piece)
 
-    return {key: whole(rows) for key, rows in batch.items()}
+    return jax.tree.map(whole, batch)

@@ -31,7 +31,8 @@ from jaxtyping import Float
 
 from mimic_video.config import ConfigError, ExperimentConfig, TextConfig, to_dict
 from mimic_video.embodiments import Embodiment
-from mimic_video.models.text import FeatureCache, TextEncoder, make_text_encoder
+from mimic_video.models.protocols import TextEncoder
+from mimic_video.models.text import FeatureCache, make_text_encoder
 from mimic_video.runs.arrays import load_tree, tree_args, tree_handler
 from mimic_video.runs.directory import load_embodiments, read_config, save_embodiments, write_json
 from mimic_video.runs.storage import RunError, absolute

@@ -21,7 +21,7 @@ def measure(policy: Policy, batch: int = 1, repeats: int = 30, image_size: tuple
     Returns:
         {name: {"p50_ms", "p95_ms", "p99_ms"}}, of compiled programs also "compile_s". "host": checking, resizing, text features;
         "noise": drawing it; "encode": of the observed frames; "video": the backbone; "context": keys and values; "steps": the
-        action flow, with the normalisation of proprioception; "unnormalize"; "program": all but the host's part, in one; "call":
+        action flow; "unnormalize"; "program": all but the host's part, in one; "call":
         all of it.
     """
     data, program, params = policy.config.data, policy.program, policy.params
@@ -34,7 +34,7 @@ def measure(policy: Policy, batch: int = 1, repeats: int = 30, image_size: tuple
     report = {"host": percentiles(lambda: policy.prepare(*observation), repeats)}
     _, *inputs = policy.prepare(*observation)
     video, proprio, text, key_data = jax.device_put(tuple(inputs))
-    view_mask = program.robots(batch).view_mask
+    vam = program.vam
 
     def run(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
         """The result of a stage, whose times go into the report."""
@@ -45,23 +45,11 @@ def measure(policy: Policy, batch: int = 1, repeats: int = 30, image_size: tuple
         return compiled(*arguments)
 
     noise = run("noise", lambda key_data: program.noise(key_data, batch), key_data)
-    past = run("encode", program.vam.encode_video, params, video)
-    hidden, at = run(
-        "video",
-        lambda params, past, text, noise: program.vam.hidden_after(params, past, text, noise, view_mask),
-        params,
-        past,
-        text,
-        noise["video"],
-    )
-    context = run(
-        "context", lambda params, hidden: program.vam.action_context(params, hidden, program.robots(batch)), params, hidden
-    )
-
-    def steps(params: Any, context: Any, at: Any, proprio: Any, noise: Any) -> jax.Array:
-        return program.normalized_actions(params, context, at, program.normalized_proprio(params, proprio), noise)
-
-    chunk = run("steps", steps, params, context, at, proprio, noise["actions"])
+    observed = jax.jit(program.observe)(params, video, proprio, text)
+    conditioning = run("encode", vam.condition, params, observed)
+    hidden, at = run("video", vam.sample_hidden, params, conditioning, noise["video"])
+    told = run("context", vam.action_conditioning, params, hidden, at, observed)
+    chunk = run("steps", program.normalized_actions, params, told, noise["actions"])
     run("unnormalize", program.raw_actions, params, chunk)
     run("program", program, params, video, proprio, text, key_data)
     policy(*observation)  # compiles

@@ -13,7 +13,8 @@ from jaxtyping import Float, UInt8
 from mimic_video.config import ExperimentConfig
 from mimic_video.embodiments import Embodiment, choose, pad_last
 from mimic_video.flow.inpainting import prefix_weights
-from mimic_video.models.text import TextEncoder, make_text_encoder
+from mimic_video.models.protocols import TextEncoder
+from mimic_video.models.text import make_text_encoder
 from mimic_video.policy import bundle
 from mimic_video.policy.execution import Committed
 from mimic_video.policy.program import PolicyProgram
@@ -22,7 +23,7 @@ from mimic_video.runs.storage import RunError, local_path, run_path
 from mimic_video.transforms import resize_images, stack_views
 from mimic_video.vam import Params, Prefix
 
-Images = UInt8[np.ndarray, "b f h w 3"] | Mapping[str, UInt8[np.ndarray, "b f _ _ 3"]]
+Images = UInt8[np.ndarray, "b *v f h w 3"] | Mapping[str, UInt8[np.ndarray, "b f _ _ 3"]]
 
 _KEPT_INSTRUCTIONS = 64  # whose features stay in memory: a server's clients may ask for anything
 
@@ -88,7 +89,7 @@ class Policy:
 
         Args:
             images: the last `data.past_frames` frames at `data.video_hz`, the current one last; of any size. With several
-                `data.cameras` those of each by its name, or of all in the size of training, one above the other.
+                `data.cameras` those of each by its name, or of all in the size of training, on an axis after the robots'.
             proprio: current proprioception in raw units.
             instructions: one per robot.
             query: counts the plans of an episode, so that their noise differs (unless it is the published one).
@@ -119,7 +120,7 @@ class Policy:
         In real-time chunking that is two programs: of first plans, and of those that continue another one.
         """
         data, text, start = self.config.data, self.config.text, time.perf_counter()
-        images = np.zeros((batch, data.past_frames, *data.frame_size, 3), np.uint8)
+        images = np.zeros((batch, len(data.cameras), data.past_frames, *data.image_size, 3), np.uint8)
         proprio, rows = np.zeros((batch, self.embodiment.proprio_dim), np.float32), np.zeros((batch, text.rows, text.width))
         arguments = images, proprio, rows.astype(np.float32), self._key_data(0)
         jax.block_until_ready(self._plan(self.params, *arguments, None, samples=samples))
@@ -134,15 +135,18 @@ class Policy:
         """What the program takes for a call with the same arguments: all that is done on the host."""
         data = self.config.data
         batch = len(instructions)
-        video = self._stack(images) if isinstance(images, Mapping) else images
+        video = self._views(images) if isinstance(images, Mapping) else images
         if video.dtype != np.uint8:
             raise ValueError(f"policy input 'images' has dtype {video.dtype}; expected uint8")
-        expected = (batch, data.past_frames, *data.frame_size, 3)
-        if len(data.cameras) == 1 and video.ndim == 5 and video.shape[-1] == 3 and min(video.shape) > 0:
-            video = resize_images(video, data.image_size)
+        expected: tuple[int, ...] = (batch, len(data.cameras), data.past_frames, *data.image_size, 3)
+        if len(data.cameras) == 1 and video.ndim == 5:
+            expected = (batch, *expected[2:])
+            if video.shape[-1] == 3 and min(video.shape) > 0:
+                video = resize_images(video, data.image_size)
         for name, value, shape in (("images", video, expected), ("proprio", proprio, (batch, self.embodiment.proprio_dim))):
             if value.shape != shape:
                 raise ValueError(f"policy input '{name}' has shape {value.shape}; expected {shape}")
+        video = video.reshape(batch, -1, *expected[-4:])
         for instruction in set(instructions) - self._text.keys():
             self._text[instruction] = self._encode_text(instruction)
         text = np.stack([self._text[instruction] for instruction in instructions])
@@ -150,8 +154,8 @@ class Policy:
             del self._text[next(iter(self._text))]
         return self.params, video, np.asarray(proprio, np.float32), text, self._key_data(query)
 
-    def _stack(self, images: Mapping[str, UInt8[np.ndarray, "b f _ _ 3"]]) -> UInt8[np.ndarray, "b f h w 3"]:
-        """Views in the size of training, one above the other."""
+    def _views(self, images: Mapping[str, UInt8[np.ndarray, "b f _ _ 3"]]) -> UInt8[np.ndarray, "b v f h w 3"]:
+        """Those of all cameras, in the size of training."""
         expected = set(self.config.data.cameras) & set(self.embodiment.cameras)
         if set(images) != expected:
             raise ValueError(f"policy input 'images' is of the cameras {sorted(images)}; expected {sorted(expected)}")

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8, UInt32
 
+from mimic_video.batch import Observation
 from mimic_video.config import ExperimentConfig
 from mimic_video.embodiments import Embodiment
 from mimic_video.flow import matching
-from mimic_video.models.action_decoder import Context
+from mimic_video.models.action_decoder import ActionConditioning
 from mimic_video.transforms import Normalizer
-from mimic_video.vam import Noise, Params, Prefix, Robots, VideoActionModel
+from mimic_video.vam import Noise, Params, Prefix, VideoActionModel
 
 Ranges = dict[str, Float[Array, "h d"]]  # parameters of a normaliser: "shift", "scale", "low", "high"
 
@@ -41,7 +42,7 @@ class PolicyProgram:
         """Of what a call takes after the parameters, for `batch` robots."""
         data, text = self.vam.config.data, self.vam.config.text
         return {
-            "images": jax.ShapeDtypeStruct((batch, data.past_frames, *data.frame_size, 3), jnp.uint8),
+            "images": jax.ShapeDtypeStruct((batch, len(data.cameras), data.past_frames, *data.image_size, 3), jnp.uint8),
             "proprio": jax.ShapeDtypeStruct((batch, self.embodiment.proprio_dim), jnp.float32),
             "text": jax.ShapeDtypeStruct((batch, text.rows, text.width), jnp.float32),
             "key": jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))),
@@ -55,7 +56,7 @@ class PolicyProgram:
     def __call__(
         self,
         params: Params,
-        images: UInt8[Array, "b f h w 3"],
+        images: UInt8[Array, "b v f h w 3"],
         proprio: Float[Array, "b p"],
         text: Float[Array, "b rows width"],
         key_data: UInt32[Array, " k"],
@@ -65,18 +66,16 @@ class PolicyProgram:
         """Actions in raw units; with `samples`, (b, samples, a, m): chunks that share all but the noise of the action flow.
 
         Args:
-            images: frames of the size that the model sees, those of several cameras one above the other.
+            images: frames of the size that the model sees, of the cameras that it has; black where the robot lacks one.
             proprio: raw units.
             text: rows of each robot's instruction.
             key_data: `jax.random.key_data` of the key that noise comes from.
             prefix: what the chunks have to continue, normalised.
         """
-        batch = len(images)
-        noise, robots = self.noise(key_data, batch, samples), self.robots(batch)
-        past = self.vam.encode_video(params, images)
-        hidden, time = self.vam.hidden_after(params, past, text, noise["video"], robots.view_mask)
-        context, state = self.vam.action_context(params, hidden, robots), self.normalized_proprio(params, proprio)
-        return self.raw_actions(params, self.normalized_actions(params, context, time, state, noise["actions"], prefix, samples))
+        noise, observation = self.noise(key_data, len(images), samples), self.observe(params, images, proprio, text)
+        hidden, time = self.vam.sample_hidden(params, self.vam.condition(params, observation), noise["video"])
+        conditioning = self.vam.action_conditioning(params, hidden, time, observation)
+        return self.raw_actions(params, self.normalized_actions(params, conditioning, noise["actions"], prefix))
 
     def noise(self, key_data: UInt32[Array, " k"], batch: int, samples: int | None = None) -> Noise:
         """As of `VideoActionModel.policy_noise`; of several samples, "actions" is (b, samples, a, m), the first that of one."""
@@ -90,39 +89,39 @@ class PolicyProgram:
             more = [jax.random.normal(key, noise["actions"].shape) for key in keys]
         return noise if samples is None else noise | {"actions": jnp.stack([noise["actions"], *more], axis=1)}
 
-    def normalized_proprio(self, params: Params, proprio: Float[Array, "b p"]) -> Float[Array, "b 1 w"]:
-        """As the decoder takes it, with zeros up to the width of its widest robot."""
-        values = normalize(proprio[:, None], params["normalizers"]["proprio"], self._bfloat16)
-        return jnp.pad(values, [(0, 0), (0, 0), (0, self._decoder.proprio_dim - values.shape[-1])])
+    def observe(
+        self,
+        params: Params,
+        images: UInt8[Array, "b v f h w 3"],
+        proprio: Float[Array, "b p"],
+        text: Float[Array, "b rows width"],
+    ) -> Observation:
+        """What the model has to be told of robots of this embodiment; arguments as for a call."""
+        robot, batch, width = self.embodiment, len(images), self._decoder.action_dim
+        views = np.isin(self._cameras, robot.cameras)
+        state = normalize(proprio[:, None], params["normalizers"]["proprio"], self._bfloat16)
+        return Observation(
+            text=text,
+            video=images,
+            view_mask=jnp.tile(views, (batch, 1)) if len(views) > 1 else None,
+            proprio=jnp.pad(state, [(0, 0), (0, 0), (0, self._decoder.proprio_dim - robot.proprio_dim)]),
+            embodiment=jnp.full(batch, robot.index) if self._decoder.embodiments else None,
+            action_dims=jnp.tile(jnp.arange(width) < robot.action_dim, (batch, 1)) if robot.action_dim < width else None,
+        )
 
     def normalized_actions(
         self,
         params: Params,
-        context: Context,
-        time: Float[Array, " b"],
-        state: Float[Array, "b 1 p"],
+        conditioning: ActionConditioning,
         noise: Float[Array, "b *n a w"],
         prefix: Prefix | None = None,
-        samples: int | None = None,
     ) -> Float[Array, "b *n a w"]:
-        """The action flow: the same context for every sample."""
-        flat = noise if samples is None else noise.reshape(-1, *noise.shape[2:])
-        chunks = self.vam.solve_actions(params, context, time, state, flat, self.robots(len(state)), prefix)
-        return chunks.reshape(noise.shape)
+        """The action flow: all samples of a robot are told the same."""
+        return self.vam.decode_actions(params, conditioning, noise.reshape(-1, *noise.shape[-2:]), prefix).reshape(noise.shape)
 
     def raw_actions(self, params: Params, chunks: Float[Array, "b *n a w"]) -> Float[Array, "b *n a m"]:
         """In the robot's units, and only its dimensions."""
         return unnormalize(chunks[..., : self.embodiment.action_dim], params["normalizers"]["action"], self._bfloat16)
-
-    def robots(self, batch: int) -> Robots:
-        """What the model has to be told of `batch` times this robot."""
-        robot, width = self.embodiment, self._decoder.action_dim
-        narrow, views = robot.action_dim < width, np.isin(self._cameras, robot.cameras)
-        return Robots(
-            embodiment=jnp.full(batch, robot.index) if self._decoder.embodiments else None,
-            action_dims=jnp.tile(jnp.arange(width) < robot.action_dim, (batch, 1)) if narrow else None,
-            view_mask=jnp.tile(views, (batch, 1)) if len(self._cameras) > 1 else None,
-        )
 
 
 def ranges(normalizer: Normalizer) -> Ranges:

@@ -6,9 +6,10 @@
     plan = jax.jit(program.call)
     actions = plan(weights, images, proprio, text, key)
 
-takes uint8 images (b, f, h, w, 3) of the model's size, raw proprioception (b, p), rows of text features (b, rows, width) as in
-`bundle/text`, and uint32 key data (2,), any two numbers, and gives actions (b, a, m) in raw units. `stablehlo/signature.json`
-has these shapes. Weights are an argument since programs with billions of constants cannot be written to a file.
+takes uint8 images (b, v, f, h, w, 3) of the model's v cameras in their size, raw proprioception (b, p), rows of text features
+(b, rows, width) as in `bundle/text`, and uint32 key data (2,), any two numbers, and gives actions (b, a, m) in raw units.
+`stablehlo/signature.json` has these shapes; programs of earlier versions have no axis v, but one camera above the other in h.
+Weights are an argument since programs with billions of constants cannot be written to a file.
 """
 
 import pathlib

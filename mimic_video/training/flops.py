@@ -76,7 +76,7 @@ class Product:
 def video_tokens(config: ExperimentConfig) -> int:
     """Tokens of one sample's video in the backbone, and hidden states that the decoder attends to."""
     (frames, height, width), (_, rows, columns) = config.data.latent_shape, config.backbone.patch
-    return frames * (height // rows) * (width // columns)
+    return len(config.data.cameras) * frames * (height // rows) * (width // columns)
 
 
 def step_flops(config: ExperimentConfig) -> StepFlops:
@@ -242,11 +242,10 @@ def policy_flops(config: ExperimentConfig) -> PolicyFlops:
 
 def tokenizer_forward(config: ExperimentConfig, frames: int) -> float:
     """Of encoding that many frames of one sample."""
-    height, width = config.data.frame_size
+    (height, width), views = config.data.image_size, len(config.data.cameras)
     if config.tokenizer.kind == "wan":
-        views = len(config.data.cameras)
-        return views * wan_encoder_forward(config.tokenizer.width, frames, height // views, width)
-    return 2.0 * (height // PATCH) * (width // PATCH) * (3 * PATCH**2) * CHANNELS * frames
+        return views * wan_encoder_forward(config.tokenizer.width, frames, height, width)
+    return views * 2.0 * (height // PATCH) * (width // PATCH) * (3 * PATCH**2) * CHANNELS * frames
 
 
 def wan_encoder_forward(base: int, frames: int, height: int, width: int) -> float:

@@ -11,6 +11,7 @@ from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from mimic_video.batch import Batch
 from mimic_video.config import ExperimentConfig
 from mimic_video.parallel.sharding import global_batch, make_mesh, place, require_divisible
 from mimic_video.runs import checkpoints
@@ -24,8 +25,6 @@ from mimic_video.training.steps import TrainState, abstract_state, initial_state
 from mimic_video.training.validation import make_validation
 from mimic_video.vam import Params, VideoActionModel
 
-NumpyBatch = dict[str, np.ndarray]
-
 
 class NonFiniteLossError(RuntimeError):
     """The loss or its gradient stopped being a number; the last checkpoint before that is kept."""
@@ -35,9 +34,9 @@ def train(
     config: ExperimentConfig,
     run: epath.Path,
     init: Callable[[Mesh], Params],
-    batches: Callable[[int], Iterator[NumpyBatch]],
+    batches: Callable[[int], Iterator[Batch]],
     data: Callable[[int], Mapping[str, Any]],
-    validation: Sequence[NumpyBatch] = (),
+    validation: Sequence[Batch] = (),
     profile: tuple[int, int] | None = None,
 ) -> TrainState:
     """Trains `config.stage` in the directory `run`, resuming from its newest checkpoint if it has one.

@@ -9,13 +9,14 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mimic_video.batch import Batch
 from mimic_video.config import ExperimentConfig
 from mimic_video.models.devices import BATCH
 from mimic_video.parallel.sharding import MeshFunction, shardings
 from mimic_video.stages import join_params, split_params
 from mimic_video.training.metrics import group_norms
 from mimic_video.training.optimizer import average_decay, make_optimizer, make_schedule
-from mimic_video.vam import Batch, Draws, Mean, Metrics, Params, VideoActionModel
+from mimic_video.vam import Draws, Metrics, Params, VideoActionModel, WeightedMean
 
 
 @struct.dataclass
@@ -66,8 +67,8 @@ def make_train_step(vam: VideoActionModel, mesh: Mesh, state: TrainState) -> Mes
     optimizer, schedule = make_optimizer(config.train), make_schedule(config.train)
     where = shardings(state, mesh)
 
-    def gradients(params: Params, frozen: Params, batch: Batch, draws: Draws) -> tuple[Params, dict[str, Mean]]:
-        def loss(params: Params) -> tuple[jax.Array, dict[str, Mean]]:
+    def gradients(params: Params, frozen: Params, batch: Batch, draws: Draws) -> tuple[Params, dict[str, WeightedMean]]:
+        def loss(params: Params) -> tuple[jax.Array, dict[str, WeightedMean]]:
             return vam.loss(join_params(params, frozen, config), batch, draws)
 
         grads, means = jax.grad(loss, has_aux=True)(params)
@@ -111,7 +112,7 @@ def _in_parts(gradients: Callable, parts: int, params: Params, frozen: Params, b
     grads, values, weights = sums
     weights = {name: jnp.maximum(weight, 1) for name, weight in weights.items()}
     grads = jax.tree.map(lambda grad: grad / weights["loss"], grads)
-    return grads, {name: Mean(values[name] / weights[name], weights[name]) for name in values}
+    return grads, {name: WeightedMean(values[name] / weights[name], weights[name]) for name in values}
 
 
 def make_validation_step(vam: VideoActionModel, mesh: Mesh) -> Callable[[Params, Params, Batch], Metrics]:

@@ -9,17 +9,18 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt8
 
+from mimic_video.batch import Batch
 from mimic_video.config import DataConfig
 from mimic_video.flow import matching, solvers
-from mimic_video.media import film_strip, write_video
+from mimic_video.media import film_strip, stacked, write_video
 from mimic_video.parallel.sharding import MeshFunction, global_batch
 from mimic_video.stages import join_params
 from mimic_video.training.metrics import MetricWriter
 from mimic_video.training.steps import make_validation_step
-from mimic_video.vam import Batch, Latents, Params, Robots, VideoActionModel
+from mimic_video.vam import Conditioning, Latents, Params, VideoActionModel
 
 Curves = Callable[[Params, Params, Sequence[Batch]], dict[str, float]]
-Videos = tuple[UInt8[Array, "b f h w 3"], UInt8[Array, "b f h w 3"]]  # real, predicted
+Videos = tuple[UInt8[Array, "b v f h w 3"], UInt8[Array, "b v f h w 3"]]  # real, predicted
 
 _LEVELS = 10  # noise levels of the video error
 _CURVE_POINTS = 12  # τ_v of the action errors
@@ -28,7 +29,7 @@ _COLUMNS, _SHOWN_SIZE = 6, 240  # frames of a row, and their size in pixels, at 
 
 
 def make_validation(
-    vam: VideoActionModel, mesh: Mesh, batches: Sequence[dict[str, np.ndarray]]
+    vam: VideoActionModel, mesh: Mesh, batches: Sequence[Batch]
 ) -> Callable[[int, Params, Params, MetricWriter], dict[str, float]]:
     """(step, trained parameters, frozen parameters, writer) → metrics, averaged over the fixed `batches` (this process's rows).
 
@@ -65,7 +66,7 @@ def make_video_curve(vam: VideoActionModel, mesh: Mesh) -> Curves:
     """`validation_video_mse/sigma_S` at fixed noise levels σ: the medians of ten equally likely parts of those in training."""
 
     def error(params: Params, frozen: Params, batch: Batch, time: Float[Array, ""]) -> Float[Array, ""]:
-        size = len(batch["text"])
+        size = len(batch.frame_mask)
         draws = vam.draw(jax.random.key(vam.config.seed), size) | {"video_time": jnp.full(size, time)}
         return vam.video_loss(join_params(params, frozen, vam.config), batch, draws)[1]["video_mse"].value
 
@@ -89,7 +90,7 @@ def make_action_curves(vam: VideoActionModel, mesh: Mesh) -> Curves:
 
     * `validation_action_mse/ground_truth_video/tau_T`: at the true video, noised to τ_v;
     * `validation_action_mse/generated_video/tau_T`: at what the video sampler has come to by then;
-    * `validation_action_mse_raw/…`: both in raw units, for batches with `action_scale` (b, a, m), the size of a normalised unit.
+    * `validation_action_mse_raw/…`: both in raw units, for batches with `action_scale`.
 
     Padded actions, and dimensions that a robot lacks, do not count. Recorded actions are as the normaliser clamps them.
     """
@@ -98,15 +99,18 @@ def make_action_curves(vam: VideoActionModel, mesh: Mesh) -> Curves:
     times = matching.flow_time(grid[steps])
     key = jax.random.key(vam.config.seed)
 
+    def observed(batch: Batch, latents: Latents) -> Conditioning:
+        return Conditioning(latents[:, :, :past], batch.observation.text, batch.observation.view_mask)
+
     def on_mesh(function: Callable) -> MeshFunction:
         return MeshFunction(jax.jit(function), mesh)
 
     @on_mesh
     def generate(frozen: Params, batch: Batch) -> tuple[Latents, Latents, list[Latents]]:
         """A batch's latents, noise, and x_τ on the sampler's way."""
-        latents = vam.window_latents(frozen, batch)
+        latents = vam.latents(frozen, batch.observation)
         noise = vam.draw_noise(key, len(latents))["video"]
-        return latents, noise, vam.sample_path(frozen, latents[:, :past], batch["text"], noise, steps, batch.get("view_mask"))
+        return latents, noise, vam.sample_path(frozen, observed(batch, latents), noise, steps)
 
     @on_mesh
     def noised(latents: Latents, noise: Latents, time: Float[Array, ""]) -> Latents:
@@ -117,17 +121,19 @@ def make_action_curves(vam: VideoActionModel, mesh: Mesh) -> Curves:
         params: Params, frozen: Params, batch: Batch, latents: Latents, x_tau: Latents, time: Float[Array, ""]
     ) -> tuple[Int[Array, ""], dict[str, Float[Array, ""]]]:
         """The number of action values, and sums of their squared errors."""
-        everything, robots, video_time = join_params(params, frozen, vam.config), Robots.of(batch), jnp.full(len(latents), time)
-        hidden = vam.hidden_at(everything, latents[:, :past], x_tau, video_time, batch["text"], robots.view_mask)
+        assert batch.actions is not None and batch.action_mask is not None
+        everything, video_time = join_params(params, frozen, vam.config), jnp.full(len(latents), time)
+        hidden = vam.hidden_at(everything, observed(batch, latents), x_tau, video_time)
         noise = vam.draw_noise(key, len(latents))["actions"]
-        planned = vam.decode_actions(everything, hidden, video_time, batch["proprio"], noise, robots)
-        counts = jnp.broadcast_to(batch["action_mask"][:, :, None], planned.shape)
-        if robots.action_dims is not None:
-            counts = counts & robots.action_dims[:, None]
-        error = jnp.where(counts, planned - batch["actions"], 0.0)
+        conditioning = vam.action_conditioning(everything, hidden, video_time, batch.observation)
+        planned = vam.decode_actions(everything, conditioning, noise)
+        counts = jnp.broadcast_to(batch.action_mask[:, :, None], planned.shape)
+        if conditioning.action_dims is not None:
+            counts = counts & conditioning.action_dims[:, None]
+        error = jnp.where(counts, planned - batch.actions, 0.0)
         sums = {"validation_action_mse": jnp.sum(error**2)}
-        if "action_scale" in batch:
-            sums["validation_action_mse_raw"] = jnp.sum((error * batch["action_scale"]) ** 2)
+        if batch.action_scale is not None:
+            sums["validation_action_mse_raw"] = jnp.sum((error * batch.action_scale) ** 2)
         return jnp.sum(counts), sums
 
     def curves(params: Params, frozen: Params, batches: Sequence[Batch]) -> dict[str, float]:
@@ -158,20 +164,21 @@ def make_video_samples(vam: VideoActionModel, mesh: Mesh) -> Callable[[Params, P
 
     def sample(params: Params, frozen: Params, batch: Batch) -> Videos:
         everything = join_params(params, frozen, vam.config)
-        batch = {name: x.reshape(shards, -1, *x.shape[1:])[:, :of_each].reshape(-1, *x.shape[1:]) for name, x in batch.items()}
-        latents = vam.window_latents(everything, batch)
+        few = jax.tree.map(
+            lambda x: x.reshape(shards, -1, *x.shape[1:])[:, :of_each].reshape(-1, *x.shape[1:]), batch.observation
+        )
+        latents = vam.latents(everything, few)
         noise = vam.draw_noise(jax.random.key(vam.config.seed), len(latents))["video"]
-        past = latents[:, : vam.config.data.past_latents]
-        predicted = vam.sample_latents(everything, past, batch["text"], noise, view_mask=batch.get("view_mask"))
-        real = batch["video"] if "video" in batch else vam.decode_video(everything, latents)
-        return real, vam.decode_video(everything, predicted)
+        past = latents[:, :, : vam.config.data.past_latents]
+        predicted = vam.sample_video(everything, Conditioning(past, few.text, few.view_mask), noise)
+        return vam.decode_video(everything, latents) if few.video is None else few.video, predicted
 
     return MeshFunction(jax.jit(sample, out_shardings=NamedSharding(mesh, PartitionSpec())), mesh)
 
 
 def _show_videos(step: int, videos: Videos, data: DataConfig, writer: MetricWriter) -> None:
     """Real videos on the left, predicted ones on the right; and a few frames, real above predicted ones."""
-    real, predicted = (_smaller(np.asarray(video[:_VIDEOS])) for video in videos)
+    real, predicted = (_smaller(stacked(np.asarray(video[:_VIDEOS]))) for video in videos)
     pairs = np.concatenate([real, predicted], axis=3)
     write_video(writer.folder / "samples" / f"{step}.gif", np.concatenate(list(pairs), axis=1), data.video_hz)
     columns = np.linspace(data.past_frames - 1, data.num_frames - 1, _COLUMNS).astype(int)

@@ -9,7 +9,7 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh
 
-from mimic_video.analysis.aot import batch_shapes
+from mimic_video.batch import batch_shapes
 from mimic_video.config import CompatConfig, ExperimentConfig, experiment_from
 from mimic_video.parallel.sharding import require_divisible, shardings
 from mimic_video.stages import join_params, split_params
@@ -61,7 +61,7 @@ def test_every_experiment_is_valid_and_fits_its_mesh(name, argument, topology):
     def loss(trained, frozen, batch):
         return vam.loss(join_params(trained, frozen, config), batch, vam.draw(jax.random.key(0), config.train.batch_size))[0]
 
-    assert jax.eval_shape(loss, trained, frozen, batch_shapes(config)).shape == ()
+    assert jax.eval_shape(loss, trained, frozen, batch_shapes(config, config.train.batch_size)).shape == ()
 
 
 @pytest.mark.parametrize("name", ["published", "pretrain", "small"])

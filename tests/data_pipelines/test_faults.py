@@ -21,6 +21,7 @@ from data_pipelines.mixture import Mixture
 from data_pipelines.sources.records import RecordWriter, open_records
 from data_pipelines.sources.rlds import DatasetError
 from data_pipelines.writers import write_rlds
+from mimic_video.batch import fields
 from mimic_video.config import ActionDecoderConfig, ExperimentConfig, PolicyConfig
 
 LENGTHS = (12, 20, 15, 9)
@@ -184,11 +185,13 @@ def test_episodes_shorter_than_the_window(tmp_path, file_format, config, caplog)
     rows = {}
     for _ in range(13):  # four epochs of 11 + 2 + 0 windows
         batch = next(batches)
-        rows |= {int(batch["proprio"][i, 0, 0]): {key: value[i] for key, value in batch.items()} for i in range(BATCH)}
+        rows |= {
+            int(batch.observation.proprio[i, 0, 0]): {key: value[i] for key, value in fields(batch).items()} for i in range(BATCH)
+        }
     assert set(rows) == {*range(11), 100, 101}
     row = rows[101]  # four steps before the anchor and four after it, of an episode that has one of either
-    np.testing.assert_array_equal(row["video_mask"], [False] * 3 + [True] * 3 + [False] * 3)
-    np.testing.assert_allclose(row["video"].mean((1, 2, 3)), [0, 0, 0, 0, 4, 8, 8, 8, 8], atol=1)
+    np.testing.assert_array_equal(row["frame_mask"], [False] * 3 + [True] * 3 + [False] * 3)
+    np.testing.assert_allclose(row["video"][0].mean((1, 2, 3)), [0, 0, 0, 0, 4, 8, 8, 8, 8], atol=1)
     np.testing.assert_array_equal(row["action_mask"], [True, False, False, False])
     np.testing.assert_array_equal(row["actions"], np.full((4, 2), 102.5))
 

@@ -2,6 +2,8 @@ import dataclasses
 import itertools
 import re
 
+import chex
+import jax
 import numpy as np
 import pytest
 from synthetic import BrokenFrames, NarrowSource, WristSource
@@ -10,6 +12,7 @@ from data_pipelines.loader import Part, WindowDataset, make_batches
 from data_pipelines.mixture import Mixture, Phase
 from data_pipelines.sources.rlds import DatasetError
 from data_pipelines.statistics import action_statistics
+from mimic_video.batch import fields
 from mimic_video.config import ActionDecoderConfig
 from mimic_video.transforms import Normalizer
 
@@ -33,7 +36,7 @@ def mixed_batches(parts, count, start_step=0, batch_size=4, seed=7, weights=(1.0
 
 def windows_of(batch) -> list[float]:
     """The proprio value tells (episode, anchor) of each row."""
-    return batch["proprio"][:, 0, 0].tolist()
+    return batch.observation.proprio[:, 0, 0].tolist()
 
 
 @pytest.fixture
@@ -47,23 +50,23 @@ def test_windows_are_episodes_times_anchors(dataset, make_source, config):
     assert dataset[11]["instruction"] == "do task 1"
     video = WindowDataset(make_source(12, 20, 9), config, actions=False)
     assert len(video) == 12 + 20 + 9
-    assert set(video[0]) == {"instruction", "video", "video_mask"}
+    assert set(video[0]) == {"instruction", "video", "frame_mask"}
 
 
 def test_batch_contents(dataset):
     (batch,) = batches(dataset, 1)
-    assert {name: (value.shape, value.dtype.name) for name, value in batch.items()} == {
-        "video": ((4, 9, 16, 32, 3), "uint8"),
-        "video_mask": ((4, 9), "bool"),
+    assert {name: (value.shape, value.dtype.name) for name, value in fields(batch).items()} == {
+        "video": ((4, 1, 9, 16, 32, 3), "uint8"),
+        "frame_mask": ((4, 9), "bool"),
         "text": ((4, 2, 3), "float32"),
         "proprio": ((4, 1, 3), "float32"),
         "actions": ((4, 4, 2), "float32"),
         "action_mask": ((4, 4), "bool"),
     }
     anchors = np.array(windows_of(batch)) % 100
-    np.testing.assert_array_equal(batch["video"][:, 4, 0, 0, 0] // 4, anchors)  # the frame at the anchor
-    np.testing.assert_array_equal(batch["actions"][:, 0, 0] % 100, anchors + 1.5)
-    assert set(batch["text"].ravel()) == {9.0}
+    np.testing.assert_array_equal(batch.observation.video[:, 0, 4, 0, 0, 0] // 4, anchors)  # the frame at the anchor
+    np.testing.assert_array_equal(batch.actions[:, 0, 0] % 100, anchors + 1.5)
+    assert set(batch.observation.text.ravel()) == {9.0}
 
 
 def test_an_epoch_visits_every_window_once_and_the_next_one_in_another_order(dataset):
@@ -82,8 +85,7 @@ def test_the_seed_decides_the_order(dataset):
 def test_resuming_equals_skipping(dataset, start_step):
     whole = batches(dataset, start_step + 2)
     for expected, resumed in zip(whole[start_step:], batches(dataset, 2, start_step=start_step), strict=True):
-        for name in expected:
-            np.testing.assert_array_equal(resumed[name], expected[name])
+        chex.assert_trees_all_equal(resumed, expected)
 
 
 @pytest.mark.parametrize("shares", [[[0, 1], [2, 3]], [[0], [1], [2], [3]], [[0, 3], [1, 2]], [[1, 2], [1, 2], [0, 3]]], ids=str)
@@ -91,8 +93,7 @@ def test_processes_read_their_rows_of_the_same_global_batches(dataset, shares):
     alone = batches(dataset, 12)
     for rows in shares:
         for whole, part in zip(alone, batches(dataset, 12, rows=rows), strict=True):
-            for name in whole:
-                np.testing.assert_array_equal(part[name], whole[name][rows])
+            chex.assert_trees_all_equal(part, jax.tree.map(lambda value, rows=rows: value[rows], whole))
 
 
 @pytest.mark.parametrize("rows", [[], [3, 4], [-1]])
@@ -111,9 +112,9 @@ def test_normalizers(dataset, config):
     statistics = action_statistics(dataset.episodes, config)
     normalizers = {key: Normalizer.from_statistics(statistics[key], "variance", key) for key in ("action", "proprio")}
     (raw,), (batch,) = batches(dataset, 1), batches(dataset, 1, normalizers=normalizers)
-    np.testing.assert_array_equal(batch["actions"], normalizers["action"].normalize(raw["actions"]))
-    np.testing.assert_array_equal(batch["proprio"], normalizers["proprio"].normalize(raw["proprio"]))
-    assert abs(batch["actions"]).max() < 3 < abs(raw["actions"]).max()
+    np.testing.assert_array_equal(batch.actions, normalizers["action"].normalize(raw.actions))
+    np.testing.assert_array_equal(batch.observation.proprio, normalizers["proprio"].normalize(raw.observation.proprio))
+    assert abs(batch.actions).max() < 3 < abs(raw.actions).max()
     with pytest.raises(ValueError, match="expected action and proprio"):
         Part("steps", dataset, {"action": normalizers["action"]})
 
@@ -178,7 +179,7 @@ def parts(make_source, config):
 def test_robots_of_different_widths_share_batches(parts):
     decoder = dataclasses.replace(DECODER, embodiments=2)
     batches = mixed_batches(parts, 256, decoder=decoder)
-    rows = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0] if name != "video"}
+    rows = fields(jax.tree.map(lambda *parts: np.concatenate(parts), *batches))
     narrow = rows["embodiment"] == 1
     assert rows["embodiment"].dtype == np.int32 and narrow.sum() == 683  # two thirds of a block of 1024
     assert rows["actions"].shape == (1024, 4, 2) and rows["proprio"].shape == (1024, 1, 3)
@@ -193,8 +194,8 @@ def test_each_robot_has_its_own_normaliser(parts, config):
     normalizers = [{key: Normalizer.from_statistics(entry[key], "variance") for key in entry} for entry in statistics]
     normalised = [dataclasses.replace(part, normalizers=own) for part, own in zip(parts, normalizers, strict=True)]
     for raw, batch in zip(mixed_batches(parts, 8), mixed_batches(normalised, 8), strict=True):
-        assert np.abs(batch["proprio"]).max() < 4
-        for row, value in zip(batch["proprio"], raw["proprio"], strict=True):
+        assert np.abs(batch.observation.proprio).max() < 4
+        for row, value in zip(batch.observation.proprio, raw.observation.proprio, strict=True):
             which = int(value[0, 0] >= 5000)
             width = parts[which].windows[0]["proprio"].shape[-1]
             expected = normalised[which].normalizers["proprio"].normalize(value[:, :width])
@@ -206,9 +207,9 @@ def test_scales_give_differences_of_normalised_actions_their_raw_units(parts, co
     normalizers = [{key: Normalizer.from_statistics(entry[key], "variance") for key in entry} for entry in statistics]
     normalised = [dataclasses.replace(part, normalizers=own) for part, own in zip(parts, normalizers, strict=True)]
     (batch,) = mixed_batches(normalised, 1, batch_size=16, scales=True)
-    narrow = ~batch["action_dims"][:, 1]
-    assert 0 < narrow.sum() < 16 and batch["action_scale"].shape == (16, 4, 2)
-    for scale, alone in zip(batch["action_scale"], narrow, strict=True):
+    narrow = ~batch.observation.action_dims[:, 1]
+    assert 0 < narrow.sum() < 16 and batch.action_scale.shape == (16, 4, 2)
+    for scale, alone in zip(batch.action_scale, narrow, strict=True):
         own, width = normalizers[int(alone)]["action"], 1 if alone else 2
         zero, one = (own.unnormalize(np.full((4, width), value, np.float32)) for value in (0, 1))
         np.testing.assert_allclose(scale[:, :width], one - zero, rtol=1e-5)
@@ -221,10 +222,9 @@ def test_samples_without_a_camera_share_batches_with_those_that_have_it(make_sou
     datasets = {name: WindowDataset(source, config, actions=True) for name, source in sources.items()}
     assert [windows.cameras for windows in datasets.values()] == [("primary",), ("primary", "wrist")]
     for batch in mixed_batches([Part(name, windows) for name, windows in datasets.items()], 8):
-        assert batch["video"].shape == (4, 9, 32, 32, 3) and batch["view_mask"].shape == (4, 2)
-        for video, there in zip(batch["video"], batch["view_mask"], strict=True):
-            primary, wrist = np.split(video, 2, axis=1)
-            np.testing.assert_array_equal(wrist, primary + 1 if there[1] else 0)
+        assert batch.observation.video.shape == (4, 2, 9, 16, 32, 3) and batch.observation.view_mask.shape == (4, 2)
+        for video, there in zip(batch.observation.video, batch.observation.view_mask, strict=True):
+            np.testing.assert_array_equal(video[1], video[0] + 1 if there[1] else 0)
 
 
 def test_a_broken_window_ends_training_or_is_skipped_and_counted(make_source, config, caplog):

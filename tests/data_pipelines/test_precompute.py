@@ -26,8 +26,15 @@ from mimic_video.config import (
     TokenizerConfig,
 )
 
-SHAPE = (2, 3, 4, 16)
-KEY = {"tokenizer.kind": "pca", "data.video_hz": 10.0, "data.image_size": [16, 32], "weights": "aa", "dataset": "bb"}
+SHAPE = (2, 3, 4, 16)  # on disk, of one camera
+KEY = {
+    "tokenizer.kind": "pca",
+    "data.cameras": ["primary"],
+    "data.video_hz": 10.0,
+    "data.image_size": [16, 32],
+    "weights": "aa",
+    "dataset": "bb",
+}
 WEIGHTS = {"encoder": {"kernel": np.ones((2, 3), np.float32), "bias": np.zeros(3, np.float32)}, "scale": np.ones(1, np.float32)}
 
 
@@ -42,7 +49,7 @@ def create(folder, dtype="float32", stride=1, key=KEY, rows=10):
 
 
 def some_latents(rows=10, dtype="float32"):
-    return np.random.default_rng(0).standard_normal((rows, *SHAPE)).astype(dtype)
+    return np.random.default_rng(0).standard_normal((rows, 1, *SHAPE)).astype(dtype)
 
 
 @pytest.fixture
@@ -257,8 +264,14 @@ def test_batches_of_latents(make_source, config, tmp_path, workers):
     lengths = (12, 20, 9)
     windows = cached(tmp_path, WindowDataset(make_source(*lengths), config, actions=True), lengths, 2, "bfloat16")
     for batch in itertools.islice(batches(windows, 4, workers=workers), 3):
-        assert batch["latents"].shape == (4, *SHAPE) and batch["latents"].dtype == ml_dtypes.bfloat16 and "video" not in batch
-        np.testing.assert_array_equal(batch["latents"][:, 0, 0, 0, 0], batch["proprio"][:, 0, 0].astype(ml_dtypes.bfloat16))
+        assert (
+            batch.observation.latents.shape == (4, 1, *SHAPE)
+            and batch.observation.latents.dtype == ml_dtypes.bfloat16
+            and batch.observation.video is None
+        )
+        np.testing.assert_array_equal(
+            batch.observation.latents[:, 0, 0, 0, 0, 0], batch.observation.proprio[:, 0, 0].astype(ml_dtypes.bfloat16)
+        )
 
 
 def test_damaged_latents_are_skipped_where_broken_frames_would_be(make_source, config, tmp_path, caplog):
@@ -269,5 +282,5 @@ def test_damaged_latents_are_skipped_where_broken_frames_would_be(make_source, c
         next(batches(windows, 41))
     with caplog.at_level("WARNING", logger="absl"):
         batch = next(batches(windows, 41, skip_broken=True))
-    assert not {104, 105, 106, 107} & set(batch["latents"][:, 0, 0, 0, 0].astype(int))
+    assert not {104, 105, 106, 107} & set(batch.observation.latents[:, 0, 0, 0, 0, 0].astype(int))
     assert len(re.findall("skipped a window", caplog.text)) >= 4

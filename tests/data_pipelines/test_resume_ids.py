@@ -61,8 +61,8 @@ def ids(parts, mixture, first, count, **options):
     """(count, rows) sample ids of this process: 100 · episode + step. The frame at the anchor has to be of that step, too."""
     stream = make_batches(parts, mixture, batch_size=BATCH, start_step=first, text=text, decoder=DECODER, **options)
     batches = list(itertools.islice(stream, count))
-    found = np.stack([batch["proprio"][:, 0, 0] for batch in batches]).astype(int)
-    shades = np.stack([batch["video"][:, 0, 0, 0, 0] for batch in batches]).astype(int)
+    found = np.stack([batch.observation.proprio[:, 0, 0] for batch in batches]).astype(int)
+    shades = np.stack([batch.observation.video[:, 0, 0, 0, 0, 0] for batch in batches]).astype(int)
     assert np.abs(shades - 4 * (found % 100)).max() <= 1  # JPEG
     return found
 

@@ -18,7 +18,7 @@ from mimic_video.config import DataConfig
 
 
 def frame_steps(window) -> list[int]:
-    return (window["video"][:, 0, 0, 0] // 4).tolist()
+    return (window["video"][0, :, 0, 0, 0] // 4).tolist()
 
 
 @pytest.mark.parametrize(
@@ -34,14 +34,14 @@ def frame_steps(window) -> list[int]:
 def test_video_window_repeats_and_masks_the_ends(make_episode, config, anchor, steps, mask):
     window = video_window(make_episode(20), anchor, config)
     assert frame_steps(window) == steps
-    assert window["video_mask"].tolist() == [m == "1" for m in mask]
-    assert window["video"].shape == (9, 16, 32, 3) and window["video"].dtype == np.uint8
+    assert window["frame_mask"].tolist() == [m == "1" for m in mask]
+    assert window["video"].shape == (1, 9, 16, 32, 3) and window["video"].dtype == np.uint8
 
 
-def test_cameras_stand_one_above_the_other(make_episode, config):
+def test_cameras_have_an_axis(make_episode, config):
     config = dataclasses.replace(config, cameras=("primary", "secondary", "wrist"))
     window = video_window(make_episode(20, wrist=True), 1, config)
-    primary, secondary, wrist = np.split(window["video"], 3, axis=1)
+    primary, secondary, wrist = window["video"]
     assert primary[:, 0, 0, 0].tolist() == [0, 0, 0, 0, 4, 8, 12, 16, 20]
     np.testing.assert_array_equal(wrist, primary + 1)
     assert not secondary.any() and window["view_mask"].tolist() == [True, False, True]
@@ -50,7 +50,7 @@ def test_cameras_stand_one_above_the_other(make_episode, config):
 def test_video_slower_than_the_episode(make_episode, config):
     window = video_window(make_episode(40, hz=20.0), 20, dataclasses.replace(config, video_hz=5.0))  # every fourth step
     assert frame_steps(window) == [4, 8, 12, 16, 20, 24, 28, 32, 36]
-    assert window["video_mask"].all()
+    assert window["frame_mask"].all()
 
 
 def test_video_faster_than_the_episode_takes_the_earlier_on_ties(make_episode, config):

@@ -56,7 +56,7 @@ def make_policy_run(run, successes, error, **config):
     actions = np.random.default_rng(0).normal(size=(6, 3, 2)).astype(np.float32)
     windows = [
         {
-            "video": np.zeros((2, 2, 2, 3), np.uint8),
+            "video": np.zeros((1, 2, 2, 2, 3), np.uint8),
             "proprio": np.zeros((1, 2)),
             "instruction": "go",
             "actions": chunk,

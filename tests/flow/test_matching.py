@@ -99,10 +99,13 @@ def test_condition_mask():
 
 
 def test_conditioned_frames_are_given_clean_at_a_time_of_nearly_zero():
-    clean, noisy = random(2, 3, 1, 2, 4), random(2, 3, 1, 2, 4, seed=1)
+    clean, noisy = random(2, 2, 3, 1, 2, 4), random(2, 2, 3, 1, 2, 4, seed=1)  # two views
     mask = matching.condition_mask(jnp.asarray([1, 2]), 3)
     inputs, times = matching.frame_replacement(clean, noisy, jnp.asarray([0.25, 0.75]), mask)
-    np.testing.assert_array_equal(inputs, [[clean[0, 0], noisy[0, 1], noisy[0, 2]], [clean[1, 0], clean[1, 1], noisy[1, 2]]])
+    for view in (0, 1):
+        given, other = clean[:, view], noisy[:, view]
+        expected = [[given[0, 0], other[0, 1], other[0, 2]], [given[1, 0], given[1, 1], other[1, 2]]]
+        np.testing.assert_array_equal(inputs[:, view], expected)
     t = 1e-4 / 1.0001
     np.testing.assert_allclose(times, [[t, 0.25, 0.25], [t, t, 0.75]], rtol=1e-6)
 

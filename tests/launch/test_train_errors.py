@@ -65,7 +65,7 @@ def assert_says(message, *parts):
         (["--config.train.validate_every=2"], ["no split 'val'"]),
         (["--config.data.action_dataset="], [r"'data\.action_dataset' is empty"]),
         (["--config.backbone_run=runs/nowhere"], ["runs/nowhere is not a run directory"]),
-        (["--config.tokenizer.kind=wan"], ["'backbone_run' is empty", "Wan tokenizer"]),
+        (["--config.tokenizer.kind=wan"], ["'backbone_run' is empty", "tokenizer 'wan'"]),
         (["--config.mesh.data=3"], ["'mesh'", "8 devices"]),
         (["--profile=ten"], ["--profile is 'ten'; expected FIRST:LAST"]),
         (

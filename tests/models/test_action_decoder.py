@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from mimic_video.config import ActionDecoderConfig
-from mimic_video.models.action_decoder import ActionDecoder, Embedder, embedder_widths, time_features
+from mimic_video.models.action_decoder import ActionConditioning, ActionDecoder, Embedder, embedder_widths, time_features
 
 CONFIG = ActionDecoderConfig(
     width=16,
@@ -46,7 +46,7 @@ def run(decoder):
     @jax.jit
     def velocity(proprio, actions, time, video_time, hidden, drop=None):
         model = nnx.merge(graphdef, state)
-        return model(proprio, actions, time, video_time, model.encode_context(hidden), drop)
+        return model(actions, time, ActionConditioning(model.encode_context(hidden), video_time, proprio), drop)
 
     return velocity
 
@@ -143,7 +143,7 @@ def test_a_context_serves_every_action_time(decoder, run):
     state, graphdef = decoder
     proprio, actions, _, video_time, hidden = inputs()
     context = jax.jit(lambda: nnx.merge(graphdef, state).encode_context(hidden))()
-    reuse = jax.jit(lambda time: nnx.merge(graphdef, state)(proprio, actions, time, video_time, context))
+    reuse = jax.jit(lambda time: nnx.merge(graphdef, state)(actions, time, ActionConditioning(context, video_time, proprio)))
     for time in (1.0, 0.1):
         time = jnp.full(2, time)
         np.testing.assert_allclose(reuse(time), run(proprio, actions, time, video_time, hidden), atol=1e-6)
@@ -178,8 +178,8 @@ def test_tokens_include_the_proprioceptions(decoder):
     @jax.jit
     def both():
         model = nnx.merge(graphdef, state)
-        context = model.encode_context(hidden)
-        return model.tokens(proprio, actions, time, video_time, context), model(proprio, actions, time, video_time, context)
+        conditioning = ActionConditioning(model.encode_context(hidden), video_time, proprio)
+        return model.tokens(actions, time, conditioning), model(actions, time, conditioning)
 
     tokens, velocity = both()
     assert tokens.shape == (2, 7, 2)
@@ -193,7 +193,8 @@ def test_another_number_of_tokens(decoder, observed, acted):
 
     def call():
         model = nnx.merge(graphdef, state)
-        return model(random(2, observed, 3), random(2, acted, 2), time, video_time, model.encode_context(hidden))
+        conditioning = ActionConditioning(model.encode_context(hidden), video_time, random(2, observed, 3))
+        return model(random(2, acted, 2), time, conditioning)
 
     with pytest.raises(ValueError, match=f"{observed} proprioception and {acted} action tokens; .* built for 2 and 5"):
         jax.eval_shape(call)

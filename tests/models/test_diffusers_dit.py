@@ -11,6 +11,7 @@ import torch
 from diffusers.models.transformers import transformer_cosmos
 from flax import nnx
 
+from mimic_video.models.protocols import VideoInputs
 from mimic_video.models.video_dit import VideoDiT
 from mimic_video.weights.diffusers import DIFFUSERS_DIT_NAMES, video_dit_config
 from mimic_video.weights.published import import_params
@@ -109,11 +110,13 @@ def make_ours(model, settings, dtype):
     graphdef, state = nnx.split(nnx.eval_shape(lambda: VideoDiT(config, nnx.Rngs(0))))
     tensors = {name: parameter.float().numpy() for name, parameter in model.named_parameters()}
     params = import_params(tensors, DIFFUSERS_DIT_NAMES, nnx.to_pure_dict(state), dtype=dtype)
-    network = jax.jit(lambda params, inputs: nnx.merge(graphdef, nnx.State(params))(*inputs))
+    network = jax.jit(lambda params, inputs: nnx.merge(graphdef, nnx.State(params))(VideoInputs(*inputs))[:, 0])
 
     def run(inputs):
         latents, times, text, condition, padding = inputs
-        return np.float32(network(params, (latents.astype(dtype), times, text.astype(dtype), condition, padding)))
+        return np.float32(
+            network(params, (latents[:, None].astype(dtype), times, text.astype(dtype), condition, padding[:, None]))
+        )
 
     return run
 

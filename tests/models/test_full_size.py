@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from mimic_video.config import CompatConfig, VideoDiTConfig
+from mimic_video.models.protocols import VideoInputs
 from mimic_video.models.video_dit import VideoDiT
 
 pytestmark = pytest.mark.full_size
@@ -40,20 +41,18 @@ def test_bfloat16_stays_close_to_float32(blocks, bound):
     if blocks == CONFIG.num_blocks:
         assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 1_956_413_440
     random = np.random.default_rng(1)
-    latents = random.standard_normal((1, FRAMES, ROWS, COLUMNS, 16)).astype(np.float32)
+    latents = random.standard_normal((1, 1, FRAMES, ROWS, COLUMNS, 16)).astype(np.float32)
     text = random.standard_normal((1, TEXT_ROWS, 1024)).astype(np.float32)
     times, mask = np.float32([[1e-4, 0.9]]), np.float32([[1, 0]])
 
     params = jax.block_until_ready(jax.device_put(params))
 
     def run(what, dtype):  # float32 inputs widen the weights where they are used
-        def call(params, latents, times, text, mask):
+        def call(params, inputs):
             model = nnx.merge(graphdef, nnx.State(params))
-            if what == "hidden":
-                return model.hidden(latents, times, text, mask, stop=config.hidden_block)
-            return model(latents, times, text, mask)
+            return model.hidden(inputs, stop=config.hidden_block) if what == "hidden" else model(inputs)
 
-        return np.float32(jax.jit(call)(params, latents.astype(dtype), times, text.astype(dtype), mask))
+        return np.float32(jax.jit(call)(params, VideoInputs(latents.astype(dtype), times, text.astype(dtype), mask)))
 
     for what in ("hidden", "velocity"):  # one at a time: each of these copies weights
         reference, result = run(what, jnp.float32), run(what, jnp.bfloat16)

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from mimic_video.config import VideoDiTConfig
+from mimic_video.models.protocols import VideoInputs
 from mimic_video.models.rope import rope_angles, rotate
 from mimic_video.models.video_dit import VideoDiT, time_features
 
@@ -32,18 +33,21 @@ def state():
 
 @pytest.fixture(scope="module")
 def velocity(graphdef):
-    return jax.jit(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs))
+    return jax.jit(lambda state, *inputs: nnx.merge(graphdef, state)(VideoInputs(*inputs)))
 
 
 @pytest.fixture(scope="module")
 def hidden(graphdef):
-    return jax.jit(lambda state, *inputs, stop: nnx.merge(graphdef, state).hidden(*inputs, stop=stop), static_argnames="stop")
+    def call(state, *inputs, stop):
+        return nnx.merge(graphdef, state).hidden(VideoInputs(*inputs), stop=stop)
+
+    return jax.jit(call, static_argnames="stop")
 
 
 def inputs(batch=2):
     """Latents, times, text and condition mask of two latent frames of 4x6."""
     times = jnp.asarray(np.random.default_rng(5).uniform(0, 1, (batch, 2)), jnp.float32)
-    return [random(batch, 2, 4, 6, 3), times, random(batch, 5, 6, seed=1), jnp.tile(jnp.asarray([1.0, 0.0]), (batch, 1))]
+    return [random(batch, 1, 2, 4, 6, 3), times, random(batch, 5, 6, seed=1), jnp.tile(jnp.asarray([1.0, 0.0]), (batch, 1))]
 
 
 def test_published_size():
@@ -64,14 +68,14 @@ def test_time_features():
 
 def test_patches_enter_channel_slowest(state, hidden):  # SPEC 3.3: index ((c·1 + r)·2 + m)·2 + n
     latents, times, text, mask = inputs(1)
-    padding = random(1, 4, 6, seed=7)
+    padding = random(1, 1, 4, 6, seed=7)
     embedded = hidden(state, latents, times, text, mask, padding, stop=0)
     assert embedded.shape == (1, 2, 6, 16)
     planes = np.concatenate(
         [
-            latents[0],
+            latents[0, 0],
             np.broadcast_to(mask[0][:, None, None, None], (2, 4, 6, 1)),
-            np.broadcast_to(padding[0][None, :, :, None], (2, 4, 6, 1)),
+            np.broadcast_to(padding[0, 0][None, :, :, None], (2, 4, 6, 1)),
         ],
         axis=-1,
     )
@@ -84,9 +88,9 @@ def test_patches_enter_channel_slowest(state, hidden):  # SPEC 3.3: index ((c·1
 def test_patches_leave_channel_fastest(graphdef, state):  # SPEC 3.7: index (p1·2 + p2)·16 + c
     model = nnx.merge(graphdef, state)
     tokens = np.arange(1 * 2 * 6 * 12, dtype=np.float32).reshape(1, 2, 6, 12)
-    latents = np.asarray(model._unpatchify(jnp.asarray(tokens), (1, 2, 4, 6, 3)))
+    latents = np.asarray(model._unpatchify(jnp.asarray(tokens), (1, 1, 2, 4, 6, 3)))
     for frame, y, x, c in ((0, 0, 0, 0), (0, 0, 1, 2), (1, 3, 4, 1), (1, 2, 5, 0)):
-        assert latents[0, frame, y, x, c] == tokens[0, frame, 3 * (y // 2) + x // 2, (2 * (y % 2) + x % 2) * 3 + c]
+        assert latents[0, 0, frame, y, x, c] == tokens[0, frame, 3 * (y // 2) + x // 2, (2 * (y % 2) + x % 2) * 3 + c]
 
 
 @pytest.mark.parametrize("stop", [0, 1, 2, 3])
@@ -113,15 +117,15 @@ def test_an_early_exit_is_the_full_pass_bit_for_bit(graphdef, state, hidden):
     """Of a pass that goes on to the velocity and keeps the residual stream after every block on its way."""
 
     @jax.jit
-    def full(state, latents, times, text, mask):
-        model = nnx.merge(graphdef, state)
-        time, shared = model._time_embedding(times, latents.dtype)
-        x = model._patchify(latents, mask, None)
+    def full(state, *inputs):
+        model, seen = nnx.merge(graphdef, state), VideoInputs(*inputs)
+        time, shared = model._time_embedding(seen)
+        x = model._patchify(seen)
         blocks, block_state = nnx.split(model.blocks)
         angles = rope_angles((2, 2, 3), 8, CONFIG.rope_ratio).reshape(2, 6, 4)
 
         def body(x, block):
-            y = nnx.merge(blocks, block)(x, time, shared, text, lambda heads: rotate(heads, angles))
+            y = nnx.merge(blocks, block)(x, time, shared, seen.text, lambda heads: rotate(heads, angles))
             return y, y
 
         last, states = jax.lax.scan(body, x, block_state)
@@ -135,7 +139,7 @@ def test_an_early_exit_is_the_full_pass_bit_for_bit(graphdef, state, hidden):
 
 def test_every_input_matters_from_the_start_and_only_to_its_own_sample(state, velocity):
     reference = velocity(state, *inputs())
-    assert reference.shape == (2, 2, 4, 6, 3)
+    assert reference.shape == (2, 1, 2, 4, 6, 3)
     for position in range(4):
         changed = inputs()
         changed[position] = changed[position].at[0].multiply(jnp.abs(random(*changed[position].shape[1:], seed=8)))
@@ -145,15 +149,17 @@ def test_every_input_matters_from_the_start_and_only_to_its_own_sample(state, ve
 
 
 def test_no_padding_mask_is_a_padding_mask_of_zeros(state, velocity):
-    np.testing.assert_allclose(velocity(state, *inputs(), jnp.zeros((2, 4, 6))), velocity(state, *inputs()), atol=1e-6)
-    assert np.abs(velocity(state, *inputs(), jnp.ones((2, 4, 6))) - velocity(state, *inputs())).max() > 1e-3
+    np.testing.assert_allclose(velocity(state, *inputs(), jnp.zeros((2, 1, 4, 6))), velocity(state, *inputs()), atol=1e-6)
+    assert np.abs(velocity(state, *inputs(), jnp.ones((2, 1, 4, 6))) - velocity(state, *inputs())).max() > 1e-3
 
 
 def test_the_velocity_is_the_final_projection_of_the_last_hidden_state(graphdef, state, hidden, velocity):
     latents, times, text, mask = inputs()
     model = nnx.merge(graphdef, state)
     last = np.asarray(hidden(state, latents, times, text, mask, stop=3), np.float64)
-    _, shared = model._time_embedding(times, jnp.float32)  # modulations start at zero: only the shared term is left
+    _, shared = model._time_embedding(
+        VideoInputs(latents, times, text, mask)
+    )  # modulations start at zero: only the shared term is left
     shift, scale = np.asarray(shared)[:, :, None, :16], np.asarray(shared)[:, :, None, 16:32]
     normalised = (last - last.mean(-1, keepdims=True)) / np.sqrt(last.var(-1, keepdims=True) + 1e-6)
     projected = (normalised * (1 + scale) + shift) @ np.asarray(model.final_proj.kernel[...])
@@ -163,8 +169,8 @@ def test_the_velocity_is_the_final_projection_of_the_last_hidden_state(graphdef,
 
 def test_latents_that_cannot_be_cut_into_patches(graphdef, state):
     _, times, text, mask = inputs()
-    with pytest.raises(ValueError, match="latents of 4x5 cannot be cut into patches of 2x2"):
-        jax.eval_shape(lambda: nnx.merge(graphdef, state)(random(2, 2, 4, 5, 3), times, text, mask))
+    with pytest.raises(ValueError, match="latents are 1 views of 4x5; expected 1, to be cut into patches of 2x2"):
+        jax.eval_shape(lambda: nnx.merge(graphdef, state)(VideoInputs(random(2, 1, 2, 4, 5, 3), times, text, mask)))
 
 
 def test_another_number_of_blocks_only_changes_the_leading_axis():
@@ -190,15 +196,15 @@ def both():
 
     def run(state, embedding, *inputs, view_mask=None):
         state = nnx.State(nnx.to_pure_dict(state) | {"view_embedding": embedding})
-        return nnx.merge(graphdef, state).hidden(*inputs, view_mask=view_mask, stop=2)
+        return nnx.merge(graphdef, state).hidden(VideoInputs(*inputs, view_mask=view_mask), stop=2)
 
     return jax.jit(run)
 
 
 def test_a_view_without_the_other_is_the_single_view_model(both, hidden, state):
-    first, second = random(2, 3, 4, 6, 3), random(2, 3, 4, 6, 3, seed=1)
+    first, second = random(2, 1, 3, 4, 6, 3), random(2, 1, 3, 4, 6, 3, seed=1)
     rest = (jnp.full((2, 3), 0.5), random(2, 5, 6, seed=2), jnp.zeros((2, 3)))
-    stacked, zeros = jnp.concatenate([first, second], axis=2), jnp.zeros((2, 16))
+    stacked, zeros = jnp.concatenate([first, second], axis=1), jnp.zeros((2, 16))
     for view, latents in enumerate((first, second)):
         alone = hidden(state, latents, *rest, stop=2)
         found = both(state, zeros, stacked, *rest, view_mask=jnp.arange(2)[None] == jnp.full((2, 1), view))
@@ -209,15 +215,15 @@ def test_a_view_without_the_other_is_the_single_view_model(both, hidden, state):
 
 
 def test_views_differ_by_their_embedding_alone(both, state):
-    first, second = random(1, 3, 4, 6, 3), random(1, 3, 4, 6, 3, seed=1)
+    first, second = random(1, 1, 3, 4, 6, 3), random(1, 1, 3, 4, 6, 3, seed=1)
     rest, embedding = (jnp.full((1, 3), 0.5), random(1, 5, 6, seed=2), jnp.zeros((1, 3))), random(2, 16, seed=3)
-    found = both(state, embedding, jnp.concatenate([first, second], axis=2), *rest)
-    swapped = both(state, embedding[::-1], jnp.concatenate([second, first], axis=2), *rest)
+    found = both(state, embedding, jnp.concatenate([first, second], axis=1), *rest)
+    swapped = both(state, embedding[::-1], jnp.concatenate([second, first], axis=1), *rest)
     np.testing.assert_allclose(swapped, jnp.concatenate([found[:, :, 6:], found[:, :, :6]], axis=2), atol=1e-5)
-    same = both(state, jnp.zeros((2, 16)), jnp.concatenate([first, second], axis=2), *rest)
+    same = both(state, jnp.zeros((2, 16)), jnp.concatenate([first, second], axis=1), *rest)
     assert np.abs(same - found).max() > 1e-2
 
 
-def test_latents_have_to_hold_whole_views(both, state):
-    with pytest.raises(ValueError, match="latents of 6x6 cannot be cut into patches of 2x2 in 2 views"):
-        both(state, jnp.zeros((2, 16)), random(1, 3, 6, 6, 3), jnp.zeros((1, 3)), random(1, 5, 6), jnp.zeros((1, 3)))
+def test_latents_have_to_be_of_all_views(both, state):
+    with pytest.raises(ValueError, match="latents are 3 views of 6x6; expected 2"):
+        both(state, jnp.zeros((2, 16)), random(1, 3, 3, 6, 6, 3), jnp.zeros((1, 3)), random(1, 5, 6), jnp.zeros((1, 3)))

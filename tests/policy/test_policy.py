@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tiny
 
+from mimic_video.batch import Observation
 from mimic_video.config import ConfigError
 from mimic_video.embodiments import Embodiment
 from mimic_video.policy import program
@@ -60,7 +61,7 @@ def test_one_program_computes_what_its_parts_do(params, changes):
     images, proprio, instructions = observation()
     text = np.stack([policy._encode_text(instruction) for instruction in instructions])
     normalised = policy.normalizers["proprio"].normalize(proprio[:, None])
-    chunk = jax.jit(vam.sample_actions)(params, images, normalised, text, vam.policy_noise(3, 2, 1))
+    chunk = jax.jit(vam.sample_actions)(params, Observation(text, images[:, None], proprio=normalised), vam.policy_noise(3, 2, 1))
     expected = policy.normalizers["action"].unnormalize(np.asarray(chunk))
     plan = policy(images, proprio, instructions, query=1)
     np.testing.assert_allclose(plan, expected, rtol=2**-7 if "compat" in changes else 1e-6, atol=1e-6)  # one step of its grid

@@ -30,7 +30,7 @@ def train(run, bad_step=0, at=lambda step: None):
             at(step)
             batch = tiny.batch(CONFIG, CONFIG.train.batch_size, step)
             if step == bad_step:
-                batch["actions"][0, 0, 0] = np.nan
+                batch.actions[0, 0, 0] = np.nan
             yield batch
 
     return loop.train(CONFIG, run, lambda mesh: tiny.params(CONFIG), batches, lambda step: {"next_step": step})

@@ -6,11 +6,10 @@ import pytest
 import tiny
 from jax.extend.core import jaxprs_in_params
 
-from mimic_video.analysis.aot import batch_shapes
+from mimic_video.batch import Observation, batch_shapes
 from mimic_video.config import ExperimentConfig, TokenizerConfig, TrainConfig
 from mimic_video.stages import join_params, split_params
 from mimic_video.training import flops
-from mimic_video.vam import Robots
 
 PUBLISHED = ExperimentConfig(stage="video", tokenizer=TokenizerConfig(kind="wan"), train=TrainConfig(batch_size=1))
 
@@ -40,7 +39,7 @@ def gradient(config: ExperimentConfig):
         draws = vam.draw(jax.random.key(0), config.train.batch_size)
         return vam.loss(join_params(trained, frozen, config), batch, draws)[0]
 
-    return jax.grad(loss), (trained, frozen, batch_shapes(config))
+    return jax.grad(loss), (trained, frozen, batch_shapes(config, config.train.batch_size))
 
 
 @pytest.mark.parametrize(
@@ -81,15 +80,16 @@ def test_a_policy_is_counted_as_traced(changes):
     struct = jax.ShapeDtypeStruct
     shapes = (
         params,
-        struct((1, data.past_frames, *data.frame_size, 3), "uint8"),
-        struct((1, 1, decoder.proprio_dim), "float32"),
-        struct((1, config.text.rows, config.text.width), "float32"),
+        Observation(
+            struct((1, config.text.rows, config.text.width), "float32"),
+            struct((1, 1, data.past_frames, *data.image_size, 3), "uint8"),
+            proprio=struct((1, 1, decoder.proprio_dim), "float32"),
+            embodiment=struct((1,), "int32") if robots else None,
+        ),
         jax.eval_shape(lambda: tiny.model(config).draw_noise(jax.random.key(0), 1)),
     )
 
-    def plan(*arguments):
-        return tiny.model(config).sample_actions(*arguments, Robots(jax.numpy.zeros(1, int) if robots else None))
-
+    plan = tiny.model(config).sample_actions
     assert counted.total == pytest.approx(traced_flops(jax.make_jaxpr(plan)(*shapes).jaxpr), rel=1e-9)
 
 
@@ -110,7 +110,7 @@ def test_xla_counts_the_same_and_little_else():
 def test_the_wan_encoder_is_counted_as_traced():
     config = tiny.experiment(stage="video", tokenizer={"kind": "wan", "width": 4}, data={"image_size": (32, 48)})
     vam = tiny.model(config)
-    params, shape = jax.eval_shape(vam.init, jax.random.key(0)), batch_shapes(config)["video"]
+    params, shape = jax.eval_shape(vam.init, jax.random.key(0)), batch_shapes(config, 1).observation.video
     traced = traced_flops(jax.make_jaxpr(vam.encode_video)(params, shape).jaxpr)
     assert flops.step_flops(config).tokenizer == pytest.approx(traced, rel=1e-9)
 

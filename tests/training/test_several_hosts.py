@@ -40,7 +40,7 @@ def batches(start):
         if step == 3 and me == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         whole = tiny.batch(config, config.train.batch_size, step)
-        yield {name: value[4 * me : 4 * me + 4] for name, value in whole.items()}
+        yield jax.tree.map(lambda value: value[4 * me : 4 * me + 4], whole)
 
 if what == "train":
     try:

@@ -34,7 +34,7 @@ def run_steps(config, mesh, batches):
 
 def padded_batch(config, seed):
     batch = tiny.batch(config, 8, seed)
-    batch["video_mask"][0, 6:] = batch["video_mask"][3, 5:] = batch["action_mask"][5, 1:] = batch["action_mask"][2] = False
+    batch.frame_mask[0, 6:] = batch.frame_mask[3, 5:] = batch.action_mask[5, 1:] = batch.action_mask[2] = False
     return batch
 
 

@@ -7,6 +7,7 @@ import pytest
 import tiny
 from PIL import Image
 
+from mimic_video.batch import Observation
 from mimic_video.config import MeshConfig
 from mimic_video.flow import matching, solvers
 from mimic_video.parallel.sharding import global_batch, make_mesh, place
@@ -30,10 +31,10 @@ def test_action_errors_are_those_of_the_policy_and_of_noised_true_video():
     config = tiny.experiment(**SMALL)
     vam, size = tiny.model(config), 8
     batches = [tiny.batch(config, size, seed) for seed in (0, 1)]
-    for batch in batches:
-        batch["action_scale"] = np.broadcast_to(np.float32([2.0, 0.5]), batch["actions"].shape)
-    batches[0]["action_mask"][3, 1:] = False
-    batches[0]["actions"][3, 1:] = 1e6  # padding
+    scale = np.tile(np.float32([2.0, 0.5]), (size, 4, 1))
+    batches = [batch._replace(action_scale=scale) for batch in batches]
+    batches[0].action_mask[3, 1:] = False
+    batches[0].actions[3, 1:] = 1e6  # padding
     mesh, params, frozen, placed = spread(config, *batches)
     values = make_action_curves(vam, mesh)(params, frozen, placed)
     assert len(values) == 2 * 2 * 4
@@ -46,15 +47,18 @@ def test_action_errors_are_those_of_the_policy_and_of_noised_true_video():
         """Chunks after two steps of the video sampler, and of the true video noised to the same time."""
         times = jnp.full(size, time)
         hidden = vam.hidden_of_noised_video(params, batch, {"video_time": times, "video": noise["video"]})
+        past = tiny.changed(batch, video=batch.observation.video[:, :, :5]).observation
         return {
-            "generated": vam.sample_actions(params, batch["video"][:, :5], batch["proprio"], batch["text"], noise),
-            "ground_truth": vam.decode_actions(params, hidden, times, batch["proprio"], noise["actions"]),
+            "generated": vam.sample_actions(params, past, noise),
+            "ground_truth": vam.decode_actions(
+                params, vam.action_conditioning(params, hidden, times, batch.observation), noise["actions"]
+            ),
         }
 
     chunks = [planned(tiny.params(config), batch) for batch in batches]
-    counts = np.concatenate([batch["action_mask"] for batch in batches])
+    counts = np.concatenate([batch.action_mask for batch in batches])
     for video in ("generated", "ground_truth"):
-        errors = np.concatenate([chunk[video] - batch["actions"] for chunk, batch in zip(chunks, batches, strict=True)])[counts]
+        errors = np.concatenate([chunk[video] - batch.actions for chunk, batch in zip(chunks, batches, strict=True)])[counts]
         where = f"{video}_video/tau_{time:.4f}"
         np.testing.assert_allclose(values[f"validation_action_mse/{where}"], np.mean(errors**2), rtol=1e-4)
         np.testing.assert_allclose(values[f"validation_action_mse_raw/{where}"], np.mean((errors * [2.0, 0.5]) ** 2), rtol=1e-4)
@@ -70,7 +74,7 @@ def test_video_errors_by_noise_level_and_predicted_videos():
     assert len(values) == 10 and len(set(values.values())) == 10
     real, predicted = make_video_samples(vam, mesh)(params, frozen, placed)
     rows = [0, 2, 4, 6]  # the first of every shard
-    np.testing.assert_array_equal(real, batch["video"][rows])
+    np.testing.assert_array_equal(real, batch.observation.video[rows])
 
     key, sigma = jax.random.key(config.seed), matching.video_sigma_quantiles(np.array([0.35]), config.noise)[0]
 
@@ -78,9 +82,10 @@ def test_video_errors_by_noise_level_and_predicted_videos():
     def alone(params):
         draws = vam.draw(key, 8) | {"video_time": jnp.full(8, matching.flow_time(sigma))}
         noise = vam.draw_noise(key, 4)["video"]
+        past = Observation(batch.observation.text[rows], batch.observation.video[rows, :, :5])
         return (
             vam.video_loss(params, batch, draws)[1]["video_mse"].value,
-            vam.sample_video(params, batch["video"][rows, :5], batch["text"][rows], noise),
+            vam.sample_video(params, vam.condition(params, past), noise),
         )
 
     error, video = alone(tiny.params(config))

@@ -17,6 +17,7 @@ from data_pipelines.mixture import Mixture, Phase
 from data_pipelines.oxe import registry
 from data_pipelines.sources.lerobot import LeRobotSource
 from data_pipelines.writers import write_rlds
+from mimic_video.batch import fields
 from mimic_video.config import ExperimentConfig, experiment_from
 
 SIZE = (32, 48)
@@ -99,9 +100,9 @@ def rows(request, datasets):
     names = list(windows)
     for _ in range(1024 // 8):  # a block has every window of each dataset several times
         batch = next(stream)
-        assert {key: (value.shape, value.dtype.name) for key, value in batch.items()} == {
-            "video": ((8, 5, *SIZE, 3), "uint8"),
-            "video_mask": ((8, 5), "bool"),
+        assert {key: (value.shape, value.dtype.name) for key, value in fields(batch).items()} == {
+            "video": ((8, 1, 5, *SIZE, 3), "uint8"),
+            "frame_mask": ((8, 5), "bool"),
             "text": ((8, 2, 3), "float32"),
             "proprio": ((8, 1, 10), "float32"),
             "actions": ((8, 2, 10), "float32"),
@@ -110,10 +111,10 @@ def rows(request, datasets):
             "embodiment": ((8,), "int32"),
         }
         for row in range(8):
-            name = names[batch["embodiment"][row]]
+            name = names[batch.observation.embodiment[row]]
             x = ANCHOR if name in LEROBOT else position(ANCHOR)[0]
-            if abs(batch["proprio"][row, 0, 0] - x) < 1e-3:
-                found[name] = {key: value[row] for key, value in batch.items()}
+            if abs(batch.observation.proprio[row, 0, 0] - x) < 1e-3:
+                found[name] = {key: value[row] for key, value in fields(batch).items()}
     return found
 
 
@@ -171,8 +172,8 @@ def test_every_published_format_streams_as_the_same_batches(rows, name):
     np.testing.assert_array_equal(row["action_dims"], np.arange(10) < (3 if recorded else 10))
     steps = np.arange(ANCHOR, ANCHOR + 5)
     greys = [foreign_formats.grey(0, k) for k in steps] if recorded else 30 * steps + CAMERA.get(name, 0)
-    np.testing.assert_allclose(row["video"].mean((1, 2, 3)), greys, atol=3 if recorded else 1)
-    assert row["video_mask"].all() and row["action_mask"].all()
+    np.testing.assert_allclose(row["video"][0].mean((1, 2, 3)), greys, atol=3 if recorded else 1)
+    assert row["frame_mask"].all() and row["action_mask"].all()
     words = foreign_formats.TASKS[0] if recorded else oxe_schemas.instruction(name, 0)
     assert row["text"][0, 0] == len(words)
 

@@ -39,8 +39,8 @@ def test_windows_of_a_registry_dataset(root):
     (windows,) = open_datasets(experiment(root=root), "train").windows.values()
     assert windows.raw_dims == {"action": (3, 4, 5, 6, 7, 8), "proprio": (3, 4, 5, 6, 7, 8)}
     window, episode = windows[2], windows.episodes[0]
-    assert window["video"].shape == (5, 32, 48, 3) and window["instruction"] == declared.INSTRUCTION
-    np.testing.assert_allclose(window["video"].mean((1, 2, 3)), [60, 90, 120, 150, 180], atol=1)  # steps 2 to 6 at 5 Hz
+    assert window["video"].shape == (1, 5, 32, 48, 3) and window["instruction"] == declared.INSTRUCTION
+    np.testing.assert_allclose(window["video"][0].mean((1, 2, 3)), [60, 90, 120, 150, 180], atol=1)  # steps 2 to 6 at 5 Hz
     expected = relative_poses(episode.proprio[2], episode.actions[3:5])
     np.testing.assert_allclose(window["actions"][:, :9], expected[:, :9], atol=1e-5)
     np.testing.assert_array_equal(window["proprio"][0], episode.proprio[2])
@@ -59,7 +59,7 @@ def test_batches_of_a_named_mixture(root, monkeypatch):
         parts, mixture, batch_size=4, start_step=0, text=lambda _: np.zeros((1, 2), np.float32), decoder=config.decoder
     )
     for batch in itertools.islice(stream, 3):
-        assert batch["video"].shape == (4, 5, 32, 48, 3) and "actions" not in batch
+        assert batch.observation.video.shape == (4, 1, 5, 32, 48, 3) and batch.actions is None
 
 
 def test_what_is_not_as_its_entry_says(root):

@@ -1,0 +1,67 @@
+"""Parts that a configuration names: tokenizers, backbones, text encoders.
+
+A name is one that was registered, or "module:attribute", which is imported and so is found wherever a configuration is read: in
+worker processes, in a policy server, after a restart.
+
+    @TOKENIZERS.register("mine")
+    class Mine(nnx.Module): ...
+
+What a part has to have, say the protocols of mimic_video/models/protocols.py.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from mimic_video.errors import ConfigError
+
+Part = TypeVar("Part")
+
+
+class Registry:
+    """Names → parts. Those of this package are imported when they are asked for.
+
+    Args:
+        field: of the configuration, for errors.
+        parts: "module:attribute" of each name.
+    """
+
+    def __init__(self, field: str, parts: Mapping[str, str]):
+        self._field, self._parts = field, dict[str, Any](parts)
+
+    def register(self, name: str) -> Callable[[Part], Part]:
+        """A decorator that gives a part its name. Raises ValueError if another part has it, or if it has a colon."""
+
+        def add(part: Part) -> Part:
+            if name in self._parts or ":" in name:
+                raise ValueError(f"{self._field} {name!r} is taken, or has a colon; expected a name of its own")
+            self._parts[name] = part
+            return part
+
+        return add
+
+    def __getitem__(self, name: str) -> Any:
+        """The part of that name. Raises ConfigError, saying which there are, if there is none."""
+        part = self._parts.get(name, name)
+        if not isinstance(part, str):
+            return part
+        module, colon, attribute = part.partition(":")
+        try:
+            if not colon:
+                raise ModuleNotFoundError(f"no part is registered as {name!r}")
+            return getattr(importlib.import_module(module), attribute)
+        except (ModuleNotFoundError, AttributeError) as error:
+            raise ConfigError(
+                f"config field '{self._field}' is {name!r} ({error}); expected one of {', '.join(map(repr, self._parts))}, "
+                "or 'module:attribute'"
+            ) from error
+
+
+TOKENIZERS = Registry(
+    "tokenizer.kind",
+    {"pca": "mimic_video.models.patch_tokenizer:PatchTokenizer", "wan": "mimic_video.models.wan_vae:WanVAE"},
+)
+BACKBONES = Registry("backbone.kind", {"cosmos": "mimic_video.models.video_dit:VideoDiT"})
+TEXT_ENCODERS = Registry(
+    "text.kind", {"hash": "mimic_video.models.text:HashTextEncoder", "t5": "mimic_video.models.text:T5TextEncoder"}
+)
