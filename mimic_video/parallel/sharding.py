@@ -17,7 +17,8 @@ from mimic_video.trees import path_name
 
 Tree = TypeVar("Tree")
 
-# (regex over the '/'-joined path, partition); the first match wins. Block parameters have a leading depth axis.
+# (regex over the '/'-joined path, partition); the first match wins. Block parameters have a leading depth axis. Of paths that none
+# matches, those of `_LARGE` elements are split along their longest dimension, and smaller ones are copied.
 RULES = (
     (r"lora/.*blocks/.*/a$", PartitionSpec(None, "fsdp", None)),
     (r"lora/.*blocks/.*/b$", PartitionSpec(None, None, "fsdp")),
@@ -26,8 +27,9 @@ RULES = (
     (r"blocks/.*(q_proj|k_proj|v_proj|mlp/up|modulation/down)/kernel", PartitionSpec(None, "fsdp", None)),
     (r"blocks/.*modulation/up/kernel", PartitionSpec(None, None, "fsdp")),
     (r"(time_in|time_out|(action|video)_(proj|rank)|shared_proj)/kernel", PartitionSpec("fsdp", None)),
-    (r".*", PartitionSpec()),
+    (r"tokenizer/", PartitionSpec()),  # frozen, and small beside what it codes
 )
+_LARGE = 2**20
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -113,7 +115,8 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = path_name(path)
-        spec = next(spec for pattern, spec in RULES if re.search(pattern, name))
+        rule = next((spec for pattern, spec in RULES if re.search(pattern, name)), None)
+        spec = _longest_dimension(leaf, mesh) if rule is None else rule
         for dimension, axis in zip(leaf.shape, spec, strict=False):
             if axis is not None and dimension % mesh.shape[axis]:
                 raise ConfigError(
@@ -122,6 +125,15 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _longest_dimension(leaf: Any, mesh: Mesh) -> PartitionSpec:
+    """Of an array that no rule names: its longest dimension that can be split is, if it is large."""
+    fitting = [axis for axis, size in enumerate(leaf.shape) if size % mesh.shape["fsdp"] == 0]
+    if math.prod(leaf.shape) < _LARGE or not fitting:
+        return PartitionSpec()
+    longest = max(fitting, key=lambda axis: leaf.shape[axis])
+    return PartitionSpec(*["fsdp" if axis == longest else None for axis in range(leaf.ndim)])
 
 
 def place(tree: Any, mesh: Mesh) -> Any:

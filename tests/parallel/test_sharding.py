@@ -26,6 +26,26 @@ def test_every_matrix_of_a_block_is_split(stage):
     assert specs[f"{part}/final_proj/kernel"] == PartitionSpec()
 
 
+def test_large_arrays_that_no_rule_names_are_split_along_their_longest_dimension():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    shapes = {"mixer": (3, 512, 1024), "odd": (3, 1023, 1024), "short": (512, 1024), "prime": (1021, 1031)}
+    specs = {
+        name: where.spec
+        for name, where in shardings(
+            {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}, mesh
+        ).items()
+    }
+    assert specs == {
+        "mixer": PartitionSpec(None, None, "fsdp"),
+        "odd": PartitionSpec(None, None, "fsdp"),
+        "short": PartitionSpec(),
+        "prime": PartitionSpec(),
+    }
+    large = {"kernel": jax.ShapeDtypeStruct((2048, 1024), "float32")}
+    kept = shardings({"tokenizer": large, "lora": large}, mesh)  # by rules
+    assert [where.spec for where in jax.tree.leaves(kept)] == [PartitionSpec()] * 2
+
+
 def test_a_batch_is_split_over_data_and_fsdp():
     mesh, rows = make_mesh(MeshConfig(data=2, fsdp=2, sequence=2)), np.arange(8 * 3, dtype=np.float32).reshape(8, 3)
     array = global_batch({"x": rows}, mesh)["x"]
