@@ -17,7 +17,7 @@ from mimic_video.trees import path_name
 
 Tree = TypeVar("Tree")
 
-# (regex over the '/'-joined path, partition); the first match wins. Block parameters have a leading depth axis. Of paths that none
+# (regex over the path, partition); the first match wins. Block parameters have a leading depth axis. Of paths that none
 # matches, those of `_LARGE` elements are split along their longest dimension, and smaller ones are copied.
 RULES = (
     (r"lora/.*blocks/.*/a$", PartitionSpec(None, "fsdp", None)),
