@@ -288,7 +288,7 @@ def real_batch(config: ExperimentConfig, run: epath.Path) -> dict[str, np.ndarra
             mixture,
             batch_size=config.train.batch_size,
             start_step=0,
-            text=make_text_encoder(config.text),
+            text=make_text_encoder(config.text, config.backbone.text_width),
             decoder=config.decoder,
         )
     )

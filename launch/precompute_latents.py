@@ -102,10 +102,9 @@ def main(config: ExperimentConfig) -> None:
     if not config.data.latents:
         raise ConfigError("config field 'data.latents' is empty; expected the folder to fill")
     (share, shares), backbone = parse_share(_SHARD.value), run_path(config.backbone_run)
-    tokenizer_fields = ("tokenizer.kind", "tokenizer.width")
-    directory.require_same_model(directory.read_config(backbone), config, tokenizer_fields, backbone)
+    directory.require_same_model(directory.read_config(backbone), config, backbone, "tokenizer")
     tokenizer = checkpoints.load_tokenizer(backbone, config)
-    shape, dtype = (*config.data.latent_shape, config.backbone.latent_channels), VideoActionModel(config).dtype("tokenizer")
+    shape, dtype = (*config.data.latent_shape, config.tokenizer.channels), VideoActionModel(config).dtype("tokenizer")
     splits = [config.data.train_split] + [config.data.validation_split] * bool(config.train.validate_every)
 
     work: list[tuple[LatentCache, list[int], WindowDataset]] = []

@@ -82,9 +82,17 @@ class VideoActionModel:
         wan = config.tokenizer.kind == "wan"
         make = {
             "tokenizer": lambda rngs: WanVAE(config.tokenizer, rngs, config.compat) if wan else PatchTokenizer(),
-            "backbone": lambda rngs: VideoDiT(config.backbone, rngs, config.compat, config.attention, config.train.remat),
+            "backbone": lambda rngs: VideoDiT(
+                config.backbone,
+                config.tokenizer.channels,
+                rngs,
+                config.compat,
+                config.attention,
+                config.train.remat,
+                config.data.views,
+            ),
             "decoder": lambda rngs: ActionDecoder(
-                config.decoder, config.backbone.width, rngs, config.attention, config.train.remat
+                config.decoder, config.backbone.width, config.data.action_horizon, rngs, config.attention, config.train.remat
             ),
         }
         self._make, self._draw_noise = make, jax.jit(self.draw_noise, static_argnums=1)
@@ -134,13 +142,13 @@ class VideoActionModel:
 
     def _apart(self, x: Num[Array, "b n vh w c"]) -> Num[Array, "bv n h w c"]:
         """Views that stand one above the other as samples of their own."""
-        views = self.config.backbone.views
+        views = self.config.data.views
         b, n, height, *rest = x.shape
         return jnp.moveaxis(x.reshape(b, n, views, height // views, *rest), 2, 1).reshape(b * views, n, height // views, *rest)
 
     def _stacked(self, x: Num[Array, "bv n h w c"]) -> Num[Array, "b n vh w c"]:
         """Undoes `_apart`."""
-        views = self.config.backbone.views
+        views = self.config.data.views
         bv, n, height, *rest = x.shape
         return jnp.moveaxis(x.reshape(bv // views, views, n, height, *rest), 1, 2).reshape(bv // views, n, views * height, *rest)
 
@@ -185,12 +193,12 @@ class VideoActionModel:
         else:
             steps, width = config.data.action_horizon, config.decoder.action_dim
             shapes = {
-                "proprio": (size, config.decoder.obs_horizon, config.decoder.proprio_dim),
+                "proprio": (size, 1, config.decoder.proprio_dim),
                 "actions": (size, steps, width),
             }
             masks = {"action_mask": (size, steps), "action_dims": (size, width)}
-        masks |= {"view_mask": (size, config.backbone.views)}
-        for name, shape in {"text": (size, None, config.text.width), **shapes, **masks}.items():
+        masks |= {"view_mask": (size, config.data.views)}
+        for name, shape in {"text": (size, None, config.backbone.text_width), **shapes, **masks}.items():
             if name in batch or name in shapes:
                 chex.assert_shape(batch[name], shape, custom_message=f"field {name!r} of the batch")
         for name in masks.keys() & batch.keys():
@@ -431,8 +439,8 @@ class VideoActionModel:
     def _noise_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
         data, decoder = self.config.data, self.config.decoder
         return {
-            "video": (batch, *data.latent_shape, self.config.backbone.latent_channels),
-            "actions": (batch, decoder.action_horizon, decoder.action_dim),
+            "video": (batch, *data.latent_shape, self.config.tokenizer.channels),
+            "actions": (batch, data.action_horizon, decoder.action_dim),
         }
 
     def _video_velocity(

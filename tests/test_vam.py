@@ -562,7 +562,7 @@ def test_bfloat16_stays_close_to_float32(params):
 
 # Several cameras.
 
-VIEWS = {"data": {"cameras": ("primary", "wrist")}, "backbone": {"views": 2}}
+VIEWS = {"data": {"cameras": ("primary", "wrist")}}
 
 
 @pytest.fixture(scope="module")

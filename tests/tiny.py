@@ -27,7 +27,7 @@ VALUES: dict[str, Any] = {
         "action_delay": 0.1,
     },
     "tokenizer": {"fit_windows": 8},
-    "text": {"rows": 4, "width": 8},
+    "text": {"rows": 4},
     "backbone": {
         "width": 16,
         "num_blocks": 2,
@@ -44,7 +44,6 @@ VALUES: dict[str, Any] = {
         "mlp_ratio": 2.0,
         "adaln_lora_dim": 4,
         "time_rank": 8,
-        "action_horizon": 4,
         "proprio_dim": 3,
         "action_dim": 2,
     },
@@ -112,7 +111,7 @@ def batch(config: ExperimentConfig, size: int, seed: int = 0) -> dict[str, np.nd
     return {
         "video": random.integers(0, 256, (size, data.num_frames, *data.frame_size, 3), np.uint8),
         "video_mask": np.ones((size, data.num_frames), bool),
-        "text": random.standard_normal((size, config.text.rows, config.text.width)).astype(np.float32),
+        "text": random.standard_normal((size, config.text.rows, config.backbone.text_width)).astype(np.float32),
         "proprio": random.standard_normal((size, 1, decoder.proprio_dim)).astype(np.float32),
         "actions": random.standard_normal((size, data.action_horizon, decoder.action_dim)).astype(np.float32),
         "action_mask": np.ones((size, data.action_horizon), bool),

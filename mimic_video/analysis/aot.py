@@ -36,18 +36,18 @@ def batch_shapes(config: ExperimentConfig) -> dict[str, jax.ShapeDtypeStruct]:
     data, decoder, size = config.data, config.decoder, config.train.batch_size
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {
         "video_mask": ((data.num_frames,), bool),
-        "text": ((config.text.rows, config.text.width), jnp.float32),
+        "text": ((config.text.rows, config.backbone.text_width), jnp.float32),
     }
     if data.latents:
-        shapes["latents"] = (*data.latent_shape, config.backbone.latent_channels), config.precision
+        shapes["latents"] = (*data.latent_shape, config.tokenizer.channels), config.precision
     else:
         shapes["video"] = (data.num_frames, *data.frame_size, 3), jnp.uint8
     if len(data.cameras) > 1:
         shapes["view_mask"] = (len(data.cameras),), bool
     if config.stage == "action":
-        shapes["proprio"] = (decoder.obs_horizon, decoder.proprio_dim), jnp.float32
-        shapes["actions"] = (decoder.action_horizon, decoder.action_dim), jnp.float32
-        shapes["action_mask"] = (decoder.action_horizon,), bool
+        shapes["proprio"] = (1, decoder.proprio_dim), jnp.float32
+        shapes["actions"] = (data.action_horizon, decoder.action_dim), jnp.float32
+        shapes["action_mask"] = (data.action_horizon,), bool
         if decoder.embodiments:
             shapes["embodiment"] = (), jnp.int32
     return {name: jax.ShapeDtypeStruct((size, *shape), dtype) for name, (shape, dtype) in shapes.items()}
@@ -184,7 +184,7 @@ def policy_program(
 def widest_robot(config: ExperimentConfig) -> Embodiment:
     """One that has all that the model has; its actions and proprioception are normalised by statistics of nothing."""
     random, decoder = np.random.default_rng(0), config.decoder
-    shapes = {"action": (decoder.action_horizon, decoder.action_dim), "proprio": (1, decoder.proprio_dim)}
+    shapes = {"action": (config.data.action_horizon, decoder.action_dim), "proprio": (1, decoder.proprio_dim)}
     statistics = {name: compute_statistics(random.normal(size=(100, *shape))) for name, shape in shapes.items()}
     return Embodiment("widest", 0, statistics, {"action": (), "proprio": ()}, config.data.cameras)
 

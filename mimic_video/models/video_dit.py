@@ -68,22 +68,25 @@ class VideoDiT(nnx.Module):
     def __init__(
         self,
         config: VideoDiTConfig,
+        channels: int,
         rngs: nnx.Rngs,
         compat: CompatConfig = CompatConfig(),
         backend: Backend = "auto",
         remat: Remat = "none",
+        views: int = 1,
     ):
-        self.config, self.compat, self.remat = config, compat, remat
+        """`channels`: of latents, as the tokenizer makes them. `views`: cameras of a sample."""
+        self.config, self.views, self.compat, self.remat = config, views, compat, remat
         width, patch_size = config.width, math.prod(config.patch)
-        self.patch_proj = linear((config.latent_channels + 2) * patch_size, width, rngs)
-        if config.views > 1:  # zeros, so that views added to a pretrained model look like more of the same at first
-            self.view_embedding = nnx.Param(jnp.zeros((config.views, width)))
+        self.patch_proj = linear((channels + 2) * patch_size, width, rngs)
+        if views > 1:  # zeros, so that views added to a pretrained model look like more of the same at first
+            self.view_embedding = nnx.Param(jnp.zeros((views, width)))
         self.time_in = linear(width, width, rngs)
         self.time_out = linear(width, 3 * width, rngs)
         self.time_norm = RMSNorm(width)
         self.blocks = stack_blocks(lambda rngs: VideoBlock(config, rngs, backend), config.num_blocks, rngs)
         self.final_modulation = Modulation(width, config.adaln_lora_dim, 2, rngs)
-        self.final_proj = linear(width, config.latent_channels * patch_size, rngs)
+        self.final_proj = linear(width, channels * patch_size, rngs)
 
     def hidden(
         self,
@@ -145,9 +148,9 @@ class VideoDiT(nnx.Module):
     ) -> Tokens:
         config = self.config
         _, t, h, w, _ = latent_shape
-        grid, head_dim = (t, h // config.views // config.patch[1], w // config.patch[2]), config.width // config.num_heads
+        grid, head_dim = (t, h // self.views // config.patch[1], w // config.patch[2]), config.width // config.num_heads
         angles = rope_angles(grid, head_dim, config.rope_ratio, bfloat16=self.compat.bfloat16_rope)
-        angles = np.tile(angles.reshape(t, -1, angles.shape[-1]), (1, config.views, 1))
+        angles = np.tile(angles.reshape(t, -1, angles.shape[-1]), (1, self.views, 1))
         mask = None if view_mask is None else jnp.tile(token_mask(view_mask, x.shape[2]), t)
 
         def apply(block: VideoBlock, x: Tokens) -> Tokens:
@@ -163,8 +166,8 @@ class VideoDiT(nnx.Module):
     ) -> Tokens:
         b, t, h, w, _ = latents.shape
         _, rows, columns = self.config.patch
-        if h % (rows * self.config.views) or w % columns:
-            raise ValueError(f"latents of {h}x{w} cannot be cut into patches of {rows}x{columns} in {self.config.views} views")
+        if h % (rows * self.views) or w % columns:
+            raise ValueError(f"latents of {h}x{w} cannot be cut into patches of {rows}x{columns} in {self.views} views")
         if padding_mask is None:
             padding_mask = jnp.zeros((b, h, w))
         masks = (condition_mask[:, :, None, None, None], padding_mask[:, None, :, :, None])
@@ -173,8 +176,8 @@ class VideoDiT(nnx.Module):
         x = x.reshape(b, t, h // rows, rows, w // columns, columns, -1)
         x = x.transpose(0, 1, 2, 4, 6, 3, 5)  # b t h w (c m n): channel slowest (SPEC 3.3)
         x = self.patch_proj(x.reshape(b, t, (h // rows) * (w // columns), -1))
-        if self.config.views > 1:
-            x = x + jnp.repeat(self.view_embedding[...], x.shape[2] // self.config.views, axis=0)
+        if self.views > 1:
+            x = x + jnp.repeat(self.view_embedding[...], x.shape[2] // self.views, axis=0)
         return x
 
     def _unpatchify(self, x: Tokens, latent_shape: tuple[int, ...]) -> Float[Array, "b t h w c"]:

@@ -49,6 +49,7 @@ def _decimals(values: np.ndarray) -> list[float]:
 
 # What our networks have no counterpart for: field → the only value that they are. An absent field has that value in diffusers.
 _DIT_FIXED = {
+    "out_channels": TokenizerConfig().channels,
     "concat_padding_mask": True,
     "use_crossattn_projection": False,
     "img_context_dim_in": None,
@@ -101,7 +102,6 @@ def video_dit_config(values: Mapping[str, Any], hidden_block: int) -> VideoDiTCo
         mlp_ratio=float(values["mlp_ratio"]),
         text_width=values["text_embed_dim"],
         adaln_lora_dim=values["adaln_lora_dim"],
-        latent_channels=values["out_channels"],
         patch=tuple(values["patch_size"]),
         rope_ratio=ratio,
         hidden_block=hidden_block,
