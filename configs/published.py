@@ -55,7 +55,7 @@ def get_config(name: str = "bridge") -> ml_collections.ConfigDict:
         _train_backbone(config, batch_size=64 if name == "bridge_video" else 32)
         config.lora.rank, config.lora.alpha = 256, 32.0
     elif name == "libero":
-        config.data.action_horizon = config.decoder.action_horizon = 60
+        config.data.action_horizon = 60
         config.data.control_hz = 20.0
         config.data.action_delay = 0.0
         _train_decoder(config, batch_size=128)

@@ -30,11 +30,11 @@ def get_config(stage: str = "action") -> ml_collections.ConfigDict:
     config.data.future_frames = 12
     config.data.video_hz = 20.0
     config.data.control_hz = 20.0
-    config.data.action_horizon = config.decoder.action_horizon = 12
+    config.data.action_horizon = 12
     config.data.action_delay = 0.0
 
     config.text.rows = 8
-    config.text.width = config.backbone.text_width = 64
+    config.backbone.text_width = 64
 
     config.backbone.width = 128
     config.backbone.num_blocks = 4

@@ -21,8 +21,7 @@ import ml_dtypes  # noqa: F401  # teaches NumPy the name "bfloat16"
 import numpy as np
 
 from data_pipelines.sources.records import DatasetError
-from mimic_video.config import ConfigError, ExperimentConfig
-from mimic_video.registry import TOKENIZERS
+from mimic_video.config import ConfigError, ExperimentConfig, shaping, value_at
 
 SHARD_BYTES = 2**28  # in memory until they are written, and lost to an interruption
 _MANIFEST = "manifest.json"
@@ -106,18 +105,9 @@ def latent_key(config: ExperimentConfig, tokenizer: Mapping[str, Any], dataset: 
     weights = hashlib.sha256()
     for name, leaf in sorted(_leaves(tokenizer, "")):
         weights.update(f"{name} {leaf.dtype} {leaf.shape}\n".encode() + leaf.tobytes())
-    data = config.data
-    fields: dict[str, Any] = {
-        "tokenizer.kind": config.tokenizer.kind,
-        "data.image_size": list(data.image_size),
-        "data.cameras": list(data.cameras),
-        "data.past_frames": data.past_frames,
-        "data.future_frames": data.future_frames,
-        "data.video_hz": data.video_hz,
-    }
-    if not TOKENIZERS[config.tokenizer.kind].exact:  # others know neither
-        fields["precision"] = config.precision
-        fields["compat.bfloat16_latent_statistics"] = config.compat.bfloat16_latent_statistics
+    exact = config.tokenizer.network.exact
+    values = ((name, value_at(config, name)) for name in (shaping("latents") if exact else shaping("latents", "rounded_latents")))
+    fields = {name: list(value) if isinstance(value, tuple) else value for name, value in values}
     return fields | {"weights": weights.hexdigest(), "dataset": dataset}
 
 

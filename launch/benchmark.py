@@ -287,7 +287,7 @@ def real_batch(config: ExperimentConfig, run: epath.Path) -> Batch:
             mixture,
             batch_size=config.train.batch_size,
             start_step=0,
-            text=make_text_encoder(config.text),
+            text=make_text_encoder(config.text, config.backbone.text_width),
             decoder=config.decoder,
         )
     )

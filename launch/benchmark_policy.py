@@ -56,7 +56,7 @@ def random_policy(config: ExperimentConfig) -> Policy:
             for name, part in vam.init(jax.random.key(0)).items()
         }
 
-    text = np.random.default_rng(0).standard_normal((config.text.rows, config.text.width), np.float32)
+    text = np.random.default_rng(0).standard_normal((config.text.rows, config.backbone.text_width), np.float32)
     return Policy(config, make(), widest_robot(config), encode_text=lambda _: text)
 
 

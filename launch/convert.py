@@ -120,7 +120,7 @@ def diffusers_weights(config: ExperimentConfig, source: pathlib.Path) -> Params:
         backbone=video_dit_config(read_component(source, "transformer"), config.backbone.hidden_block),
         tokenizer=wan_config(read_component(source, "vae")),
     )
-    directory.require_same_model(there, config, ("backbone", "tokenizer.kind", "tokenizer.width"), source)
+    directory.require_same_model(there, config, source, "tokenizer", "backbone")
     params = {}
     for name, part, names in (("tokenizer", "vae", DIFFUSERS_VAE_NAMES), ("backbone", "transformer", DIFFUSERS_DIT_NAMES)):
         params[name] = import_params(open_tensors(source / part), names, shapes[name], source=str(source / part))
@@ -144,7 +144,7 @@ def read_statistics(path: pathlib.Path, config: ExperimentConfig) -> dict[str, S
     except (ValueError, AttributeError, TypeError) as error:
         raise WeightsError(f"{path} is not a dataset statistics file: {error}") from error
     decoder = config.decoder
-    expected = {"action": (decoder.action_horizon, decoder.action_dim), "proprio": (decoder.obs_horizon, decoder.proprio_dim)}
+    expected = {"action": (config.data.action_horizon, decoder.action_dim), "proprio": (1, decoder.proprio_dim)}
     wrong = [
         f"'{key}' has shape {statistics[key].mean.shape}; the decoder expects {shape}"
         for key, shape in expected.items()

@@ -43,7 +43,6 @@ _RECORDED = flags.DEFINE_integer("recorded", 4, "Episodes per task, or video sam
 _DATASET = flags.DEFINE_string("dataset", None, "Of a run on several datasets, the one to evaluate on, by name")
 
 _VIDEO_SAMPLES = 16
-_POLICY_FIELDS = ("data.image_size", "data.past_frames", "data.future_frames", *directory.MODEL_FIELDS, "decoder")
 
 
 def chosen_windows(config: ExperimentConfig) -> WindowDataset:
@@ -63,7 +62,7 @@ def evaluate_video(config: ExperimentConfig, run: epath.Path, out: pathlib.Path)
     windows = chosen_windows(config)
     chosen = [windows[int(i)] for i in np.linspace(0, len(windows) - 1, _VIDEO_SAMPLES)]
     real = np.stack([window["video"] for window in chosen])
-    encode_text = make_text_encoder(config.text)
+    encode_text = make_text_encoder(config.text, config.backbone.text_width)
     text = np.stack([encode_text(window["instruction"]) for window in chosen])
     noise = vam.policy_noise(config.seed, len(chosen))["video"]
     views = np.isin(config.data.cameras, windows.cameras)
@@ -87,7 +86,7 @@ def evaluate_video(config: ExperimentConfig, run: epath.Path, out: pathlib.Path)
 
 
 def evaluate_policy(config: ExperimentConfig, run: epath.Path, out: pathlib.Path) -> dict:
-    directory.require_same_model(directory.read_config(run), config, _POLICY_FIELDS, run)
+    directory.require_same_model(directory.read_config(run), config, run, "window", "tokenizer", "backbone", "decoder")
     policy = Policy.load(run, config, _DATASET.value)
     windows = chosen_windows(config)
     samples = [windows[index] for index in range(0, len(windows), 4)]

@@ -77,7 +77,7 @@ def known_text(config: ExperimentConfig) -> dict:
             raise ConfigError(f"--prompts={_PROMPTS.value} cannot be read: {error}") from error
         if not prompts:
             raise ConfigError(f"--prompts={_PROMPTS.value} has no instructions; expected one a line")
-    encoder = make_text_encoder(config.text)
+    encoder = make_text_encoder(config.text, config.backbone.text_width)
     if isinstance(encoder, T5TextEncoder):
         prompts += encoder.kept()
     return {prompt: encoder(prompt) for prompt in prompts}

@@ -71,7 +71,7 @@ def narrow(config: ExperimentConfig) -> ExperimentConfig:
         data=data,
         train=kept,
         backbone_run="any",
-        text=dataclasses.replace(config.text, kind="hash", rows=16, width=64),
+        text=dataclasses.replace(config.text, kind="hash", rows=16),
         tokenizer=dataclasses.replace(config.tokenizer, width=16),
         lora=dataclasses.replace(config.lora, rank=min(config.lora.rank, 8)),
     )
@@ -88,10 +88,10 @@ def policy_forms(config: ExperimentConfig) -> Iterator[tuple[str, ExperimentConf
         }
         return dataclasses.replace(config, **values)
 
-    views = changed(data={"cameras": ("primary", "wrist")}, backbone={"views": 2})
+    views = changed(data={"cameras": ("primary", "wrist")})
     robots = changed(decoder={"embodiments": 2})
     robot = widest_robot(robots)
-    four = compute_statistics(np.random.default_rng(0).normal(size=(100, config.decoder.action_horizon, 4)))
+    four = compute_statistics(np.random.default_rng(0).normal(size=(100, config.data.action_horizon, 4)))
     narrower = dataclasses.replace(robot, statistics={**robot.statistics, "action": four})
     for batch in (1, 8):
         yield f"one chunk, batch {batch}", config, {"batch": batch}
@@ -116,8 +116,7 @@ def step_forms() -> Iterator[tuple[str, ExperimentConfig]]:
     yield "eight draws", dataclasses.replace(bridge, train=dataclasses.replace(bridge.train, action_draws=8))
     yield "two robots", dataclasses.replace(bridge, decoder=dataclasses.replace(bridge.decoder, embodiments=2))
     for name, config in (("action, two cameras", bridge), ("video, two cameras", video)):
-        data = dataclasses.replace(config.data, cameras=("primary", "wrist"))
-        yield name, dataclasses.replace(config, data=data, backbone=dataclasses.replace(config.backbone, views=2))
+        yield name, dataclasses.replace(config, data=dataclasses.replace(config.data, cameras=("primary", "wrist")))
     computed: tuple[tuple[Literal["float32", "bfloat16"], Remat], ...] = (("float32", "none"), ("bfloat16", "attention"))
     for precision, remat in computed:
         for name, config in (("action", bridge), ("video", video)):

@@ -46,12 +46,12 @@ def observed_frames(config: ExperimentConfig) -> np.ndarray:
 
 def main(config: ExperimentConfig) -> None:
     run = run_path(_WORKDIR.value)
-    directory.require_same_model(directory.read_config(run), config, directory.MODEL_FIELDS, run)
+    directory.require_same_model(directory.read_config(run), config, run, "tokenizer", "backbone")
     height, width = config.data.image_size
     check_writable(_OUT.value, (len(config.data.cameras) * height, width))
     past = observed_frames(config)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, past_frames=past.shape[2]))
-    encode_text, vam = make_text_encoder(config.text), VideoActionModel(config)
+    encode_text, vam = make_text_encoder(config.text, config.backbone.text_width), VideoActionModel(config)
     guidance = (encode_text(_NEGATIVE.value)[None], _GUIDANCE.value) if _GUIDANCE.value else ()
     params, step = checkpoints.load_params(run)
     noise = vam.policy_noise(config.seed, 1)["video"]

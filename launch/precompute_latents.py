@@ -102,11 +102,10 @@ def main(config: ExperimentConfig) -> None:
     if not config.data.latents:
         raise ConfigError("config field 'data.latents' is empty; expected the folder to fill")
     (share, shares), backbone = parse_share(_SHARD.value), run_path(config.backbone_run)
-    tokenizer_fields = ("tokenizer.kind", "tokenizer.width")
-    directory.require_same_model(directory.read_config(backbone), config, tokenizer_fields, backbone)
+    directory.require_same_model(directory.read_config(backbone), config, backbone, "tokenizer")
     tokenizer = checkpoints.load_tokenizer(backbone, config)
-    (frames, height, width), dtype = config.data.latent_shape, VideoActionModel(config).dtype("tokenizer")
-    shape = (frames, len(config.data.cameras) * height, width, config.backbone.latent_channels)
+    (frames, height, *rest), dtype = config.latent_shape, VideoActionModel(config).dtype("tokenizer")
+    shape = (frames, config.data.views * height, *rest)
     splits = [config.data.train_split] + [config.data.validation_split] * bool(config.train.validate_every)
 
     work: list[tuple[LatentCache, list[int], WindowDataset]] = []

@@ -70,7 +70,7 @@ def main(config: ExperimentConfig) -> None:
         raise ConfigError(f"config field 'text.kind' is {config.text.kind!r}; expected 't5', the encoder that has a cache")
     if not config.text.cache:
         raise ConfigError("config field 'text.cache' is empty; expected the folder to fill")
-    encoder, start = T5TextEncoder(config.text, _DEVICE.value), time.perf_counter()
+    encoder, start = T5TextEncoder(config.text, config.backbone.text_width, _DEVICE.value), time.perf_counter()
     prompts = find_prompts(config)
     missing = sorted(encoder.missing(prompts), key=len)  # prompts of a batch are padded to its longest
     cached = len(prompts) - len(missing)

@@ -37,7 +37,7 @@ def times(policy: Policy, batch: int, repeats: int) -> dict[str, Any]:
         "policy.stop_step": config.policy.stop_step,
         "policy.stop_time": config.policy.stop_time,
         "decoder.embodiments": config.decoder.embodiments,
-        "backbone.views": config.backbone.views - 1,
+        "data.cameras": config.data.views - 1,
     }
     for field, value in fields.items():
         if value:
@@ -52,7 +52,7 @@ def times(policy: Policy, batch: int, repeats: int) -> dict[str, Any]:
     random, vam = np.random.default_rng(1), policy.program.vam
     images = random.integers(0, 256, (batch, 1, config.data.past_frames, *config.data.image_size, 3), np.uint8)
     proprio = jnp.zeros((batch, 1, config.decoder.proprio_dim))
-    text = np.tile(random.standard_normal((1, config.text.rows, config.text.width), np.float32), (batch, 1, 1))
+    text = np.tile(random.standard_normal((1, config.text.rows, config.backbone.text_width), np.float32), (batch, 1, 1))
     noise = policy.program.noise(jax.random.key_data(jax.random.key(0)), batch)
     observation = Observation(text, images, proprio=proprio)
     conditioning = jax.jit(vam.condition)(policy.params, observation)
@@ -105,11 +105,11 @@ class _Backbone:
             transformer_cosmos.transforms = types.SimpleNamespace(
                 functional=types.SimpleNamespace(resize=resize), InterpolationMode=types.SimpleNamespace(NEAREST="nearest")
             )
-        net = policy.config.backbone
+        net, channels = policy.config.backbone, policy.config.latent_shape[-1]
         with torch.device("meta"):
             self._net = transformer_cosmos.CosmosTransformer3DModel(
-                in_channels=net.latent_channels + 1,
-                out_channels=net.latent_channels,
+                in_channels=channels + 1,
+                out_channels=channels,
                 num_attention_heads=net.num_heads,
                 attention_head_dim=net.width // net.num_heads,
                 num_layers=net.hidden_block,

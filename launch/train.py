@@ -39,7 +39,6 @@ from mimic_video.models.patch_tokenizer import PatchTokenizer
 from mimic_video.models.text import make_text_encoder
 from mimic_video.parallel.distributed import processes
 from mimic_video.parallel.sharding import batch_rows, make_mesh, shardings
-from mimic_video.registry import TOKENIZERS
 from mimic_video.runs import checkpoints, directory
 from mimic_video.runs.storage import RunError, run_path
 from mimic_video.stages import TRAINED
@@ -54,7 +53,6 @@ Windows = Mapping[str, WindowDataset]
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory, or gs://BUCKET/FOLDER", required=True)
 _PROFILE = flags.DEFINE_string("profile", "", "FIRST:LAST, the steps of which a profiler's trace goes to WORKDIR/profile")
-_BACKBONE_FIELDS = ("data.image_size", "data.past_frames", "data.future_frames", "data.video_hz", *directory.MODEL_FIELDS)
 
 
 def fit_tokenizer(config: ExperimentConfig, datasets: Windows) -> Params:
@@ -117,13 +115,9 @@ def open_windows(config: ExperimentConfig, split: str, run: epath.Path) -> Datas
 
 def with_views_of(config: ExperimentConfig, trained: ExperimentConfig) -> ExperimentConfig:
     """The configuration of a backbone of one view, extended to those of `config`; other backbones' as it is."""
-    if trained.backbone.views > 1:
+    if trained.data.views > 1:
         return trained
-    return dataclasses.replace(
-        trained,
-        data=dataclasses.replace(trained.data, cameras=config.data.cameras),
-        backbone=dataclasses.replace(trained.backbone, views=config.backbone.views),
-    )
+    return dataclasses.replace(trained, data=dataclasses.replace(trained.data, cameras=config.data.cameras))
 
 
 def find_embodiments(run: epath.Path, config: ExperimentConfig, datasets: Windows) -> dict[str, Embodiment]:
@@ -160,14 +154,14 @@ def main(config: ExperimentConfig) -> None:
     run, profile = run_path(_WORKDIR.value), profiled_steps()
     if config.train.wandb_project:
         wandb_package()
-    if TOKENIZERS[config.tokenizer.kind].pretrained and not config.backbone_run:
+    if config.tokenizer.network.pretrained and not config.backbone_run:
         raise ConfigError(
             f"config field 'backbone_run' is empty; expected a run with the weights of the tokenizer {config.tokenizer.kind!r}"
         )
     if config.backbone_run:
         backbone = run_path(config.backbone_run)
         trained = with_views_of(config, directory.read_config(backbone))
-        directory.require_same_model(trained, config, _BACKBONE_FIELDS, backbone)
+        directory.require_same_model(trained, config, backbone, "window", "tokenizer", "backbone")
         checkpoints.require_checkpoint(backbone)
     with directory.locked(run):
         try:
@@ -187,7 +181,7 @@ def train_in(run: epath.Path, config: ExperimentConfig, profile: tuple[int, int]
             f"config field 'decoder.embodiments' is {config.decoder.embodiments}; expected {len(datasets)}, the "
             "number of datasets"
         )
-    encode_text = make_text_encoder(config.text)
+    encode_text = make_text_encoder(config.text, config.backbone.text_width)
     for instruction in {episode.instruction for windows in datasets.values() for episode in windows.episodes}:
         encode_text(instruction)  # so that one that does not fit is an error now
     directory.write_config(run, config)

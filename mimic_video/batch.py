@@ -108,11 +108,11 @@ def _all_shapes(config: ExperimentConfig, size: int) -> dict[str, jax.ShapeDtype
     data, decoder, views = config.data, config.decoder, len(config.data.cameras)
     chunk = (data.action_horizon, decoder.action_dim)
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-        "text": ((config.text.rows, config.text.width), jnp.float32),
+        "text": ((config.text.rows, config.backbone.text_width), jnp.float32),
         "video": ((views, data.num_frames, *data.image_size, 3), jnp.uint8),
-        "latents": ((views, *data.latent_shape, config.backbone.latent_channels), config.precision),
+        "latents": ((views, *config.latent_shape), config.precision),
         "view_mask": ((views,), bool),
-        "proprio": ((decoder.obs_horizon, decoder.proprio_dim), jnp.float32),
+        "proprio": ((1, decoder.proprio_dim), jnp.float32),
         "embodiment": ((), jnp.int32),
         "action_dims": (chunk[1:], bool),
         "frame_mask": ((data.num_frames,), bool),

@@ -7,12 +7,14 @@ depends on ml_collections and an invalid experiment cannot travel further than t
 
 import dataclasses
 import difflib
+import functools
 import math
 import typing
-from collections.abc import Mapping
-from typing import Any, Literal, Self
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 from mimic_video.errors import ConfigError as ConfigError
+from mimic_video.registry import BACKBONES, TEXT_ENCODERS, TOKENIZERS
 
 
 def _require(condition: bool, field: str, value: Any, expected: str) -> None:
@@ -26,6 +28,46 @@ def _require_positive(config: Any, *fields: str) -> None:
         _require(value > 0, f"{type(config).__name__}.{field}", value, "a positive number")
 
 
+T = TypeVar("T")
+OnResume = Literal["free", "extends", "fixed"]
+Shaped = Literal["window", "tokenizer", "backbone", "decoder", "latents", "rounded_latents"]
+
+
+def _field(default: T, help: str, on_resume: OnResume, shapes: str) -> T:
+    """A field of a configuration: default, meaning, and what depends on it. Everything that treats fields by kind reads this.
+
+    Args:
+        on_resume: what a run that continues allows. "free" for what changes no sample and no formula, so that parameters stay the
+            same to the bit, or to rounding where work is divided otherwise (`mesh`, `attention`, `micro_batches`, `remat`);
+            "extends" for what may grow; "fixed" for the rest.
+        shapes: what presupposes the value, of `Shaped`, with spaces between: the weights of "tokenizer", "backbone" or "decoder";
+            the "window" that a network is trained on; precomputed "latents", or "rounded_latents" of a tokenizer that rounds.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "on_resume": on_resume, "shapes": tuple(shapes.split())})
+
+
+def free(default: T, help: str) -> T:
+    return _field(default, help, "free", "")
+
+
+def fixed(default: T, help: str, shapes: str = "") -> T:
+    return _field(default, help, "fixed", shapes)
+
+
+def extends(default: T, help: str) -> T:
+    return _field(default, help, "extends", "")
+
+
+Cameras = tuple[Literal["primary", "secondary", "wrist"], ...]
+Normalization = Literal["identity", "variance", "squash", "squash_hard"]
+Precision = Literal["float32", "bfloat16"]
+Remat = Literal["none", "attention", "full", "offload"]
+Schedule = Literal["constant", "cosine", "linear", "wsd"]
+Strategy = Literal["open_loop", "receding_horizon", "temporal_ensembling", "asynchronous", "real_time_chunking"]
+_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "mlp/up", "mlp/down", "patch_proj", "time_in", "time_out")
+_LORA_TRAINED = ("self_attn_modulation", "cross_attn_modulation", "mlp_modulation", "final_modulation")
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where episodes come from and how one is cut into a training window.
@@ -34,31 +76,29 @@ class DataConfig:
     `action_horizon` actions start `action_delay` seconds after the anchor, at `control_hz` (SPEC 8.3, 8.4).
     """
 
-    video_dataset: str = ""  # RLDS directory for stage 1, where actions are not needed, or a mixture of them: "A,B*2" by weight
-    action_dataset: str = ""  # the same for stage 2; "A,B*2;10000:A" changes weights at a step
-    root: str = ""  # folder of Open-X datasets, which those fields may name by their name in the registry
-    train_split: str = "train"
-    validation_split: str = "val"
-    image_size: tuple[int, int] = (480, 640)  # height, width in pixels, as the tokenizer sees them
-    cameras: tuple[Literal["primary", "secondary", "wrist"], ...] = ("primary",)  # of a sample, in the order of its views
-    past_frames: int = 5
-    future_frames: int = 56
-    video_hz: float = 5.0
-    action_horizon: int = 15
-    control_hz: float = 5.0
-    action_delay: float = 0.2  # seconds
-    normalization: Literal["identity", "variance", "squash", "squash_hard"] = "variance"  # of actions and proprio (SPEC 7.1)
-    raw_action_dims: tuple[int, ...] = ()  # dimensions that are not normalised: 6-D rotations
-    raw_proprio_dims: tuple[int, ...] = ()
-    latents: str = ""  # folder of launch/precompute_latents.py, read in training in place of frames; empty for frames
-    frame_cache_mb: int = 512  # decoded frames of a dataset that are kept in host memory
-    workers: int = 0  # processes that read windows; 0 reads in threads of the training process
-    skip_broken: bool = False  # leaves out episodes and windows that cannot be read, counted in the log, instead of ending
+    video_dataset: str = free("", "RLDS folder for stage 1, where actions are not needed, or a mixture by weight: 'A,B*2'")
+    action_dataset: str = free("", "the same for stage 2; 'A,B*2;10000:A' changes weights at a step")
+    root: str = free("", "folder of Open-X datasets, which those fields may name by their name in the registry")
+    train_split: str = fixed("train", "split that is trained on")
+    validation_split: str = free("val", "split that validation and evaluation read")
+    image_size: tuple[int, int] = fixed((480, 640), "height, width in pixels, as the tokenizer sees them", "window latents")
+    cameras: Cameras = fixed(("primary",), "of a sample, in the order of its views", "backbone latents")
+    past_frames: int = fixed(5, "observed frames of a window", "window latents")
+    future_frames: int = fixed(56, "frames of a window that the backbone predicts", "window latents")
+    video_hz: float = fixed(5.0, "frames per second", "window latents")
+    action_horizon: int = fixed(15, "actions of a chunk", "decoder")
+    control_hz: float = fixed(5.0, "actions per second", "decoder")
+    action_delay: float = fixed(0.2, "seconds from the current frame to the first action", "decoder")
+    normalization: Normalization = fixed("variance", "of actions and proprioception (SPEC 7.1)", "decoder")
+    raw_action_dims: tuple[int, ...] = fixed((), "dimensions that are not normalised: 6-D rotations", "decoder")
+    raw_proprio_dims: tuple[int, ...] = fixed((), "the same of proprioception", "decoder")
+    latents: str = free("", "folder of launch/precompute_latents.py, read in training in place of frames; empty for frames")
+    frame_cache_mb: int = free(512, "decoded frames of a dataset that are kept in host memory")
+    workers: int = free(0, "processes that read windows; 0 reads in threads of the training process")
+    skip_broken: bool = free(False, "leaves out episodes and windows that cannot be read, counted in the log, instead of ending")
 
     def __post_init__(self):
         _require_positive(self, "past_frames", "future_frames", "video_hz", "action_horizon", "control_hz")
-        _require(self.past_frames % 4 == 1, "data.past_frames", self.past_frames, "1 + a multiple of 4 (tokenizer groups)")
-        _require(self.future_frames % 4 == 0, "data.future_frames", self.future_frames, "a multiple of 4 (tokenizer groups)")
         _require(self.workers >= 0, "data.workers", self.workers, "0 (threads) or a number of processes")
         _require(self.action_delay >= 0, "data.action_delay", self.action_delay, "zero or more seconds")
         _require(
@@ -67,50 +107,47 @@ class DataConfig:
             self.cameras,
             "'primary', and maybe others after it",
         )
-        for size in self.image_size:
-            _require(size > 0 and size % 16 == 0, "data.image_size", self.image_size, "multiples of 16 pixels (latents, patches)")
+
+    @property
+    def views(self) -> int:
+        """Cameras of a sample; a backbone tells several apart by a learned embedding, which published weights do not have."""
+        return len(self.cameras)
 
     @property
     def num_frames(self) -> int:
         return self.past_frames + self.future_frames
-
-    @property
-    def past_latents(self) -> int:
-        """Latent frames that encode the observed frames: the first frame alone, then groups of four."""
-        return 1 + (self.past_frames - 1) // 4
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(t, h, w) of the latents of a whole window of one camera."""
-        return 1 + (self.num_frames - 1) // 4, self.image_size[0] // 8, self.image_size[1] // 8
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
     """Video ↔ latents: the Wan 2.1 VAE (SPEC 1), or `pca`, which is fitted to data and keeps its shape contract."""
 
-    kind: str = "pca"  # of `mimic_video.registry`
-    fit_windows: int = 512  # pca: windows that the basis is fitted on
-    width: int = 96  # wan: channels of the first stage
-    chunk_latents: int = 1  # wan: latent frames coded in one pass; bounds memory, changes nothing else
+    kind: str = fixed("pca", "network: principal components, the Wan 2.1 VAE (wan), or a registered one", "tokenizer latents")
+    fit_windows: int = fixed(512, "pca: windows that the basis is fitted on")
+    width: int = fixed(96, "wan: channels of the first stage", "tokenizer")
+    chunk_latents: int = free(1, "wan: latent frames coded in one pass; bounds memory, changes nothing else")
 
     def __post_init__(self):
         _require_positive(self, "fit_windows", "width", "chunk_latents")
+
+    @property
+    def network(self) -> Any:
+        """The class that `kind` names, a `Tokenizer` of mimic_video/models/protocols.py, which knows its strides and channels."""
+        return TOKENIZERS[self.kind]
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
     """Instruction → rows of text features: a T5 encoder (SPEC 2), or `hash`, one fixed random row per word, as a stand-in."""
 
-    kind: str = "hash"  # of `mimic_video.registry`
-    rows: int = 512
-    width: int = 1024
-    model: str = ""  # t5: folder of the encoder and its tokenizer, or their Hugging Face name
-    cache: str = ""  # t5: folder that keeps features of prompts; empty for none
-    precision: Literal["float32", "bfloat16"] = "float32"  # t5: of the encoder
+    kind: str = fixed("hash", "encoder: random rows for words, T5 (t5), or a registered one", "backbone")
+    rows: int = fixed(512, "of an instruction's features, padding included", "backbone")
+    model: str = free("", "t5: folder of the encoder and its tokenizer, or their Hugging Face name")
+    cache: str = free("", "t5: folder that keeps features of prompts; empty for none")
+    precision: Precision = fixed("float32", "t5: of the encoder")
 
     def __post_init__(self):
-        _require_positive(self, "rows", "width")
+        _require_positive(self, "rows")
         _require(self.kind != "t5" or bool(self.model), "text.model", self.model, "a T5 folder or name, since text.kind is 't5'")
 
 
@@ -118,23 +155,19 @@ class TextConfig:
 class VideoDiTConfig:
     """The video backbone (SPEC 3.1). Defaults are the 2B model."""
 
-    kind: str = "cosmos"  # of `mimic_video.registry`
-    width: int = 2048
-    num_blocks: int = 28
-    num_heads: int = 16
-    mlp_ratio: float = 4.0
-    text_width: int = 1024
-    adaln_lora_dim: int = 256
-    latent_channels: int = 16
-    patch: tuple[int, int, int] = (1, 2, 2)  # t, h, w
-    rope_ratio: tuple[float, float, float] = (1.0, 3.0, 3.0)  # t, h, w extrapolation
-    hidden_block: int = 20  # blocks run before the decoder reads the residual stream (SPEC 3.8)
-    views: int = 1  # cameras of a sample; several are told apart by a learned embedding, which published weights do not have
+    kind: str = fixed("cosmos", "network: that of Cosmos-Predict2, or a registered one", "backbone")
+    width: int = fixed(2048, "of a token", "backbone")
+    num_blocks: int = fixed(28, "blocks of the transformer", "backbone")
+    num_heads: int = fixed(16, "attention heads of a block", "backbone")
+    mlp_ratio: float = fixed(4.0, "width of a block's MLP, as a multiple of `width`", "backbone")
+    text_width: int = fixed(1024, "of a row of text features; that of text.model", "backbone")
+    adaln_lora_dim: int = fixed(256, "rank of the modulation", "backbone")
+    patch: tuple[int, int, int] = fixed((1, 2, 2), "t, h, w of a token in latent pixels", "backbone")
+    rope_ratio: tuple[float, float, float] = fixed((1.0, 3.0, 3.0), "t, h, w extrapolation of positions", "backbone")
+    hidden_block: int = fixed(20, "blocks run before the decoder reads the residual stream (SPEC 3.8)", "decoder")
 
     def __post_init__(self):
-        _require_positive(
-            self, "width", "num_blocks", "num_heads", "mlp_ratio", "text_width", "adaln_lora_dim", "latent_channels", "views"
-        )
+        _require_positive(self, "width", "num_blocks", "num_heads", "mlp_ratio", "text_width", "adaln_lora_dim")
         _require(self.width % self.num_heads == 0, "backbone.width", self.width, f"a multiple of num_heads={self.num_heads}")
         head_dim = self.width // self.num_heads
         _require(
@@ -156,18 +189,16 @@ class VideoDiTConfig:
 class ActionDecoderConfig:
     """The action decoder (SPEC 6.1). Defaults are the published Bridge decoder."""
 
-    width: int = 1024
-    num_blocks: int = 24
-    num_heads: int = 8
-    mlp_ratio: float = 4.0
-    adaln_lora_dim: int = 128
-    time_rank: int = 1024
-    obs_horizon: int = 1
-    action_horizon: int = 15
-    proprio_dim: int = 10
-    action_dim: int = 10
-    proprio_dropout: float = 0.2  # training only; the tokens are replaced by a learned mask token
-    embodiments: int = 0  # robots that a learned token tells apart; 0 for no such token, as published
+    width: int = fixed(1024, "of a token", "decoder")
+    num_blocks: int = fixed(24, "blocks of the transformer", "decoder")
+    num_heads: int = fixed(8, "attention heads of a block", "decoder")
+    mlp_ratio: float = fixed(4.0, "width of a block's MLP, as a multiple of `width`", "decoder")
+    adaln_lora_dim: int = fixed(128, "rank of the modulation", "decoder")
+    time_rank: int = fixed(1024, "rank of the embedding of both flow times", "decoder")
+    proprio_dim: int = fixed(10, "width of proprioception; of several robots the widest", "decoder")
+    action_dim: int = fixed(10, "width of actions; of several robots the widest", "decoder")
+    proprio_dropout: float = fixed(0.2, "training only; the tokens are replaced by a learned mask token")
+    embodiments: int = fixed(0, "robots that a learned token tells apart; 0 for no such token, as published", "decoder")
 
     def __post_init__(self):
         _require_positive(
@@ -178,8 +209,6 @@ class ActionDecoderConfig:
             "mlp_ratio",
             "adaln_lora_dim",
             "time_rank",
-            "obs_horizon",
-            "action_horizon",
             "proprio_dim",
             "action_dim",
         )
@@ -192,11 +221,11 @@ class ActionDecoderConfig:
 class CompatConfig:
     """Roundings of the published system that its released weights were trained with (SPEC 12). All off unless asked for."""
 
-    bfloat16_rope: bool = False  # the backbone's rotary frequencies and angles (SPEC 3.4)
-    bfloat16_times: bool = False  # the backbone's flow times (SPEC 4.1)
-    bfloat16_latent_statistics: bool = False  # the Wan VAE's means and scales (SPEC 1.3)
-    bfloat16_low_dim: bool = False  # proprioception, actions and their normaliser (SPEC 7.1)
-    bfloat16_action_state: bool = False  # the action sampler's state after each step (SPEC 7)
+    bfloat16_rope: bool = fixed(False, "the backbone's rotary frequencies and angles (SPEC 3.4)")
+    bfloat16_times: bool = fixed(False, "the backbone's flow times (SPEC 4.1)")
+    bfloat16_latent_statistics: bool = fixed(False, "the Wan VAE's means and scales (SPEC 1.3)", "rounded_latents")
+    bfloat16_low_dim: bool = fixed(False, "proprioception, actions and their normaliser (SPEC 7.1)")
+    bfloat16_action_state: bool = fixed(False, "the action sampler's state after each step (SPEC 7)")
 
     @classmethod
     def published(cls) -> Self:
@@ -208,11 +237,11 @@ class CompatConfig:
 class NoiseConfig:
     """Distribution of the video noise level σ = τ/(1−τ) in training (SPEC 4.2)."""
 
-    log_mean: float = 0.0
-    log_std: float = 1.0
-    scale: float = 4.0  # σ is multiplied by this: √(latent frames) in the published system
-    tail_probability: float = 0.05  # share of samples with σ from the log-uniform tail instead
-    tail_range: tuple[float, float] = (200.0, 100_000.0)
+    log_mean: float = fixed(0.0, "of σ before it is scaled, log-normal")
+    log_std: float = fixed(1.0, "of σ before it is scaled, log-normal")
+    scale: float = fixed(4.0, "σ is multiplied by this: √(latent frames) in the published system")
+    tail_probability: float = fixed(0.05, "share of samples with σ from the log-uniform tail instead")
+    tail_range: tuple[float, float] = fixed((200.0, 100_000.0), "lowest and highest σ of the tail")
 
     def __post_init__(self):
         _require_positive(self, "log_std", "scale")
@@ -224,34 +253,34 @@ class NoiseConfig:
 class TrainConfig:
     """One optimisation run (SPEC 4.4)."""
 
-    steps: int = 100_000
-    batch_size: int = 32  # global
-    learning_rate: float = 1.778e-4
-    warmup_steps: int = 1000
-    schedule: Literal["constant", "cosine", "linear", "wsd"] = "constant"  # after the warm-up; wsd: constant, then linear
-    final_fraction: float = 0.2  # of the peak rate, reached at the end unless the rate is constant
-    schedule_steps: int = 0  # where that end is; 0 for `steps`
-    decay_steps: int = 0  # wsd: length of the decay before that end
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.1
-    clip_norm: float = 10.0
-    spike_factor: float = 0.0  # steps whose gradient norm is more times its recent average are left out; 0 for none
-    first_moment: Literal["float32", "bfloat16"] = "float32"  # AdamW's moving average of gradients
-    micro_batches: int = 1  # parts of a batch that go through the networks one after another, to need less memory
-    remat: Literal["none", "attention", "full", "offload"] = "none"  # of a block, what the backward pass does not compute again
-    ema_decay: float = 0.0  # of a moving average with a constant horizon; 0 for none
-    ema_std: float = 0.0  # of a power-function average, as a share of training so far; 0 for none (SPEC 4.4)
-    average_generated_only: bool = True  # False: conditioned latent frames stay in the video loss's denominator (SPEC 4.2)
-    mask_padding: bool = True  # False: frames and actions beyond an episode's end count in the loss, as published
-    action_draws: int = 1  # action noise draws that share one backbone forward
-    log_every: int = 50
-    wandb_project: str = ""  # of Weights & Biases, where metrics go too; empty for nowhere
-    validate_every: int = 0  # 0 switches validation off
-    validation_batches: int = 4
-    validation_curves: bool = False  # also errors over video flow times, and predicted videos, which take as long as sampling
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 3  # the newest
-    keep_every: int = 0  # and for good those of every so many steps; 0 for none
+    steps: int = extends(100_000, "optimiser steps of the whole run")
+    batch_size: int = fixed(32, "samples of a step, on all devices together")
+    learning_rate: float = fixed(1.778e-4, "at its peak")
+    warmup_steps: int = fixed(1000, "in which the rate rises on a straight line")
+    schedule: Schedule = fixed("constant", "after the warm-up; wsd: constant, then linear")
+    final_fraction: float = fixed(0.2, "of the peak rate, reached at the end unless the rate is constant")
+    schedule_steps: int = fixed(0, "where that end is; 0 for `steps`")
+    decay_steps: int = fixed(0, "wsd: length of the decay before that end")
+    betas: tuple[float, float] = fixed((0.9, 0.99), "AdamW's decays of both moments")
+    weight_decay: float = fixed(0.1, "AdamW's, of every trained tensor")
+    clip_norm: float = fixed(10.0, "global norm that gradients are clipped to")
+    spike_factor: float = fixed(0.0, "steps whose gradient norm is more times its recent average are left out; 0 for none")
+    first_moment: Precision = fixed("float32", "AdamW's moving average of gradients")
+    micro_batches: int = free(1, "parts of a batch that go through the networks one after another, to need less memory")
+    remat: Remat = free("none", "of a block, what the backward pass does not compute again")
+    ema_decay: float = fixed(0.0, "of a moving average with a constant horizon; 0 for none")
+    ema_std: float = fixed(0.0, "of a power-function average, as a share of training so far; 0 for none (SPEC 4.4)")
+    average_generated_only: bool = fixed(True, "False: conditioned latent frames stay in the video loss's denominator (SPEC 4.2)")
+    mask_padding: bool = fixed(True, "False: frames and actions beyond an episode's end count in the loss, as published")
+    action_draws: int = fixed(1, "action noise draws that share one backbone forward")
+    log_every: int = free(50, "steps from one record of metrics to the next")
+    wandb_project: str = free("", "of Weights & Biases, where metrics go too; empty for nowhere")
+    validate_every: int = free(0, "steps from one validation to the next; 0 switches it off")
+    validation_batches: int = free(4, "batches that a validation is the mean of")
+    validation_curves: bool = free(False, "also errors over video flow times and predicted videos: as slow as sampling")
+    checkpoint_every: int = free(1000, "steps from one checkpoint to the next")
+    keep_checkpoints: int = free(3, "how many are kept, the newest")
+    keep_every: int = free(0, "and for good those of every so many steps; 0 for none")
 
     def __post_init__(self):
         _require_positive(
@@ -306,6 +335,11 @@ class TrainConfig:
         _require(self.validate_every >= 0, "train.validate_every", self.validate_every, "0 (off) or a number of steps")
 
     @property
+    def schedule_end(self) -> int:
+        """The step at which a falling learning rate reaches its end; 0 for a constant one, which has none."""
+        return 0 if self.schedule == "constant" else self.schedule_steps or self.steps
+
+    @property
     def keeps_average(self) -> bool:
         """Whether a moving average of the parameters is kept, and used for inference."""
         return bool(self.ema_decay or self.ema_std)
@@ -318,25 +352,10 @@ class LoraConfig:
     A parameter is a target if its path, such as 'blocks/self_attn/q_proj/kernel', has one of the names between its slashes.
     """
 
-    rank: int = 0  # 0 trains all of the network itself
-    alpha: float = 32.0  # adapters are scaled by alpha/rank
-    targets: tuple[str, ...] = (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "out_proj",
-        "mlp/up",
-        "mlp/down",
-        "patch_proj",
-        "time_in",
-        "time_out",
-    )
-    trained: tuple[str, ...] = (  # fully, beside the adapters
-        "self_attn_modulation",
-        "cross_attn_modulation",
-        "mlp_modulation",
-        "final_modulation",
-    )
+    rank: int = fixed(0, "0 trains all of the network itself")
+    alpha: float = fixed(32.0, "adapters are scaled by alpha/rank")
+    targets: tuple[str, ...] = fixed(_LORA_TARGETS, "names of parameters to adapt")
+    trained: tuple[str, ...] = fixed(_LORA_TRAINED, "names of parameters trained fully, beside the adapters")
 
     def __post_init__(self):
         _require(self.rank >= 0, "lora.rank", self.rank, "0 (off) or a rank")
@@ -351,9 +370,9 @@ class MeshConfig:
     Several TPU slices are joined along `data`, which then is a multiple of their number.
     """
 
-    data: int = -1  # copies of the parameters; each has a part of the batch
-    fsdp: int = 1  # parts of the parameters and the optimizer state; each has a part of the batch too
-    sequence: int = 1  # parts of every sample's video tokens; a divisor of backbone.num_heads
+    data: int = free(-1, "copies of the parameters; each has a part of the batch")
+    fsdp: int = free(1, "parts of the parameters and the optimizer state; each has a part of the batch too")
+    sequence: int = free(1, "parts of every sample's video tokens; a divisor of backbone.num_heads")
 
     def __post_init__(self):
         sizes = (self.data, self.fsdp, self.sequence)
@@ -366,18 +385,16 @@ class MeshConfig:
 class PolicyConfig:
     """How an action chunk is sampled and used (SPEC 5.1, 7, 9.1)."""
 
-    video_steps: int = 35  # length of the video noise grid
-    stop_step: int = 0  # video denoising steps before the hidden state is read; 0 is one partial forward on pure noise
-    stop_time: float = 0.0  # video flow time τ_v at which it is read instead, in (0, 1]; 0 for `stop_step`
-    action_steps: int = 10  # Euler steps of the action flow
-    strategy: Literal["open_loop", "receding_horizon", "temporal_ensembling", "asynchronous", "real_time_chunking"] = (
-        "receding_horizon"  # see `policy.execution`
-    )
-    execute_steps: int = 5  # actions executed before planning again; all of a chunk if open_loop, one if temporal_ensembling
-    ensemble_decay: float = 0.01  # temporal_ensembling: w in the weights exp(-w·i) of predictions, the oldest being i = 0
-    guidance_clip: float = 5.0  # real_time_chunking: bound β on the guidance towards actions that are already committed
-    noise: Literal["jax", "numpy"] = "jax"  # numpy: the published stream, which is the same at every query (SPEC 5, 7)
-    weights: Literal["exact", "int8"] = "exact"  # int8: of the backbone's blocks, eight bits and a scale for each output
+    video_steps: int = free(35, "length of the video noise grid")
+    stop_step: int = free(0, "video denoising steps before the hidden state is read; 0 is one partial forward on pure noise")
+    stop_time: float = free(0.0, "video flow time τ_v at which it is read instead, in (0, 1]; 0 for `stop_step`")
+    action_steps: int = free(10, "Euler steps of the action flow")
+    strategy: Strategy = free("receding_horizon", "when to plan, and what a plan continues; see `policy.execution`")
+    execute_steps: int = free(5, "actions executed before planning again; all if open_loop, one if temporal_ensembling")
+    ensemble_decay: float = free(0.01, "temporal_ensembling: w in weights exp(-w·i) of predictions, the oldest being i = 0")
+    guidance_clip: float = free(5.0, "real_time_chunking: bound β on the guidance towards actions that are already committed")
+    noise: Literal["jax", "numpy"] = free("jax", "numpy: the published stream, the same at every query (SPEC 5, 7)")
+    weights: Literal["exact", "int8"] = free("exact", "int8: of the backbone's blocks, eight bits and a scale for each output")
 
     def __post_init__(self):
         _require_positive(self, "video_steps", "action_steps", "execute_steps", "guidance_clip")
@@ -393,13 +410,13 @@ class PolicyConfig:
 class EvaluationConfig:
     """Closed-loop evaluation in a simulator."""
 
-    simulator: Literal["metaworld"] = "metaworld"
-    layout: Literal["native", "delta"] = "native"  # of the simulator's actions and proprioception; "delta": poses of 10 numbers
-    tasks: tuple[str, ...] = ()
-    episodes_per_task: int = 20
-    first_seed: int = 1_000_000  # far from the seeds of any demonstration
-    max_steps: int = 50  # control steps
-    workers: int = 2  # simulator processes
+    simulator: Literal["metaworld"] = free("metaworld", "simulator that policies are evaluated in")
+    layout: Literal["native", "delta"] = free("native", "of its actions and proprioception; delta: poses of 10 numbers")
+    tasks: tuple[str, ...] = free((), "names of its tasks")
+    episodes_per_task: int = free(20, "rollouts of each task")
+    first_seed: int = free(1_000_000, "of the first rollout; far from the seeds of any demonstration")
+    max_steps: int = free(50, "control steps after which an episode has failed")
+    workers: int = free(2, "simulator processes")
 
     def __post_init__(self):
         _require_positive(self, "episodes_per_task", "max_steps", "workers")
@@ -416,13 +433,13 @@ class ExperimentConfig:
     replacement leaves them as they start. The first pair that matches counts; other paths are the same in both.
     """
 
-    stage: Literal["video", "action"] = "action"
-    seed: int = 0
-    backbone_run: str = ""
-    start_run: str = ""
-    start_map: tuple[tuple[str, str], ...] = ()
-    precision: Literal["float32", "bfloat16"] = "float32"  # of activations; optimised parameters stay float32
-    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"  # implementation; auto is the platform's fastest
+    stage: Literal["video", "action"] = fixed("action", "what is trained: the backbone, or the decoder")
+    seed: int = fixed(0, "of initial parameters, the order of samples and noise")
+    backbone_run: str = free("", "run directory where tokenizer and backbone start; kept in the run, and not read again")
+    start_run: str = fixed("", "run directory where the trained network starts")
+    start_map: tuple[tuple[str, str], ...] = fixed((), "pairs (pattern, replacement) of parameters' paths in it")
+    precision: Precision = fixed("float32", "of activations; optimised parameters stay float32", "rounded_latents")
+    attention: Literal["auto", "xla", "cudnn", "splash"] = free("auto", "implementation; auto is the platform's fastest")
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     text: TextConfig = TextConfig()
@@ -438,24 +455,17 @@ class ExperimentConfig:
 
     def __post_init__(self):
         _require(self.seed >= 0, "seed", self.seed, "zero or more")
-        _require(self.decoder.obs_horizon == 1, "decoder.obs_horizon", self.decoder.obs_horizon, "1, what a window has")
-        _require(
-            self.backbone.latent_channels == 16, "backbone.latent_channels", self.backbone.latent_channels, "16, the tokenizer's"
-        )
-        _, rows, columns = self.backbone.patch
-        height, width = (size // 8 for size in self.data.image_size)
-        _require(
-            height % rows == 0 and width % columns == 0,
-            "backbone.patch",
-            self.backbone.patch,
-            f"a divisor of the {height}x{width} latent pixels",
-        )
-        _require(
-            self.backbone.views == len(self.data.cameras),
-            "backbone.views",
-            self.backbone.views,
-            f"{len(self.data.cameras)}, the number of data.cameras",
-        )
+        BACKBONES[self.backbone.kind], TEXT_ENCODERS[self.text.kind]  # raise ConfigError for names that nothing has
+        data, tokenizer = self.data, self.tokenizer.network
+        group, (_, rows, columns) = tokenizer.time_stride, self.backbone.patch
+        past, future, groups = data.past_frames, data.future_frames, f"a multiple of {group} (groups of the tokenizer)"
+        _require((past - 1) % group == 0, "data.past_frames", past, f"1 + {groups}")
+        _require(future % group == 0, "data.future_frames", future, groups)
+        for size, patch in zip(data.image_size, (rows, columns), strict=True):
+            pixels = tokenizer.stride * patch
+            _require(
+                size > 0 and size % pixels == 0, "data.image_size", data.image_size, f"multiples of {pixels} pixels (a token)"
+            )
         _require(
             not self.data.latents or bool(self.backbone_run),
             "data.latents",
@@ -469,12 +479,6 @@ class ExperimentConfig:
             f"a divisor of backbone.num_heads={self.backbone.num_heads}",
         )
         _require(bool(self.start_run) or not self.start_map, "start_map", self.start_map, "nothing, since 'start_run' is empty")
-        _require(
-            self.text.width == self.backbone.text_width,
-            "text.width",
-            self.text.width,
-            f"backbone.text_width={self.backbone.text_width}",
-        )
         for name, width in (("action", self.decoder.action_dim), ("proprio", self.decoder.proprio_dim)):
             dims = getattr(self.data, f"raw_{name}_dims")
             _require(
@@ -484,25 +488,41 @@ class ExperimentConfig:
                 f"dimensions below decoder.{name}_dim={width}",
             )
         _require(
-            self.decoder.action_horizon == self.data.action_horizon,
-            "decoder.action_horizon",
-            self.decoder.action_horizon,
-            f"data.action_horizon={self.data.action_horizon}",
-        )
-        _require(
-            self.policy.execute_steps <= self.decoder.action_horizon,
+            self.policy.execute_steps <= self.data.action_horizon,
             "policy.execute_steps",
             self.policy.execute_steps,
-            f"at most decoder.action_horizon={self.decoder.action_horizon}",
+            f"at most data.action_horizon={self.data.action_horizon}",
         )
         overlapping = self.policy.strategy in ("asynchronous", "real_time_chunking")
         _require(
-            not overlapping or self.policy.execute_steps < self.decoder.action_horizon,
+            not overlapping or self.policy.execute_steps < self.data.action_horizon,
             "policy.execute_steps",
             self.policy.execute_steps,
-            f"less than decoder.action_horizon={self.decoder.action_horizon}, so that there is "
+            f"less than data.action_horizon={self.data.action_horizon}, so that there is "
             f"something left to execute while policy.strategy={self.policy.strategy!r} plans",
         )
+
+    @property
+    def past_latents(self) -> int:
+        """Latent frames that encode the observed frames: the first frame alone, then groups."""
+        return 1 + (self.data.past_frames - 1) // self.tokenizer.network.time_stride
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(t, h, w, c) of the latents of a whole window of one camera."""
+        tokenizer, (height, width) = self.tokenizer.network, self.data.image_size
+        frames = 1 + (self.data.num_frames - 1) // tokenizer.time_stride
+        return frames, height // tokenizer.stride, width // tokenizer.stride, tokenizer.channels
+
+
+# Fields that configurations had up to 0.1, and what says their value now.
+_DERIVED: dict[str, tuple[str, Callable[[ExperimentConfig], int]]] = {
+    "text.width": ("backbone.text_width", lambda config: config.backbone.text_width),
+    "decoder.action_horizon": ("data.action_horizon", lambda config: config.data.action_horizon),
+    "decoder.obs_horizon": ("a window, which has one step of proprioception", lambda config: 1),
+    "backbone.views": ("the number of data.cameras", lambda config: config.data.views),
+    "backbone.latent_channels": ("the tokenizer", lambda config: config.tokenizer.network.channels),
+}
 
 
 def experiment_from(values: Mapping[str, Any]) -> ExperimentConfig:
@@ -515,23 +535,75 @@ def experiment_from(values: Mapping[str, Any]) -> ExperimentConfig:
     return _build(ExperimentConfig, values, path="")
 
 
+def stored_experiment(values: Mapping[str, Any]) -> ExperimentConfig:
+    """As `experiment_from`, for a configuration that some version of this code has stored.
+
+    Raises:
+        ConfigError: also for a field that is derived by now and was stored with another value.
+    """
+    groups = {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+    stored = {}
+    for path in _DERIVED:
+        group, _, name = path.partition(".")
+        if name in groups.get(group, {}):
+            stored[path] = groups[group].pop(name)
+    config = experiment_from(groups)
+    for path, value in stored.items():
+        source, derive = _DERIVED[path]
+        _require(value == derive(config), path, value, f"{derive(config)}, as follows from {source}")
+    return config
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested plain dict of a configuration, ready for JSON or `ml_collections.ConfigDict`; `experiment_from` inverts it."""
     return dataclasses.asdict(config)
 
 
-def unknown_field_message(path: str, known: list[str]) -> str:
-    """The error text for a misspelt dotted field."""
-    nearest = difflib.get_close_matches(path, known, n=1, cutoff=0.0)
-    return f"unknown config field '{path}'; did you mean '{nearest[0]}'?"
+class Field(NamedTuple):
+    """What there is to know about a field: `path` is dotted, `type` as in Python; the last three are described in `_field`."""
+
+    path: str
+    type: str
+    default: Any
+    help: str
+    on_resume: OnResume
+    shapes: tuple[Shaped, ...]
+
+
+def describe(config_class: Any, prefix: str = "") -> list[Field]:
+    """Every field under a configuration class, in order."""
+    fields, hints = [], typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        hint, path = hints[field.name], prefix + field.name
+        if dataclasses.is_dataclass(hint):
+            fields += describe(hint, f"{path}.")
+        else:
+            name = hint.__name__ if typing.get_origin(hint) is None else str(hint).replace("typing.", "")
+            fields.append(Field(path, name, field.default, **field.metadata))
+    return fields
 
 
 def field_paths(config_class: Any, prefix: str = "") -> list[str]:
     """Every dotted field name under a configuration class."""
-    paths = []
-    for name, hint in typing.get_type_hints(config_class).items():
-        paths += field_paths(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [prefix + name]
-    return paths
+    return [field.path for field in describe(config_class, prefix)]
+
+
+def shaping(*shaped: Shaped) -> list[str]:
+    """Dotted names of the fields that one of these presupposes."""
+    return [field.path for field in describe(ExperimentConfig) if not set(shaped).isdisjoint(field.shapes)]
+
+
+def value_at(config: ExperimentConfig, path: str) -> Any:
+    """The value of a field by its dotted name."""
+    return functools.reduce(getattr, path.split("."), config)
+
+
+def unknown_field_message(path: str, known: list[str]) -> str:
+    """The error text for a misspelt dotted field, or one that nobody sets any more."""
+    if path in _DERIVED:
+        return f"unknown config field '{path}'; leave it out: it follows from {_DERIVED[path][0]}"
+    nearest = difflib.get_close_matches(path, known, n=1, cutoff=0.0)
+    return f"unknown config field '{path}'; did you mean '{nearest[0]}'?"
 
 
 def _build(config_class: Any, values: Mapping[str, Any], path: str) -> Any:

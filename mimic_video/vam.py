@@ -20,7 +20,7 @@ from mimic_video.models import quantization
 from mimic_video.models.action_decoder import ActionConditioning, ActionDecoder, each_chunk
 from mimic_video.models.protocols import Latents, VideoInputs, ViewMask
 from mimic_video.models.video_dit import token_mask
-from mimic_video.registry import BACKBONES, TOKENIZERS
+from mimic_video.registry import BACKBONES
 
 Params = dict[str, Any]
 Metrics = dict[str, Float[Array, ""]]
@@ -76,10 +76,10 @@ class VideoActionModel:
     def __init__(self, config: ExperimentConfig):
         self.config = config
         make: dict[str, Callable[[nnx.Rngs], Any]] = {
-            "tokenizer": functools.partial(TOKENIZERS[config.tokenizer.kind].build, config),
+            "tokenizer": functools.partial(config.tokenizer.network.build, config),
             "backbone": functools.partial(BACKBONES[config.backbone.kind].build, config),
             "decoder": lambda rngs: ActionDecoder(
-                config.decoder, config.backbone.width, rngs, config.attention, config.train.remat
+                config.decoder, config.backbone.width, config.data.action_horizon, rngs, config.attention, config.train.remat
             ),
         }
         self._make, self._draw_noise = make, jax.jit(self.draw_noise, static_argnums=1)
@@ -105,7 +105,7 @@ class VideoActionModel:
 
     def dtype(self, name: str) -> jnp.dtype:
         """What the named network computes in."""
-        exact = name == "tokenizer" and TOKENIZERS[self.config.tokenizer.kind].exact
+        exact = name == "tokenizer" and self.config.tokenizer.network.exact
         return jnp.dtype(jnp.float32 if exact else self.config.precision)
 
     # Latents.
@@ -154,7 +154,7 @@ class VideoActionModel:
             "video": self._views(jax.random.normal(keys["video"], shapes["video"])),
         }
         if config.stage == "video":
-            return drawn | {"conditioned": jax.random.randint(keys["count"], (batch,), 1, config.data.past_latents + 1)}
+            return drawn | {"conditioned": jax.random.randint(keys["count"], (batch,), 1, config.past_latents + 1)}
         return drawn | {
             "action_time": matching.sample_action_time(keys["time"], (batch, draws)),
             "actions": jax.random.normal(keys["actions"], (batch, draws, *shapes["actions"][1:])),
@@ -230,7 +230,7 @@ class VideoActionModel:
         """Hidden states of a batch's whole windows, their future latents noised to the τ_v that were drawn."""
         seen, time = batch.observation, draws["video_time"]
         latents = self.latents(params, seen)
-        past = latents[:, :, : self.config.data.past_latents]
+        past = latents[:, :, : self.config.past_latents]
         x_tau = matching.interpolate(latents, draws["video"], time)
         return self.hidden_at(params, Conditioning(past, seen.text, seen.view_mask), x_tau, time)
 
@@ -354,16 +354,15 @@ class VideoActionModel:
     def _draw_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
         """Of what noise is drawn: a window's latents with the rows of its views one above the other, which are put in their
         places by `_views`, and actions."""
-        data, decoder = self.config.data, self.config.decoder
-        frames, rows, columns = data.latent_shape
+        data, (frames, rows, *rest) = self.config.data, self.config.latent_shape
         return {
-            "video": (batch, frames, len(data.cameras) * rows, columns, self.config.backbone.latent_channels),
-            "actions": (batch, data.action_horizon, decoder.action_dim),
+            "video": (batch, frames, data.views * rows, *rest),
+            "actions": (batch, data.action_horizon, self.config.decoder.action_dim),
         }
 
     def _views(self, stacked: Float[Array, "b t rows w c"]) -> Latents:
         b, t, rows, *rest = stacked.shape
-        views = len(self.config.data.cameras)
+        views = self.config.data.views
         return jnp.moveaxis(stacked.reshape(b, t, views, rows // views, *rest), 2, 1)
 
     def _video_inputs(
@@ -397,12 +396,12 @@ class VideoActionModel:
         """Which of a window's hidden states belong to views that are there."""
         if view_mask is None:
             return None
-        frames, views = self.config.data.latent_shape[0], view_mask.shape[1]
+        frames, views = self.config.latent_shape[0], view_mask.shape[1]
         return token_mask(view_mask, tokens // (frames * views), frames)
 
     def _latent_mask(self, frame_mask: Bool[Array, "b f"]) -> Bool[Array, "b t"]:
         """True for latent frames all of whose pixel frames are real."""
-        stride = TOKENIZERS[self.config.tokenizer.kind].time_stride
+        stride = self.config.tokenizer.network.time_stride
         groups = frame_mask[:, 1:].reshape(len(frame_mask), -1, stride).all(axis=-1)
         return jnp.concatenate([frame_mask[:, :1], groups], axis=1)
 

@@ -16,9 +16,7 @@ def test_batches_have_the_shapes_of_the_loader(stage):
 
 def test_batches_of_latents_views_and_robots():
     data = {"latents": "there", "cameras": ("primary", "wrist")}
-    config = tiny.experiment(
-        precision="bfloat16", backbone_run="there", data=data, backbone={"views": 2}, decoder={"embodiments": 3}
-    )
+    config = tiny.experiment(precision="bfloat16", backbone_run="there", data=data, decoder={"embodiments": 3})
     seen = batch_shapes(config, 8).observation
     assert seen.video is None and seen.latents.shape == (8, 2, 3, 2, 4, 16) and seen.latents.dtype == "bfloat16"
     assert seen.view_mask.shape == (8, 2) and seen.embodiment.shape == (8,)

@@ -128,14 +128,15 @@ def test_ints_widen_to_floats_and_lists_to_tuples():
         ({"policy": {"stop_step": 36}}, "policy.stop_step"),
         ({"policy": {"stop_time": 1.1}}, "policy.stop_time"),
         ({"policy": {"stop_time": 0.9, "stop_step": 3}}, "policy.stop_time"),
-        ({"text": {"width": 512}}, "text.width"),
         ({"text": {"kind": "t5"}}, "text.model"),
+        ({"text": {"kind": "t6"}}, "text.kind"),
+        ({"tokenizer": {"kind": "vq"}}, "tokenizer.kind"),
+        ({"backbone": {"kind": "wan"}}, "backbone.kind"),
         ({"tokenizer": {"chunk_latents": 0}}, "TokenizerConfig.chunk_latents"),
         ({"data": {"raw_action_dims": (3, 10)}}, "data.raw_action_dims"),
         ({"train": {"ema_std": 0.3}}, "train.ema_std"),
         ({"train": {"ema_std": 0.1, "ema_decay": 0.9}}, "train.ema_std"),
         ({"train": {"schedule_steps": 500}}, "train.schedule_steps"),
-        ({"decoder": {"action_horizon": 60}}, "decoder.action_horizon"),
         ({"policy": {"execute_steps": 16}}, "policy.execute_steps"),
     ],
 )
@@ -145,8 +146,8 @@ def test_values_that_contradict_each_other_are_named(values, field):
 
 
 def test_the_published_window():
-    data = DataConfig()
-    assert (data.num_frames, data.past_latents, data.latent_shape) == (61, 2, (16, 60, 80))
+    config = ExperimentConfig()
+    assert (config.data.num_frames, config.past_latents, config.latent_shape) == (61, 2, (16, 60, 80, 16))
     assert MeshConfig() == MeshConfig(data=-1, fsdp=1, sequence=1)
 
 

@@ -47,12 +47,11 @@ def test_video_dit(meta, arrays):
         mlp_ratio=meta["mlp_ratio"],
         text_width=meta["text_width"],
         adaln_lora_dim=meta["adaln_lora_dim"],
-        latent_channels=meta["latent_channels"],
         patch=tuple(meta["patch"]),
         rope_ratio=tuple(meta["rope_ratio"]),
         hidden_block=meta["num_blocks"],
     )
-    graphdef, state = load(lambda: VideoDiT(config, nnx.Rngs(0), compat), arrays, VIDEO_DIT_NAMES)
+    graphdef, state = load(lambda: VideoDiT(config, meta["latent_channels"], nnx.Rngs(0), compat), arrays, VIDEO_DIT_NAMES)
     mask = arrays["in/condition_mask"][:, 0]
     assert (mask == mask[:, :, :1, :1]).all(), "the mask is per latent frame"
     latents = channels_last(arrays["in/latents"])
@@ -83,14 +82,16 @@ def test_action_decoder(meta, arrays):
         mlp_ratio=meta["mlp_ratio"],
         adaln_lora_dim=meta["adaln_lora_dim"],
         time_rank=meta["time_rank"],
-        obs_horizon=meta["obs_horizon"],
-        action_horizon=meta["action_horizon"],
         proprio_dim=meta["action_dim"],
         action_dim=meta["action_dim"],
     )
-    graphdef, state = load(lambda: ActionDecoder(config, meta["context_width"], nnx.Rngs(0)), arrays, ACTION_DECODER_NAMES)
+    observed, acted = meta["obs_horizon"], meta["action_horizon"]
+    graphdef, state = load(
+        lambda: ActionDecoder(config, meta["context_width"], acted, nnx.Rngs(0), obs_horizon=observed),
+        arrays,
+        ACTION_DECODER_NAMES,
+    )
     times, sigma = arrays["in/timesteps"], arrays["in/video_sigma"][:, 0]
-    observed = meta["obs_horizon"]
     np.testing.assert_allclose(times[:, :observed], 1e-3)
     inputs = [arrays["in/noisy_actions"], times[:, -1], arrays["in/state"], sigma / (1 + sigma)]
     inputs = jax.tree.map(jnp.asarray, inputs)

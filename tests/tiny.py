@@ -28,7 +28,7 @@ VALUES: dict[str, Any] = {
         "action_delay": 0.1,
     },
     "tokenizer": {"fit_windows": 8},
-    "text": {"rows": 4, "width": 8},
+    "text": {"rows": 4},
     "backbone": {
         "width": 16,
         "num_blocks": 2,
@@ -45,7 +45,6 @@ VALUES: dict[str, Any] = {
         "mlp_ratio": 2.0,
         "adaln_lora_dim": 4,
         "time_rank": 8,
-        "action_horizon": 4,
         "proprio_dim": 3,
         "action_dim": 2,
     },
@@ -112,7 +111,7 @@ def batch(config: ExperimentConfig, size: int, seed: int = 0) -> Batch:
     data, decoder, random = config.data, config.decoder, np.random.default_rng(seed)
     views = len(data.cameras)
     video = random.integers(0, 256, (size, views, data.num_frames, *data.image_size, 3), np.uint8)
-    text = random.standard_normal((size, config.text.rows, config.text.width)).astype(np.float32)
+    text = random.standard_normal((size, config.text.rows, config.backbone.text_width)).astype(np.float32)
     observation = Observation(text, video, view_mask=np.ones((size, views), bool) if views > 1 else None)
     windows = Batch(observation, np.ones((size, data.num_frames), bool))
     if config.stage == "video":

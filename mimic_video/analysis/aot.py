@@ -162,7 +162,7 @@ def policy_program(
 def widest_robot(config: ExperimentConfig) -> Embodiment:
     """One that has all that the model has; its actions and proprioception are normalised by statistics of nothing."""
     random, decoder = np.random.default_rng(0), config.decoder
-    shapes = {"action": (decoder.action_horizon, decoder.action_dim), "proprio": (1, decoder.proprio_dim)}
+    shapes = {"action": (config.data.action_horizon, decoder.action_dim), "proprio": (1, decoder.proprio_dim)}
     statistics = {name: compute_statistics(random.normal(size=(100, *shape))) for name, shape in shapes.items()}
     return Embodiment("widest", 0, statistics, {"action": (), "proprio": ()}, config.data.cameras)
 

@@ -172,16 +172,23 @@ class ActionDecoder(nnx.Module):
     """Velocity of an action chunk under the flow, given proprioception and the video backbone's hidden states."""
 
     def __init__(
-        self, config: ActionDecoderConfig, context_width: int, rngs: nnx.Rngs, backend: Backend = "auto", remat: Remat = "none"
+        self,
+        config: ActionDecoderConfig,
+        context_width: int,
+        action_horizon: int,
+        rngs: nnx.Rngs,
+        backend: Backend = "auto",
+        remat: Remat = "none",
+        obs_horizon: int = 1,
     ):
-        self.config, self.remat = config, remat
+        """`context_width`: of hidden states. Horizons: steps of a chunk, and of proprioception."""
+        self.config, self.horizons, self.remat = config, (obs_horizon, action_horizon), remat
         width = config.width
         self.proprio_embedder = Embedder(config.proprio_dim, width, rngs)
         self.action_embedder = Embedder(config.action_dim, width, rngs)
         small = truncated_normal(width**-0.5)
         self.proprio_mask_token = nnx.Param(small(rngs.params(), (1, 1, width), jnp.float32))
-        tokens = config.obs_horizon + config.action_horizon
-        self.position_embedding = nnx.Param(small(rngs.params(), (1, tokens, width), jnp.float32))
+        self.position_embedding = nnx.Param(small(rngs.params(), (1, sum(self.horizons), width), jnp.float32))
         if config.embodiments:
             self.embodiment_tokens = nnx.Param(small(rngs.params(), (config.embodiments, width), jnp.float32))
         self.context_norm = LayerNorm(context_width)
@@ -242,10 +249,10 @@ class ActionDecoder(nnx.Module):
         """As `__call__`, for proprioception tokens too."""
         context, video_time, proprio, embodiment, _ = conditioning
         observed, acted, chunks = proprio.shape[1], actions.shape[1], len(actions)
-        if (observed, acted) != (self.config.obs_horizon, self.config.action_horizon):
+        if (observed, acted) != self.horizons:
             raise ValueError(
                 f"{observed} proprioception and {acted} action tokens; the decoder was built for "
-                f"{self.config.obs_horizon} and {self.config.action_horizon}"
+                f"{self.horizons[0]} and {self.horizons[1]}"
             )
         if (embodiment is None) == bool(self.config.embodiments):
             raise ValueError(

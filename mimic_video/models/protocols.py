@@ -91,7 +91,7 @@ class Backbone(Protocol):
 
 
 class TextEncoder(Protocol):
-    """Made of a `TextConfig`."""
+    """Made of a `TextConfig` and the width of features."""
 
     def __call__(self, instruction: str) -> Float[np.ndarray, "rows width"]:
         """Features of one instruction; rows past its end are zero."""

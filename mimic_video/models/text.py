@@ -34,8 +34,8 @@ _HOW_TO_GET = (
 class HashTextEncoder:
     """One fixed random row per word: enough to tell a handful of instructions apart, with no weights and no download."""
 
-    def __init__(self, config: TextConfig):
-        self._rows, self._width = config.rows, config.width
+    def __init__(self, config: TextConfig, width: int):
+        self._rows, self._width = config.rows, width
 
     def __call__(self, instruction: str) -> Float[np.ndarray, "rows width"]:
         """Raises ConfigError if the instruction has more words than `text.rows`."""
@@ -61,18 +61,19 @@ class T5TextEncoder:
 
     Args:
         config: of kind `t5`.
+        width: what its features have to have, `backbone.text_width`.
         device: where PyTorch runs the model, e.g. `cuda`.
 
     Raises:
         ConfigError: naming the field, if `text.model` is neither on this machine nor in the cache, is there several times in the
-            cache and cannot be told apart, lacks a file, is no T5, or has another width than `text.width`.
+            cache and cannot be told apart, lacks a file, is no T5, or has another width.
     """
 
-    def __init__(self, config: TextConfig, device: str = "cpu"):
-        self._config, self._device = config, device
+    def __init__(self, config: TextConfig, width: int, device: str = "cpu"):
+        self._config, self._width, self._device = config, width, device
         self._folder = _model_folder(config.model)
         if self._folder is not None:
-            _check_model(self._folder, config)
+            _check_model(self._folder, config, width)
         elif not config.cache:
             raise ConfigError(
                 f"config field 'text.model' is {config.model!r}, which is not on this machine, and text.cache is "
@@ -99,12 +100,13 @@ class T5TextEncoder:
                 self._add([instruction])
                 known = self._recall(instruction)
         assert known is not None  # it has just been added
-        features = np.zeros((self._config.rows, self._config.width), np.float32)
+        features = np.zeros((self._config.rows, self._width), np.float32)
         features[: len(known)] = known
         return features
 
     def __reduce__(self):
-        return T5TextEncoder, (self._config, self._device)  # worker processes read the cache, or load the model themselves
+        # Worker processes read the cache, or load the model themselves.
+        return T5TextEncoder, (self._config, self._width, self._device)
 
     def kept(self) -> list[str]:
         """The prompts that are kept."""
@@ -139,9 +141,9 @@ class T5TextEncoder:
                 raise ConfigError(f"{error}; copy it here again, since text.model {self._config.model!r} is not") from error
             logging.warning("%s; the prompt is encoded again", error)
             return None
-        if features is not None and features.shape[1] != self._config.width:
+        if features is not None and features.shape[1] != self._width:
             raise ConfigError(
-                f"config field 'text.width' is {self._config.width}; expected {features.shape[1]}, the width of "
+                f"config field 'backbone.text_width' is {self._width}; expected {features.shape[1]}, the width of "
                 f"features in text.cache {self._config.cache!r}"
             )
         return features
@@ -264,16 +266,16 @@ def _model_folder(model: str) -> Path | None:
     return folder if any((folder / name).is_file() for name in _WEIGHTS) else None  # others ask for its configuration only
 
 
-def _check_model(folder: Path, config: TextConfig) -> None:
+def _check_model(folder: Path, config: TextConfig, width: int) -> None:
     _model_files(folder)
     values = _read_json(folder / "config.json")
     if values.get("model_type") != "t5":
         raise ConfigError(
             f"config field 'text.model' is {config.model!r}, a model of type {values.get('model_type')!r}; expected 't5'"
         )
-    if values["d_model"] != config.width:
+    if values["d_model"] != width:
         raise ConfigError(
-            f"config field 'text.width' is {config.width}; expected {values['d_model']}, the width of text.model {config.model!r}"
+            f"config field 'backbone.text_width' is {width}; expected {values['d_model']}, that of text.model {config.model!r}"
         )
 
 
@@ -348,6 +350,10 @@ def _load_t5(folder: Path, config: TextConfig, device: str) -> Callable[[Sequenc
     return encode
 
 
-def make_text_encoder(config: TextConfig) -> TextEncoder:
-    """The encoder that `text.kind` names. Raises ConfigError if its model or cache cannot be used."""
-    return TEXT_ENCODERS[config.kind](config)
+def make_text_encoder(config: TextConfig, width: int) -> TextEncoder:
+    """The encoder that `text.kind` names, of features as wide as the backbone reads them (`backbone.text_width`).
+
+    Raises:
+        ConfigError: if its model or cache cannot be used.
+    """
+    return TEXT_ENCODERS[config.kind](config, width)

@@ -69,26 +69,37 @@ class VideoDiT(nnx.Module):
     def __init__(
         self,
         config: VideoDiTConfig,
+        channels: int,
         rngs: nnx.Rngs,
         compat: CompatConfig = CompatConfig(),
         backend: Backend = "auto",
         remat: Remat = "none",
+        views: int = 1,
     ):
-        self.config, self.compat, self.remat = config, compat, remat
+        """`channels`: of latents, as the tokenizer makes them. `views`: cameras of a sample."""
+        self.config, self.views, self.compat, self.remat = config, views, compat, remat
         width, patch_size = config.width, math.prod(config.patch)
-        self.patch_proj = linear((config.latent_channels + 2) * patch_size, width, rngs)
-        if config.views > 1:  # zeros, so that views added to a pretrained model look like more of the same at first
-            self.view_embedding = nnx.Param(jnp.zeros((config.views, width)))
+        self.patch_proj = linear((channels + 2) * patch_size, width, rngs)
+        if views > 1:  # zeros, so that views added to a pretrained model look like more of the same at first
+            self.view_embedding = nnx.Param(jnp.zeros((views, width)))
         self.time_in = linear(width, width, rngs)
         self.time_out = linear(width, 3 * width, rngs)
         self.time_norm = RMSNorm(width)
         self.blocks = stack_blocks(lambda rngs: VideoBlock(config, rngs, backend), config.num_blocks, rngs)
         self.final_modulation = Modulation(width, config.adaln_lora_dim, 2, rngs)
-        self.final_proj = linear(width, config.latent_channels * patch_size, rngs)
+        self.final_proj = linear(width, channels * patch_size, rngs)
 
     @classmethod
     def build(cls, config: ExperimentConfig, rngs: nnx.Rngs) -> Self:
-        return cls(config.backbone, rngs, config.compat, config.attention, config.train.remat)
+        return cls(
+            config.backbone,
+            config.latent_shape[-1],
+            rngs,
+            config.compat,
+            config.attention,
+            config.train.remat,
+            config.data.views,
+        )
 
     def hidden(self, inputs: VideoInputs, *, stop: int) -> Tokens:
         """The residual stream after the first `stop` blocks; 0 is the patch embedding (SPEC 3.8)."""
@@ -122,9 +133,9 @@ class VideoDiT(nnx.Module):
     def _patchify(self, inputs: VideoInputs) -> Tokens:
         latents, (_, rows, columns) = inputs.latents, self.config.patch
         b, v, t, h, w, _ = latents.shape
-        if v != self.config.views or h % rows or w % columns:
+        if v != self.views or h % rows or w % columns:
             raise ValueError(
-                f"latents are {v} views of {h}x{w}; expected {self.config.views}, to be cut into patches of {rows}x{columns}"
+                f"latents are {v} views of {h}x{w}; expected {self.views}, to be cut into patches of {rows}x{columns}"
             )
         padding = jnp.zeros((b, v, h, w)) if inputs.padding_mask is None else inputs.padding_mask
         masks = (inputs.condition_mask[:, None, :, None, None, None], padding[:, :, None, :, :, None])

@@ -61,8 +61,8 @@ class KnownText:
     The empty instruction, which programs are compiled and measured with, has rows of zeros unless it is known.
     """
 
-    def __init__(self, features: FeatureCache, config: TextConfig):
-        self._features, self._config = features, config
+    def __init__(self, features: FeatureCache, config: TextConfig, width: int):
+        self._features, self._config, self._width = features, config, width
         self._encoder: TextEncoder | None = None
 
     def __call__(self, instruction: str) -> Float[np.ndarray, "rows width"]:
@@ -71,10 +71,10 @@ class KnownText:
         if known is not None:
             return np.pad(known, [(0, self._config.rows - len(known)), (0, 0)])
         if not instruction:
-            return np.zeros((self._config.rows, self._config.width), np.float32)
+            return np.zeros((self._config.rows, self._width), np.float32)
         if self._encoder is None:
             try:
-                self._encoder = make_text_encoder(self._config)
+                self._encoder = make_text_encoder(self._config, self._width)
             except ConfigError as error:
                 raise ConfigError(
                     f"instruction {instruction!r} is not one that the bundle has features of (launch/export.py "
@@ -146,7 +146,8 @@ def read_bundle(path: pathlib.Path) -> Bundle:
     vam, device = VideoActionModel(config), SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.eval_shape(lambda: vam.policy_params(vam.init(jax.random.key(0))))
     params = load_tree(path / "params", jax.tree.map(lambda leaf: leaf.update(sharding=device), shapes))
-    return Bundle(config, params, load_embodiments(path), KnownText(FeatureCache(path / "text"), config.text))
+    known = KnownText(FeatureCache(path / "text"), config.text, config.backbone.text_width)
+    return Bundle(config, params, load_embodiments(path), known)
 
 
 def _verify(path: pathlib.Path) -> None:

@@ -49,7 +49,7 @@ class Policy:
         self.normalizers = embodiment.normalizers(config)
         self.program = PolicyProgram(config, embodiment, seed)
         self.params = self.program.parameters(params)
-        self._encode_text = encode_text or make_text_encoder(config.text)
+        self._encode_text = encode_text or make_text_encoder(config.text, config.backbone.text_width)
         self._text: dict[str, np.ndarray] = {}
         self._plan = jax.jit(self.program, static_argnames="samples")
         self._key_data = jax.jit(lambda query: jax.random.key_data(jax.random.fold_in(jax.random.key(seed), query)))
@@ -119,10 +119,10 @@ class Policy:
 
         In real-time chunking that is two programs: of first plans, and of those that continue another one.
         """
-        data, text, start = self.config.data, self.config.text, time.perf_counter()
+        data, text, start = self.config.data, (self.config.text.rows, self.config.backbone.text_width), time.perf_counter()
         images = np.zeros((batch, len(data.cameras), data.past_frames, *data.image_size, 3), np.uint8)
-        proprio, rows = np.zeros((batch, self.embodiment.proprio_dim), np.float32), np.zeros((batch, text.rows, text.width))
-        arguments = images, proprio, rows.astype(np.float32), self._key_data(0)
+        proprio, rows = np.zeros((batch, self.embodiment.proprio_dim), np.float32), np.zeros((batch, *text), np.float32)
+        arguments = images, proprio, rows, self._key_data(0)
         jax.block_until_ready(self._plan(self.params, *arguments, None, samples=samples))
         if self.config.policy.strategy == "real_time_chunking" and samples is None:
             still = Committed(np.zeros((batch, 1, self.embodiment.action_dim), np.float32), 0)
@@ -167,7 +167,7 @@ class Policy:
 
     def _prefix(self, committed: Committed, batch: int) -> Prefix:
         """Committed actions in normalised units, filled up with zeros that do not count."""
-        (actions, delay), horizon = committed, self.config.decoder.action_horizon
+        (actions, delay), horizon = committed, self.config.data.action_horizon
         overlap = actions.shape[1] if actions.ndim == 3 else 0
         if actions.shape != (batch, overlap, self.embodiment.action_dim) or not 1 <= overlap <= horizon:
             raise ValueError(

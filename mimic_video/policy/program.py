@@ -40,17 +40,17 @@ class PolicyProgram:
 
     def input_shapes(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Of what a call takes after the parameters, for `batch` robots."""
-        data, text = self.vam.config.data, self.vam.config.text
+        config, data = self.vam.config, self.vam.config.data
         return {
             "images": jax.ShapeDtypeStruct((batch, len(data.cameras), data.past_frames, *data.image_size, 3), jnp.uint8),
             "proprio": jax.ShapeDtypeStruct((batch, self.embodiment.proprio_dim), jnp.float32),
-            "text": jax.ShapeDtypeStruct((batch, text.rows, text.width), jnp.float32),
+            "text": jax.ShapeDtypeStruct((batch, config.text.rows, config.backbone.text_width), jnp.float32),
             "key": jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))),
         }
 
     def prefix_shapes(self, batch: int) -> Prefix:
         """Of what chunks have to continue."""
-        chunk = (batch, self._decoder.action_horizon, self._decoder.action_dim)
+        chunk = (batch, self.vam.config.data.action_horizon, self._decoder.action_dim)
         return Prefix(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (chunk, chunk[:2])))  # type: ignore[arg-type]
 
     def __call__(

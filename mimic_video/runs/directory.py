@@ -28,74 +28,97 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from mimic_video.config import ConfigError, ExperimentConfig, experiment_from, to_dict
+from mimic_video.config import (
+    ConfigError,
+    ExperimentConfig,
+    Shaped,
+    describe,
+    shaping,
+    stored_experiment,
+    to_dict,
+    value_at,
+)
 from mimic_video.embodiments import Embodiment, from_table, to_table
 from mimic_video.parallel.distributed import agree
-from mimic_video.trees import flat
 from mimic_video.runs.storage import RunError, in_bucket, lease
 
-_MAY_CHANGE = (
-    "train.log_every",
-    "train.wandb_project",
-    "train.validate_every",
-    "train.validation_",
-    "train.checkpoint_every",
-    "train.keep_",
-    "train.remat",
-    "train.micro_batches",
-    "attention",
-    "text.model",
-    "text.cache",
-    "tokenizer.chunk_latents",
-    "mesh.",
-    "policy.",
-    "evaluation.",
-)
-# What the weights of a tokenizer and backbone depend on.
-MODEL_FIELDS = ("data.cameras", "tokenizer.kind", "tokenizer.width", "text.kind", "text.rows", "text.width", "backbone")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
 def write_config(run: epath.Path, config: ExperimentConfig) -> None:
-    """Records the configuration, of several hosts the first one; on resume, insists that it is the one the run was started with.
+    """Records the configuration, of several hosts the first one; on resume, insists that the run may go on with it.
 
     Raises:
         ConfigError: listing every field that changed and may not.
     """
     path = run / "config.json"
-    if path.exists():
-        before, now = flat(to_dict(read_config(run))), flat(to_dict(config))
-        changed = [
-            f"{name}: {before[name]!r} → {now[name]!r}"
-            for name in now
-            if before[name] != now[name] and not name.startswith(_MAY_CHANGE)
-        ]
-        if changed:
-            raise ConfigError(f"{run} holds a run with another configuration ({'; '.join(changed)}); use another --workdir")
+    if path.exists() and (changed := _forbidden_changes(run, read_config(run), config)):
+        raise ConfigError(f"{run} holds a run with another configuration ({'; '.join(changed)}); use another --workdir")
     if jax.process_index() == 0:
         run.mkdir(parents=True, exist_ok=True)
         write_json(path, to_dict(config))
 
 
+def _forbidden_changes(run: epath.Path, before: ExperimentConfig, now: ExperimentConfig) -> list[str]:
+    """What keeps a run from going on with another configuration, by field."""
+    allowed = {field.path: field.on_resume for field in describe(ExperimentConfig)}
+    changed = [path for path in _differences(before, now) if allowed[path] == "fixed" and path != "train.schedule_steps"]
+    messages = [f"{path}: {value_at(before, path)!r} → {value_at(now, path)!r}" for path in changed]
+    # However it is written, what counts is where the schedule ends; `train.steps` is free of it if that is said by itself.
+    if (end := before.train.schedule_end) != now.train.schedule_end and before.train.schedule == now.train.schedule:
+        messages.append(
+            f"train.schedule_steps: {before.train.schedule_steps} → {now.train.schedule_steps}, with train.steps: "
+            f"{before.train.steps} → {now.train.steps}; a schedule that is {now.train.schedule!r} and ends at step {end} needs "
+            f"train.schedule_steps={end} for that"
+        )
+    done = _steps_done(run)
+    if now.train.steps < done:
+        messages.append(f"train.steps: {before.train.steps} → {now.train.steps}, of which {done} are done")
+    return messages
+
+
+def _steps_done(run: epath.Path) -> int:
+    """The step of the newest checkpoint; 0 if there is none."""
+    folder = run / "checkpoints"
+    return max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=0) if folder.is_dir() else 0
+
+
+def _differences(one: ExperimentConfig, other: ExperimentConfig) -> list[str]:
+    """Dotted names of the fields in which two configurations differ."""
+    return [field.path for field in describe(ExperimentConfig) if value_at(one, field.path) != value_at(other, field.path)]
+
+
 def read_config(run: epath.Path) -> ExperimentConfig:
-    """The configuration of a run. Raises RunError if there is no run."""
+    """The configuration of a run or a bundle, which an earlier version may have written.
+
+    Raises:
+        RunError: if there is no run.
+        ConfigError: naming the field, if it cannot be read by this version.
+    """
     path = epath.Path(run) / "config.json"
     if not path.exists():
         raise RunError(f"{run} is not a run directory: it has no config.json")
-    return experiment_from(json.loads(path.read_text()))
+    try:
+        return stored_experiment(json.loads(path.read_text()))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
-def require_same_model(trained: ExperimentConfig, wanted: ExperimentConfig, fields: tuple[str, ...], run: epath.Path) -> None:
+def require_same_model(trained: ExperimentConfig, wanted: ExperimentConfig, run: epath.Path, *shaped: Shaped) -> None:
     """Checks that two experiments agree on what weights depend on.
 
+    Args:
+        run: where `trained` is from, for the message.
+        shaped: the networks that are taken over, and "window" if they have to have been trained on the same windows.
+
     Raises:
-        ConfigError: listing every field under `fields` whose value is not the one that `run` was trained with.
+        ConfigError: listing every field that one of `shaped` presupposes and whose value is not the one it was trained with.
     """
-    before, now = flat(to_dict(trained)), flat(to_dict(wanted))
+    presupposed = set(shaping(*shaped))
     changed = [
-        f"'{name}' is {now[name]!r}, there {before[name]!r}"
-        for name in now
-        if f"{name}.".startswith(tuple(f"{field}." for field in fields)) and before[name] != now[name]
+        f"'{path}' is {value_at(wanted, path)!r}, there {value_at(trained, path)!r}"
+        for path in _differences(trained, wanted)
+        if path in presupposed
     ]
     if changed:
         raise ConfigError(f"the weights of {run} do not fit this configuration: config field " + "; ".join(changed))

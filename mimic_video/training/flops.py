@@ -75,7 +75,7 @@ class Product:
 
 def video_tokens(config: ExperimentConfig) -> int:
     """Tokens of one sample's video in the backbone, and hidden states that the decoder attends to."""
-    (frames, height, width), (_, rows, columns) = config.data.latent_shape, config.backbone.patch
+    (frames, height, width, _), (_, rows, columns) = config.latent_shape, config.backbone.patch
     return len(config.data.cameras) * frames * (height // rows) * (width // columns)
 
 
@@ -105,10 +105,11 @@ def step_flops(config: ExperimentConfig) -> StepFlops:
 
 def backbone_products(config: ExperimentConfig, stop: int | None) -> Iterator[Product]:
     """Of one sample's pass through the first `stop` blocks; None for the whole backbone."""
-    net, (frames, *_), tokens = config.backbone, config.data.latent_shape, video_tokens(config)
+    net, (frames, *_), tokens = config.backbone, config.latent_shape, video_tokens(config)
+    channels = config.latent_shape[-1]
     width, text, patch = net.width, config.text.rows, math.prod(net.patch)
     blocks = net.num_blocks if stop is None else stop
-    yield Product(tokens, (net.latent_channels + 2) * patch, width, "patch_proj", live=False)
+    yield Product(tokens, (channels + 2) * patch, width, "patch_proj", live=False)
     yield Product(frames, width, width, "time_in", live=False)
     yield Product(frames, width, 3 * width, "time_out", live=_trained(config, "backbone", "time_in"))
     yield from _attention(config, "backbone", "self_attn", tokens, tokens, (tokens, width, True), blocks)
@@ -118,16 +119,16 @@ def backbone_products(config: ExperimentConfig, stop: int | None) -> Iterator[Pr
     yield from _block_modulations(config, "backbone", modulated, blocks)
     if stop is None:
         yield from _modulation(config, "backbone", "final_modulation", modulated, 2, 1)
-        yield Product(tokens, width, net.latent_channels * patch, "final_proj")
+        yield Product(tokens, width, channels * patch, "final_proj")
 
 
 def decoder_products(config: ExperimentConfig) -> Iterator[Product]:
     """Of one sample: its context once, and every action noise draw."""
     net, draws, context = config.decoder, config.train.action_draws, video_tokens(config)
-    width, rank, acted = net.width, net.time_rank, draws * net.action_horizon
-    tokens = draws * (bool(net.embodiments) + net.obs_horizon + net.action_horizon)
+    width, rank, acted = net.width, net.time_rank, draws * config.data.action_horizon
+    tokens = draws * (bool(net.embodiments) + 1 + config.data.action_horizon)
     blocks, whole = net.num_blocks, config.lora.rank == 0
-    for name, rows, inputs in (("proprio", net.obs_horizon, net.proprio_dim), ("action", acted, net.action_dim)):
+    for name, rows, inputs in (("proprio", 1, net.proprio_dim), ("action", acted, net.action_dim)):
         for layer, (a, b) in enumerate(itertools.pairwise(embedder_widths(inputs, width))):
             yield Product(rows, a, b, f"{name}_embedder/layers/{layer}", live=layer > 0 and whole)
     for name, rows in (("action", tokens), ("video", 1)):

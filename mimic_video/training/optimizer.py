@@ -16,7 +16,7 @@ def make_schedule(config: TrainConfig) -> optax.Schedule:
 
     "wsd" is constant until `decay_steps` before that end and falls from there on a straight line.
     """
-    remaining = (config.schedule_steps or config.steps) - config.warmup_steps
+    remaining = config.schedule_end - config.warmup_steps
     stable = remaining - config.decay_steps
     peak, final = config.learning_rate, config.learning_rate * config.final_fraction
     after = {

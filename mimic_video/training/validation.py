@@ -94,7 +94,7 @@ def make_action_curves(vam: VideoActionModel, mesh: Mesh) -> Curves:
 
     Padded actions, and dimensions that a robot lacks, do not count. Recorded actions are as the normaliser clamps them.
     """
-    grid, past = solvers.karras_sigmas(vam.config.policy.video_steps), vam.config.data.past_latents
+    grid, past = solvers.karras_sigmas(vam.config.policy.video_steps), vam.config.past_latents
     steps = np.unique(np.linspace(0, len(grid) - 1, _CURVE_POINTS).round().astype(int)).tolist()
     times = matching.flow_time(grid[steps])
     key = jax.random.key(vam.config.seed)
@@ -169,7 +169,7 @@ def make_video_samples(vam: VideoActionModel, mesh: Mesh) -> Callable[[Params, P
         )
         latents = vam.latents(everything, few)
         noise = vam.draw_noise(jax.random.key(vam.config.seed), len(latents))["video"]
-        past = latents[:, :, : vam.config.data.past_latents]
+        past = latents[:, :, : vam.config.past_latents]
         predicted = vam.sample_video(everything, Conditioning(past, few.text, few.view_mask), noise)
         return vam.decode_video(everything, latents) if few.video is None else few.video, predicted
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mimic_video.config import TokenizerConfig, VideoDiTConfig
-from mimic_video.models.wan_vae import LATENT_MEAN, LATENT_STD
+from mimic_video.models.wan_vae import CHANNELS, LATENT_MEAN, LATENT_STD
 from mimic_video.weights.published import Names, Place, WeightsError
 
 
@@ -49,13 +49,14 @@ def _decimals(values: np.ndarray) -> list[float]:
 
 # What our networks have no counterpart for: field → the only value that they are. An absent field has that value in diffusers.
 _DIT_FIXED = {
+    "out_channels": CHANNELS,
     "concat_padding_mask": True,
     "use_crossattn_projection": False,
     "img_context_dim_in": None,
     "controlnet_block_every_n": None,
 }
 _VAE_FIXED = {
-    "z_dim": 16,
+    "z_dim": CHANNELS,
     "dim_mult": [1, 2, 4, 4],
     "num_res_blocks": 2,
     "attn_scales": [],
@@ -101,7 +102,6 @@ def video_dit_config(values: Mapping[str, Any], hidden_block: int) -> VideoDiTCo
         mlp_ratio=float(values["mlp_ratio"]),
         text_width=values["text_embed_dim"],
         adaln_lora_dim=values["adaln_lora_dim"],
-        latent_channels=values["out_channels"],
         patch=tuple(values["patch_size"]),
         rope_ratio=ratio,
         hidden_block=hidden_block,

@@ -73,7 +73,7 @@ def small(**changes):
     """Wide enough for what TPUs do by default: heads of 128 and tokens enough for splash attention."""
     values = {
         "precision": "bfloat16",
-        "text": {"rows": 128, "width": 128},
+        "text": {"rows": 128},
         "data": {"image_size": (128, 128)},
         "backbone": {"width": 256, "num_blocks": 4, "text_width": 128, "hidden_block": 3},
         "train": {"remat": "full", "batch_size": 4},
@@ -105,9 +105,9 @@ def test_a_policy_compiled_for_one_tpu(form, topology):
     changes = {"policy": {"weights": "int8"}} if form == "int8" else {}
     if "camera" in form:
         changes = {"data": {"image_size": (128, 128), "cameras": ("primary", "wrist")}, "decoder": {"embodiments": 2}}
-    backbone = {"width": 256, "num_blocks": 2, "text_width": 128, "hidden_block": 1, "views": 1 + ("camera" in form)}
+    backbone = {"width": 256, "num_blocks": 2, "text_width": 128, "hidden_block": 1}
     config = small(backbone=backbone, **changes)
-    decoder = dataclasses.replace(config.decoder, width=256, action_horizon=60)
+    decoder = dataclasses.replace(config.decoder, width=256)
     config = dataclasses.replace(config, decoder=decoder, data=dataclasses.replace(config.data, action_horizon=60))
     robot = dataclasses.replace(aot.widest_robot(config), cameras=("primary",))
     arguments = {"samples": 3 if form == "samples" else None, "continuing": form == "continuing", "robot": robot}

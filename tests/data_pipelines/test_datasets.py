@@ -7,13 +7,12 @@ from data_pipelines.datasets import check_dataset, open_datasets
 from data_pipelines.mixture import Phase
 from data_pipelines.sources.rlds import DatasetError, RldsSource
 from data_pipelines.writers import write_rlds
-from mimic_video.config import ActionDecoderConfig, ConfigError, DataConfig, ExperimentConfig, PolicyConfig, VideoDiTConfig
+from mimic_video.config import ActionDecoderConfig, ConfigError, DataConfig, ExperimentConfig, PolicyConfig
 
 
-def experiment_of(stage: str, data: DataConfig, views: int = 1, **decoder: int) -> ExperimentConfig:
-    decoder = ActionDecoderConfig(**{"action_horizon": 4, "action_dim": 2, "proprio_dim": 3} | decoder)
-    backbone = VideoDiTConfig(views=views)
-    return ExperimentConfig(stage=stage, data=data, backbone=backbone, decoder=decoder, policy=PolicyConfig(execute_steps=2))
+def experiment_of(stage: str, data: DataConfig, **decoder: int) -> ExperimentConfig:
+    decoder = ActionDecoderConfig(**{"action_dim": 2, "proprio_dim": 3} | decoder)
+    return ExperimentConfig(stage=stage, data=data, decoder=decoder, policy=PolicyConfig(execute_steps=2))
 
 
 @pytest.mark.parametrize(
@@ -73,10 +72,10 @@ def test_several_directories_go_by_their_names(tmp_path, config):
 def test_a_camera_that_some_dataset_has(tmp_path, config):
     one, two = write(tmp_path, "one", 12), write(tmp_path, "two", 15, wrist=True)
     config = dataclasses.replace(config, cameras=("primary", "wrist"), video_dataset=f"{one},{two}")
-    windows = open_datasets(experiment_of("video", config, views=2), "train").windows
+    windows = open_datasets(experiment_of("video", config), "train").windows
     assert {name: each.cameras for name, each in windows.items()} == {"one": ("primary",), "two": ("primary", "wrist")}
     with pytest.raises(DatasetError, match=r"'data.cameras' has 'wrist', which none of one has"):
-        open_datasets(experiment_of("video", dataclasses.replace(config, video_dataset=str(one)), views=2), "train")
+        open_datasets(experiment_of("video", dataclasses.replace(config, video_dataset=str(one))), "train")
 
 
 @pytest.mark.parametrize(

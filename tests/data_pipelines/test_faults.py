@@ -52,7 +52,7 @@ def write(folder, file_format, lengths):
 def stream(path, config, *, skip_broken=False, workers=0):
     """Batches of a dataset as training has them."""
     data = dataclasses.replace(config, action_dataset=str(path), skip_broken=skip_broken)
-    decoder = ActionDecoderConfig(action_horizon=4, action_dim=2, proprio_dim=3)
+    decoder = ActionDecoderConfig(action_dim=2, proprio_dim=3)
     experiment = ExperimentConfig(stage="action", data=data, decoder=decoder, policy=PolicyConfig(execute_steps=2))
     windows, phases = open_datasets(experiment, "train")
     mixture = Mixture([len(each) for each in windows.values()], phases, BATCH, seed=0)

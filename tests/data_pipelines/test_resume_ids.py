@@ -22,7 +22,7 @@ COUNTS = [502, 101, 301, 50, 70]  # of 1024; by weight 501.96, 100.39, 301.18, 5
 CONFIG = DataConfig(
     image_size=SIZE, past_frames=1, future_frames=4, video_hz=10.0, action_horizon=4, control_hz=10.0, action_delay=0.1
 )
-DECODER = ActionDecoderConfig(action_horizon=4, action_dim=2, proprio_dim=3)
+DECODER = ActionDecoderConfig(action_dim=2, proprio_dim=3)
 BATCH, STOP, NEXT = 64, 5, 16  # 1,024 samples after the stop, across the end of a block
 
 

@@ -285,7 +285,7 @@ def test_configurations_of_other_networks(convert, source):
     longer = tiny.experiment(
         tokenizer={"kind": "wan", "width": 2},
         data={"action_horizon": 6},
-        decoder={"action_horizon": 6, "action_dim": 10, "proprio_dim": 10},
+        decoder={"action_dim": 10, "proprio_dim": 10},
     )
     assert_refused(convert(source, *PATTERNS, config=longer), r"'action' has shape \(4, 10\); the decoder expects \(6, 10\)")
 

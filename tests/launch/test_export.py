@@ -99,7 +99,7 @@ def inputs():
     return {
         "images": IMAGES,
         "proprio": PROPRIO,
-        "text": make_text_encoder(CONFIG.text)(INSTRUCTION)[None],
+        "text": make_text_encoder(CONFIG.text, CONFIG.backbone.text_width)(INSTRUCTION)[None],
         "key": np.asarray(jax.random.key_data(key)),
         "instruction": INSTRUCTION,
     }

@@ -31,7 +31,7 @@ def experiment_file(tmp_path_factory, model, config_file):
     splits = {"train": [tiny.episode(15, seed) for seed in (0, 1)], "val": [tiny.episode(15, 2)]}
     folder = tmp_path_factory.mktemp("data")
     data = write_rlds(folder, "tiny", splits, control_hz=10.0, image_size=tiny.SIZE, description="Noise.")
-    text = {"kind": "t5", "rows": ROWS, "width": tiny_t5.WIDTH, "model": str(model)}
+    text = {"kind": "t5", "rows": ROWS, "model": str(model)}
     backbone = {"text_width": tiny_t5.WIDTH}
     return config_file(tiny.experiment(text=text, backbone=backbone, data={"action_dataset": str(data)}))
 
@@ -59,9 +59,9 @@ def test_instructions_of_every_split_and_lines_of_a_file(precompute, model, tmp_
     assert re.search(r"5 prompts: 0 are in .*cache, 5 to embed\n", output) and "embedded 5 prompts in" in output
     prompts = ["do task 0", "do task 1", "hebe das Möhrchen auf", "pick up the carrot", "put the pot left"]
     assert prompts_in(tmp_path / "cache") == prompts
-    config = {"kind": "t5", "rows": ROWS, "width": tiny_t5.WIDTH}
-    cached = make_text_encoder(TextConfig(**config, model="elsewhere/model", cache=str(tmp_path / "cache")))
-    encode = make_text_encoder(TextConfig(**config, model=str(model)))
+    config = {"kind": "t5", "rows": ROWS}
+    cached = make_text_encoder(TextConfig(**config, model="elsewhere/model", cache=str(tmp_path / "cache")), tiny_t5.WIDTH)
+    encode = make_text_encoder(TextConfig(**config, model=str(model)), tiny_t5.WIDTH)
     for prompt in prompts:
         np.testing.assert_allclose(cached(prompt), encode(prompt), atol=1e-5)
 

@@ -57,7 +57,7 @@ def assert_says(message, *parts):
             [r"image size of camera 'primary' \(16, 32\)", r"'data\.image_size' is \(32, 32\)"],
         ),
         (
-            ["--config.data.action_horizon=40", "--config.decoder.action_horizon=40"],
+            ["--config.data.action_horizon=40"],
             [r"'data\.action_horizon' is 40", r"1\.40 s"],
         ),
         (["--config.data.future_frames=20"], [r"'data\.future_frames' is 20", r"1\.40 s"]),

@@ -1,4 +1,3 @@
-import dataclasses
 import math
 
 import jax
@@ -17,8 +16,6 @@ CONFIG = ActionDecoderConfig(
     mlp_ratio=2.0,
     adaln_lora_dim=4,
     time_rank=8,
-    obs_horizon=2,
-    action_horizon=5,
     proprio_dim=3,
     action_dim=2,
 )
@@ -29,14 +26,18 @@ def random(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
 
 
-def abstract(config, context_width):
-    return nnx.split(nnx.eval_shape(lambda: ActionDecoder(config, context_width, nnx.Rngs(0))))
+def make(config=CONFIG, context_width=CONTEXT, action_horizon=5, obs_horizon=2):
+    return ActionDecoder(config, context_width, action_horizon, nnx.Rngs(0), obs_horizon=obs_horizon)
+
+
+def abstract(*arguments):
+    return nnx.split(nnx.eval_shape(lambda: make(*arguments)))
 
 
 @pytest.fixture(scope="module")
 def decoder():
     """(graphdef, state) of a small decoder."""
-    return jax.jit(lambda: nnx.split(ActionDecoder(CONFIG, CONTEXT, nnx.Rngs(0)))[1])(), abstract(CONFIG, CONTEXT)[0]
+    return jax.jit(lambda: nnx.split(make())[1])(), abstract()[0]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def inputs(batch=2):
 
 @pytest.mark.parametrize(("horizon", "parameters"), [(15, 498_990_730), (60, 499_036_810)])
 def test_published_sizes(horizon, parameters):
-    _, state = abstract(dataclasses.replace(ActionDecoderConfig(), action_horizon=horizon), 2048)
+    _, state = abstract(ActionDecoderConfig(), 2048, horizon, 1)
     leaves = jax.tree_util.tree_leaves_with_path(state)
     assert sum(math.prod(leaf.shape) for _, leaf in leaves) == parameters
     stacked = [leaf for path, leaf in leaves if "blocks" in jax.tree_util.keystr(path)]

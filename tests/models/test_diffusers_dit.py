@@ -107,7 +107,7 @@ def run_theirs(model, inputs, dtype):
 def make_ours(model, settings, dtype):
     """Our network with their weights: inputs → output, compiled."""
     config = video_dit_config(settings, hidden_block=1)
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: VideoDiT(config, nnx.Rngs(0))))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: VideoDiT(config, 16, nnx.Rngs(0))))
     tensors = {name: parameter.float().numpy() for name, parameter in model.named_parameters()}
     params = import_params(tensors, DIFFUSERS_DIT_NAMES, nnx.to_pure_dict(state), dtype=dtype)
     network = jax.jit(lambda params, inputs: nnx.merge(graphdef, nnx.State(params))(VideoInputs(*inputs))[:, 0])

@@ -36,7 +36,7 @@ def random_params(shapes):
 def test_bfloat16_stays_close_to_float32(blocks, bound):
     """`bound` is of the root mean square error relative to that of the float32 result."""
     config = VideoDiTConfig(num_blocks=blocks, hidden_block=min(20, blocks))
-    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: VideoDiT(config, nnx.Rngs(0), CompatConfig.published())))
+    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: VideoDiT(config, 16, nnx.Rngs(0), CompatConfig.published())))
     params = random_params(nnx.to_pure_dict(shapes))
     if blocks == CONFIG.num_blocks:
         assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 1_956_413_440

@@ -30,7 +30,7 @@ ROWS = 48
 
 @pytest.fixture
 def encode():
-    return make_text_encoder(TextConfig(rows=6, width=32))
+    return make_text_encoder(TextConfig(rows=6), 32)
 
 
 def test_rows_past_the_end_are_zero(encode):
@@ -78,7 +78,11 @@ def cache(tmp_path):
 
 
 def t5(model, cache="", **fields):
-    return TextConfig(kind="t5", **{"rows": ROWS, "width": tiny_t5.WIDTH, "model": str(model), "cache": str(cache)} | fields)
+    return TextConfig(kind="t5", **{"rows": ROWS, "model": str(model), "cache": str(cache)} | fields)
+
+
+def encoder_of(config, width=tiny_t5.WIDTH):
+    return make_text_encoder(config, width)
 
 
 def published(model, prompt, rows=ROWS):
@@ -105,7 +109,7 @@ def without_libraries(monkeypatch):
 
 
 def test_t5_features_are_those_of_the_published_procedure(saved):
-    encode = make_text_encoder(t5(saved[0]))
+    encode = encoder_of(t5(saved[0]))
     pieces = sentencepiece.SentencePieceProcessor(str(saved[0] / "spiece.model"))
     for prompt in PROMPTS:
         features, length = encode(prompt), len(pieces.encode(prompt)) + 1  # the end token
@@ -117,7 +121,7 @@ def test_t5_features_are_those_of_the_published_procedure(saved):
 
 
 def test_prompts_encoded_together_are_as_if_encoded_alone(saved, cache):
-    together, alone = T5TextEncoder(t5(saved[0], cache)), T5TextEncoder(t5(saved[0]))
+    together, alone = T5TextEncoder(t5(saved[0], cache), tiny_t5.WIDTH), T5TextEncoder(t5(saved[0]), tiny_t5.WIDTH)
     assert together.missing([*PROMPTS, CARROT]) == PROMPTS
     together.add(PROMPTS)
     assert together.missing(PROMPTS) == [] and len(entries(cache)) == len(PROMPTS)
@@ -126,7 +130,7 @@ def test_prompts_encoded_together_are_as_if_encoded_alone(saved, cache):
 
 
 def test_a_prompt_of_too_many_tokens_is_cut_with_a_warning(saved, caplog):
-    encode = make_text_encoder(t5(saved[0], rows=5))
+    encode = encoder_of(t5(saved[0], rows=5))
     features = encode(LONG)
     assert re.search(rf"text\.rows is 5; cut from \d\d tokens: '{LONG}'", caplog.text)
     np.testing.assert_allclose(features, published(saved[0], LONG, rows=5), atol=1e-5)
@@ -137,24 +141,24 @@ def test_a_prompt_of_too_many_tokens_is_cut_with_a_warning(saved, caplog):
 
 
 def test_cut_features_are_not_used_for_more_rows(saved, cache):
-    make_text_encoder(t5(saved[0], cache, rows=5))(LONG)
-    assert np.abs(make_text_encoder(t5(saved[0], cache))(LONG)[5:15]).max() > 0.01
+    encoder_of(t5(saved[0], cache, rows=5))(LONG)
+    assert np.abs(encoder_of(t5(saved[0], cache))(LONG)[5:15]).max() > 0.01
 
 
 def test_bfloat16(saved, cache):
-    exact, rounded = (make_text_encoder(t5(saved[0], cache, precision=p))(LONG) for p in ("float32", "bfloat16"))
+    exact, rounded = (encoder_of(t5(saved[0], cache, precision=p))(LONG) for p in ("float32", "bfloat16"))
     assert rounded.dtype == np.float32
     np.testing.assert_array_equal(rounded, torch.tensor(rounded).bfloat16().float().numpy())
     assert 0 < np.abs(rounded - exact).max() < 0.1 * np.abs(exact).max()
 
 
 def test_weights_as_pytorch_files_and_a_tokenizer_as_sentencepiece(saved, tmp_path):
-    old, encode = tmp_path / "old", make_text_encoder(t5(saved[0]))
+    old, encode = tmp_path / "old", encoder_of(t5(saved[0]))
     old.mkdir()
     shutil.copy(saved[0] / "config.json", old)
     shutil.copy(saved[0] / "spiece.model", old)
     torch.save(T5ForConditionalGeneration.from_pretrained(saved[0]).state_dict(), old / "pytorch_model.bin")
-    np.testing.assert_array_equal(make_text_encoder(t5(old))(LONG), encode(LONG))
+    np.testing.assert_array_equal(encoder_of(t5(old))(LONG), encode(LONG))
 
 
 def test_weights_in_several_files(saved, tmp_path):
@@ -163,39 +167,39 @@ def test_weights_in_several_files(saved, tmp_path):
     T5ForConditionalGeneration.from_pretrained(saved[0]).save_pretrained(folder, max_shard_size="8KB")
     shards = sorted(folder.glob("model-*.safetensors"))
     assert len(shards) > 2
-    np.testing.assert_array_equal(make_text_encoder(t5(folder))(LONG), make_text_encoder(t5(saved[0]))(LONG))
+    np.testing.assert_array_equal(encoder_of(t5(folder))(LONG), encoder_of(t5(saved[0]))(LONG))
     before = fingerprint(folder)
     shards[1].write_bytes(shards[1].read_bytes()[:-1] + b"x")
     assert fingerprint(folder) != before
     shards[1].unlink()
     with pytest.raises(ConfigError, match=f"has no {shards[1].name}, which its model.safetensors.index.json names"):
-        make_text_encoder(t5(folder))
+        encoder_of(t5(folder))
 
 
 def test_a_model_by_its_name_among_what_was_downloaded(saved, tmp_path, cache, monkeypatch):
     hub, commit = tmp_path / "hub", "0" * 40
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
     with pytest.raises(ConfigError, match=r"text\.model' is 'google-t5/t5-tiny', which is not on this machine"):
-        make_text_encoder(t5("google-t5/t5-tiny"))
+        encoder_of(t5("google-t5/t5-tiny"))
     repository = hub / "models--google-t5--t5-tiny"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(commit)
     shutil.copytree(saved[0], repository / "snapshots" / commit)
-    features = make_text_encoder(t5("google-t5/t5-tiny", cache))(CARROT)
+    features = encoder_of(t5("google-t5/t5-tiny", cache))(CARROT)
     (repository / "snapshots" / commit / "model.safetensors").unlink()  # as when only its configuration was asked for
-    np.testing.assert_array_equal(make_text_encoder(t5("google-t5/t5-tiny", cache))(CARROT), features)
-    np.testing.assert_array_equal(make_text_encoder(t5(saved[0], cache))(CARROT), features)
+    np.testing.assert_array_equal(encoder_of(t5("google-t5/t5-tiny", cache))(CARROT), features)
+    np.testing.assert_array_equal(encoder_of(t5(saved[0], cache))(CARROT), features)
 
 
 def test_a_cache_serves_a_machine_without_model_and_libraries(saved, cache):
-    features = make_text_encoder(t5(saved[0], cache))(LONG)
+    features = encoder_of(t5(saved[0], cache))(LONG)
     script = f"""
         import sys
         for name in ("torch", "transformers", "huggingface_hub", "sentencepiece", "tokenizers", "tensorflow"):
             sys.modules[name] = None
         from mimic_video.config import TextConfig
         from mimic_video.models.text import make_text_encoder
-        encode = make_text_encoder(TextConfig(kind="t5", rows={ROWS}, width=16, model="nowhere/t5-tiny", cache={str(cache)!r}))
+        encode = make_text_encoder(TextConfig(kind="t5", rows={ROWS}, model="nowhere/t5-tiny", cache={str(cache)!r}), 16)
         sys.stdout.buffer.write(encode({LONG!r}).tobytes())
     """
     output = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, check=True).stdout
@@ -205,13 +209,13 @@ def test_a_cache_serves_a_machine_without_model_and_libraries(saved, cache):
 def test_no_model_is_loaded_for_prompts_that_are_kept(saved, cache, without_libraries):
     config = t5(saved[0], cache)
     with pytest.raises(ConfigError, match=r"extra 'text' .*pip install 'mimic-video-jax\[text\]'"):
-        make_text_encoder(config)(CARROT)
+        encoder_of(config)(CARROT)
     FeatureCache(cache / f"t5-tiny-float32-{ROWS}rows-{fingerprint(saved[0])}")[CARROT] = np.ones((3, 16), np.float32)
-    assert make_text_encoder(config)(CARROT).sum() == 3 * 16
+    assert encoder_of(config)(CARROT).sum() == 3 * 16
 
 
 def test_an_entry_can_be_read_by_people_and_holds_real_rows_only(saved, cache):
-    make_text_encoder(t5(saved[0], cache))("Pick up the CARROT, s'il te plaît!")
+    encoder_of(t5(saved[0], cache))("Pick up the CARROT, s'il te plaît!")
     (path,) = entries(cache)
     assert re.fullmatch(
         rf"t5-tiny-float32-{ROWS}rows-[0-9a-f]{{16}}/pick_up_the_carrot_s_il_te_pla_t-[0-9a-f]{{16}}\.npz",
@@ -223,21 +227,21 @@ def test_an_entry_can_be_read_by_people_and_holds_real_rows_only(saved, cache):
 
 
 def test_prompts_that_differ_only_in_case_or_marks_have_their_own_features(saved, cache):
-    encode, keep = make_text_encoder(t5(saved[0], cache)), make_text_encoder(t5(saved[0]))
+    encode, keep = encoder_of(t5(saved[0], cache)), encoder_of(t5(saved[0]))
     for prompt in ("put", "Put", "put.", "字", "文"):
         np.testing.assert_array_equal(encode(prompt), keep(prompt))
     assert len(entries(cache)) == 5
 
 
 def test_features_of_other_weights_of_the_same_name_are_not_used(saved, cache, caplog):
-    first = make_text_encoder(t5(saved[0], cache))(CARROT)
-    second = make_text_encoder(t5(saved[1], cache))(CARROT)
+    first = encoder_of(t5(saved[0], cache))(CARROT)
+    second = encoder_of(t5(saved[1], cache))(CARROT)
     assert "features of another model" in caplog.text and f"t5-tiny-float32-{ROWS}rows-{fingerprint(saved[0])}" in caplog.text
     assert np.abs(first - second).max() > 0.01
     np.testing.assert_allclose(second, published(saved[1], CARROT), atol=1e-5)
-    np.testing.assert_array_equal(make_text_encoder(t5(saved[0], cache))(CARROT), first)
+    np.testing.assert_array_equal(encoder_of(t5(saved[0], cache))(CARROT), first)
     with pytest.raises(ConfigError, match=rf"keep one of .*{fingerprint(saved[0])}"):  # which of the two, nobody knows
-        make_text_encoder(t5("nowhere/t5-tiny", cache))
+        encoder_of(t5("nowhere/t5-tiny", cache))
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "spiece.model", "tokenizer_config.json", "model.safetensors"])
@@ -264,8 +268,8 @@ def test_a_fingerprint_samples_weights_that_are_large(model):
 
 
 def test_a_prompt_that_nothing_knows(saved, cache):
-    make_text_encoder(t5(saved[0], cache))(CARROT)
-    encode = make_text_encoder(t5("nowhere/t5-tiny", cache))
+    encoder_of(t5(saved[0], cache))(CARROT)
+    encode = encoder_of(t5("nowhere/t5-tiny", cache))
     message = r"'zebra!' is not in text\.cache .* text\.model 'nowhere/t5-tiny' is not on this machine.*precompute_text\.py"
     with pytest.raises(ConfigError, match=message):
         encode("zebra!")
@@ -273,22 +277,22 @@ def test_a_prompt_that_nothing_knows(saved, cache):
 
 @pytest.mark.parametrize("fields", [{"rows": 24}, {"precision": "bfloat16"}])
 def test_a_cache_of_another_configuration(saved, cache, fields):
-    make_text_encoder(t5(saved[0], cache))(CARROT)
+    encoder_of(t5(saved[0], cache))(CARROT)
     with pytest.raises(ConfigError, match=r"text\.cache .* has no folder t5-tiny-.*-\*"):
-        make_text_encoder(t5("nowhere/t5-tiny", cache, **fields))
+        encoder_of(t5("nowhere/t5-tiny", cache, **fields))
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b[:200] + b"xx" + b[202:]])
 def test_a_damaged_entry_is_encoded_again_or_an_error(saved, cache, caplog, damage):
-    features = make_text_encoder(t5(saved[0], cache))(LONG)
+    features = encoder_of(t5(saved[0], cache))(LONG)
     (path,) = entries(cache)
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ConfigError, match=rf"{path.name}.* cannot be read: .*copy it here again"):
-        make_text_encoder(t5("nowhere/t5-tiny", cache))(LONG)
-    assert T5TextEncoder(t5(saved[0], cache)).missing([LONG]) == [LONG]
-    np.testing.assert_array_equal(make_text_encoder(t5(saved[0], cache))(LONG), features)
+        encoder_of(t5("nowhere/t5-tiny", cache))(LONG)
+    assert T5TextEncoder(t5(saved[0], cache), tiny_t5.WIDTH).missing([LONG]) == [LONG]
+    np.testing.assert_array_equal(encoder_of(t5(saved[0], cache))(LONG), features)
     assert path.name in caplog.text and "encoded again" in caplog.text
-    np.testing.assert_array_equal(make_text_encoder(t5("nowhere/t5-tiny", cache))(LONG), features)
+    np.testing.assert_array_equal(encoder_of(t5("nowhere/t5-tiny", cache))(LONG), features)
 
 
 def test_an_entry_of_another_prompt_or_type_is_damaged(cache):
@@ -340,7 +344,7 @@ def test_a_write_that_fails_leaves_nothing(cache, monkeypatch):
 
 
 def test_many_threads_share_an_encoder(saved, cache):
-    encode, alone = make_text_encoder(t5(saved[0], cache)), make_text_encoder(t5(saved[0]))
+    encode, alone = encoder_of(t5(saved[0], cache)), encoder_of(t5(saved[0]))
     with ThreadPoolExecutor(8) as pool:
         features = list(pool.map(encode, PROMPTS * 6))
     for prompt, found in zip(PROMPTS * 6, features, strict=True):
@@ -348,7 +352,7 @@ def test_many_threads_share_an_encoder(saved, cache):
 
 
 def test_worker_processes_use_the_same_cache(saved, cache):
-    encode = make_text_encoder(t5(saved[0], cache))
+    encode = encoder_of(t5(saved[0], cache))
     features = encode(CARROT)  # with its model loaded, and a lock
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(encode))(CARROT), features)
 
@@ -363,34 +367,34 @@ def test_worker_processes_use_the_same_cache(saved, cache):
 def test_a_folder_that_lacks_a_file(model, name, message):
     (model / name).unlink()
     with pytest.raises(ConfigError, match=message):
-        make_text_encoder(t5(model))
+        encoder_of(t5(model))
 
 
 def test_a_folder_that_lacks_its_tokenizer(model):
     (model / "tokenizer.json").unlink()
     (model / "spiece.model").unlink()
     with pytest.raises(ConfigError, match=r"has no tokenizer\.json or spiece\.model"):
-        make_text_encoder(t5(model))
+        encoder_of(t5(model))
 
 
 def test_a_model_that_is_none(tmp_path):
     with pytest.raises(ConfigError, match=r"text\.model' is '.*nowhere', which is not on this machine, and text\.cache is empty"):
-        make_text_encoder(t5(tmp_path / "nowhere"))
+        encoder_of(t5(tmp_path / "nowhere"))
 
 
 def test_a_width_that_is_not_the_models(saved, cache):
-    with pytest.raises(ConfigError, match=r"'text\.width' is 24; expected 16, the width of text\.model"):
-        make_text_encoder(t5(saved[0], width=24))
-    make_text_encoder(t5(saved[0], cache))(CARROT)
-    with pytest.raises(ConfigError, match=r"'text\.width' is 24; expected 16, the width of features in text\.cache"):
-        make_text_encoder(t5("nowhere/t5-tiny", cache, width=24))(CARROT)
+    with pytest.raises(ConfigError, match=r"'backbone\.text_width' is 24; expected 16, that of text\.model"):
+        encoder_of(t5(saved[0]), 24)
+    encoder_of(t5(saved[0], cache))(CARROT)
+    with pytest.raises(ConfigError, match=r"'backbone\.text_width' is 24; expected 16, the width of features in text\.cache"):
+        encoder_of(t5("nowhere/t5-tiny", cache), 24)(CARROT)
 
 
 def test_a_model_of_another_type(model):
     values = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(values | {"model_type": "umt5"}))
     with pytest.raises(ConfigError, match=r"a model of type 'umt5'; expected 't5'"):
-        make_text_encoder(t5(model))
+        encoder_of(t5(model))
 
 
 def test_weights_that_are_damaged_or_incomplete(model):
@@ -400,7 +404,7 @@ def test_weights_that_are_damaged_or_incomplete(model):
     name = "encoder.block.1.layer.0.SelfAttention.q.weight"
     save_file({key: value for key, value in weights.items() if key != name}, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(ConfigError, match=f"has no weights for {re.escape(name)}"):
-        make_text_encoder(t5(model))(CARROT)
+        encoder_of(t5(model))(CARROT)
     (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(ConfigError, match=rf"text\.model {model} cannot be loaded on 'cpu'"):
-        make_text_encoder(t5(model))(CARROT)
+        encoder_of(t5(model))(CARROT)

@@ -12,9 +12,7 @@ from mimic_video.models.protocols import VideoInputs
 from mimic_video.models.rope import rope_angles, rotate
 from mimic_video.models.video_dit import VideoDiT, time_features
 
-CONFIG = VideoDiTConfig(
-    width=16, num_blocks=3, num_heads=2, mlp_ratio=2.0, text_width=6, adaln_lora_dim=4, latent_channels=3, hidden_block=2
-)
+CONFIG = VideoDiTConfig(width=16, num_blocks=3, num_heads=2, mlp_ratio=2.0, text_width=6, adaln_lora_dim=4, hidden_block=2)
 
 
 def random(*shape, seed=0):
@@ -23,12 +21,12 @@ def random(*shape, seed=0):
 
 @pytest.fixture(scope="module")
 def graphdef():
-    return nnx.split(nnx.eval_shape(lambda: VideoDiT(CONFIG, nnx.Rngs(0))))[0]
+    return nnx.split(nnx.eval_shape(lambda: VideoDiT(CONFIG, 3, nnx.Rngs(0))))[0]
 
 
 @pytest.fixture(scope="module")
 def state():
-    return jax.jit(lambda: nnx.split(VideoDiT(CONFIG, nnx.Rngs(0)))[1])()
+    return jax.jit(lambda: nnx.split(VideoDiT(CONFIG, 3, nnx.Rngs(0)))[1])()
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +49,7 @@ def inputs(batch=2):
 
 
 def test_published_size():
-    _, state = nnx.split(nnx.eval_shape(lambda: VideoDiT(VideoDiTConfig(), nnx.Rngs(0))))
+    _, state = nnx.split(nnx.eval_shape(lambda: VideoDiT(VideoDiTConfig(), 16, nnx.Rngs(0))))
     leaves = jax.tree_util.tree_leaves_with_path(state)
     assert sum(math.prod(leaf.shape) for _, leaf in leaves) == 1_956_413_440
     stacked = [leaf for path, leaf in leaves if "blocks" in jax.tree_util.keystr(path)]
@@ -176,7 +174,7 @@ def test_latents_that_cannot_be_cut_into_patches(graphdef, state):
 def test_another_number_of_blocks_only_changes_the_leading_axis():
     def shapes(depth):
         config = dataclasses.replace(CONFIG, num_blocks=depth)
-        leaves = jax.tree_util.tree_leaves_with_path(nnx.split(nnx.eval_shape(lambda: VideoDiT(config, nnx.Rngs(0))))[1])
+        leaves = jax.tree_util.tree_leaves_with_path(nnx.split(nnx.eval_shape(lambda: VideoDiT(config, 3, nnx.Rngs(0))))[1])
         return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
 
     three, seven = shapes(3), shapes(7)
@@ -191,8 +189,7 @@ def test_another_number_of_blocks_only_changes_the_leading_axis():
 @pytest.fixture(scope="module")
 def both():
     """A model of two views with the parameters of the single-view one, as a function of its view embedding."""
-    config = dataclasses.replace(CONFIG, views=2)
-    graphdef = nnx.split(nnx.eval_shape(lambda: VideoDiT(config, nnx.Rngs(0))))[0]
+    graphdef = nnx.split(nnx.eval_shape(lambda: VideoDiT(CONFIG, 3, nnx.Rngs(0), views=2)))[0]
 
     def run(state, embedding, *inputs, view_mask=None):
         state = nnx.State(nnx.to_pure_dict(state) | {"view_embedding": embedding})

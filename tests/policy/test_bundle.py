@@ -31,7 +31,7 @@ def params():
 
 @pytest.fixture
 def bundle(tmp_path, params):
-    text = {"open it": make_text_encoder(CONFIG.text)("open it"), "...": np.zeros((4, 8), np.float32)}
+    text = {"open it": make_text_encoder(CONFIG.text, CONFIG.backbone.text_width)("open it"), "...": np.zeros((4, 8), np.float32)}
     with new_bundle(tmp_path / "bundle", step=7) as folder:
         write_policy(folder, CONFIG, params, ROBOTS, text)
     return tmp_path / "bundle"
@@ -56,7 +56,7 @@ def test_known_instructions_need_no_encoder(bundle):
         t5 = tiny.experiment(text=config["text"], backbone={"num_blocks": 1}, decoder={"num_blocks": 1})
         write_policy(folder, t5, read.params, ROBOTS, {name: read.encode_text(name) for name in ("open it", "...")})
     encode = read_bundle(bundle.parent / "t5").encode_text
-    np.testing.assert_array_equal(encode("open it"), make_text_encoder(CONFIG.text)("open it"))
+    np.testing.assert_array_equal(encode("open it"), make_text_encoder(CONFIG.text, CONFIG.backbone.text_width)("open it"))
     assert encode("").shape == encode("...").shape == (4, 8)  # no words; no instruction, to compile with
     with pytest.raises(ConfigError, match=r"'close it' is not one that the bundle has features of .* no encoder"):
         encode("close it")

@@ -236,13 +236,12 @@ def test_poses_seen_from_the_hand_are_continued_in_the_base_frame():
     ("field", "value", "complaint"),
     [
         ("strategy", "sometimes", "policy.strategy.*is 'sometimes'; expected one of 'open_loop'"),
-        ("execute_steps", 4, "policy.execute_steps' is 4; expected less than decoder.action_horizon=4"),
+        ("execute_steps", 4, "policy.execute_steps' is 4; expected less than data.action_horizon=4"),
         ("guidance_clip", 0.0, "guidance_clip' is 0.0; expected a positive number"),
         ("ensemble_decay", -1.0, "policy.ensemble_decay' is -1.0; expected zero or more"),
     ],
 )
 def test_settings_that_make_no_sense_are_named(field, value, complaint):
     policy = {"strategy": "real_time_chunking", "execute_steps": 2, field: value}
-    sizes = {"data": {"action_horizon": 4}, "decoder": {"action_horizon": 4}}
     with pytest.raises(ConfigError, match=complaint):
-        experiment_from({**sizes, "policy": policy})
+        experiment_from({"data": {"action_horizon": 4}, "policy": policy})

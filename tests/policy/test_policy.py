@@ -250,7 +250,7 @@ def test_one_model_for_two_robots(tmp_path):
 
 
 def test_cameras_by_name():
-    config = tiny.experiment(data={"cameras": ("primary", "wrist")}, backbone={"views": 2})
+    config = tiny.experiment(data={"cameras": ("primary", "wrist")})
     params = tiny.params(config)
     both = Policy(config, params, dataclasses.replace(ROBOT, cameras=("primary", "wrist")))
     one, (images, *rest) = Policy(config, params, ROBOT), observation()

@@ -49,15 +49,15 @@ def test_what_a_run_may_change_is_recorded(tmp_path):
 
 def test_weights_of_another_model(tmp_path):
     other = tiny.experiment(backbone={"width": 32, "num_blocks": 3}, text={"rows": 9}, decoder={"width": 32}, seed=4)
-    directory.require_same_model(CONFIG, other, ("data.image_size", "tokenizer"), tmp_path)
+    directory.require_same_model(CONFIG, other, tmp_path, "window", "tokenizer")
     with pytest.raises(ConfigError) as error:
-        directory.require_same_model(CONFIG, other, ("text", "backbone"), tmp_path)
+        directory.require_same_model(CONFIG, other, tmp_path, "backbone")
     for name, now, there in (("backbone.width", 32, 16), ("backbone.num_blocks", 3, 2), ("text.rows", 9, 4)):
         assert f"'{name}' is {now}, there {there}" in str(error.value)
     assert str(tmp_path) in str(error.value)
     assert "decoder" not in str(error.value) and "seed" not in str(error.value)
     same = dataclasses.replace(CONFIG, seed=9, train=dataclasses.replace(CONFIG.train, steps=99))
-    directory.require_same_model(CONFIG, same, ("data", "text", "backbone", "decoder", "tokenizer"), tmp_path)
+    directory.require_same_model(CONFIG, same, tmp_path, "window", "tokenizer", "backbone", "decoder")
 
 
 def test_a_second_run_on_a_directory_ends_at_once_and_names_the_first(tmp_path):

@@ -47,7 +47,7 @@ def gradient(config: ExperimentConfig):
     [
         {"stage": "video"},
         {"stage": "action", "train": {"action_draws": 3}},
-        {"stage": "action", "decoder": {"embodiments": 2}, "data": {"cameras": ("primary", "wrist")}, "backbone": {"views": 2}},
+        {"stage": "action", "decoder": {"embodiments": 2}, "data": {"cameras": ("primary", "wrist")}},
         {"stage": "video", "data": {"latents": "there"}, "backbone_run": "there"},
         {"stage": "video", "lora": {"rank": 2}},
         {"stage": "video", "lora": {"rank": 2, "targets": ("q_proj", "mlp/up"), "trained": ()}},
@@ -81,7 +81,7 @@ def test_a_policy_is_counted_as_traced(changes):
     shapes = (
         params,
         Observation(
-            struct((1, config.text.rows, config.text.width), "float32"),
+            struct((1, config.text.rows, config.backbone.text_width), "float32"),
             struct((1, 1, data.past_frames, *data.image_size, 3), "uint8"),
             proprio=struct((1, 1, decoder.proprio_dim), "float32"),
             embodiment=struct((1,), "int32") if robots else None,
@@ -97,7 +97,7 @@ def test_xla_counts_the_same_and_little_else():
     """In one block, since XLA counts the body of a loop once; its count has elementwise operations too."""
     config = tiny.experiment(
         stage="video",
-        text={"rows": 64, "width": 256},
+        text={"rows": 64},
         train={"batch_size": 1},
         data={"image_size": (64, 128)},
         backbone={"width": 256, "num_blocks": 1, "text_width": 256, "hidden_block": 1, "mlp_ratio": 4.0},

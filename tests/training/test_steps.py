@@ -191,7 +191,6 @@ def test_the_published_recipe_trains_as_many_parameters():  # SPEC 4.3
             "text_width": 1024,
             "adaln_lora_dim": 256,
         },
-        text={"width": 1024},
     )
     trained = jax.eval_shape(lambda: split_params(tiny.model(config).init(jax.random.key(0)), config)[0])
     adapters, full = (sum(leaf.size for leaf in jax.tree.leaves(trained[part])) for part in ("lora", "backbone"))

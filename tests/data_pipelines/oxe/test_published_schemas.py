@@ -39,7 +39,7 @@ def experiment(name: str, dataset: str, root: Path) -> ExperimentConfig:
         "action_horizon": 2,
         "action_delay": 1 / hz,
     }
-    decoder = {"action_horizon": 2, "action_dim": 10, "proprio_dim": 10, "embodiments": len(RATES)}
+    decoder = {"action_dim": 10, "proprio_dim": 10, "embodiments": len(RATES)}
     data = window | {"action_dataset": dataset, "root": str(root)}
     return experiment_from({"stage": "action", "data": data, "decoder": decoder, "policy": {"execute_steps": 2}})
 

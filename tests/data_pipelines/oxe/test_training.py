@@ -21,7 +21,7 @@ def experiment(stage="action", datasets="bridge_orig", root="", **data):
         {
             "stage": stage,
             "data": window | {f"{stage}_dataset": datasets, "root": str(root)} | data,
-            "decoder": {"action_horizon": 2, "action_dim": 10, "proprio_dim": 10},
+            "decoder": {"action_dim": 10, "proprio_dim": 10},
             "policy": {"execute_steps": 2},
         }
     )
