@@ -9,13 +9,13 @@ worker processes, in a policy server, after a restart.
 What a part has to have, say the protocols of mimic_video/models/protocols.py.
 """
 
-import importlib
+import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from mimic_video.errors import ConfigError
 
-Part = TypeVar("Part")
+Part = TypeVar("Part", bound=Callable[..., Any])
 
 
 class Registry:
@@ -30,11 +30,15 @@ class Registry:
         self._field, self._parts = field, dict[str, Any](parts)
 
     def register(self, name: str) -> Callable[[Part], Part]:
-        """A decorator that gives a part its name. Raises ValueError if another part has it, or if it has a colon."""
+        """A decorator that gives a part its name; the same part again, as of a module that is run twice, changes nothing.
+
+        Raises:
+            ValueError: if another part has the name, or it has a colon.
+        """
 
         def add(part: Part) -> Part:
-            if name in self._parts or ":" in name:
-                raise ValueError(f"{self._field} {name!r} is taken, or has a colon; expected a name of its own")
+            if ":" in name or _place(self._parts.get(name, part)) != _place(part):
+                raise ValueError(f"{self._field} {name!r} has a colon, or is another part's; expected a name of its own")
             self._parts[name] = part
             return part
 
@@ -42,19 +46,23 @@ class Registry:
 
     def __getitem__(self, name: str) -> Any:
         """The part of that name. Raises ConfigError, saying which there are, if there is none."""
-        part = self._parts.get(name, name)
+        part, cause = self._parts.get(name, name), None
         if not isinstance(part, str):
             return part
-        module, colon, attribute = part.partition(":")
-        try:
-            if not colon:
-                raise ModuleNotFoundError(f"no part is registered as {name!r}")
-            return getattr(importlib.import_module(module), attribute)
-        except (ModuleNotFoundError, AttributeError) as error:
-            raise ConfigError(
-                f"config field '{self._field}' is {name!r} ({error}); expected one of {', '.join(map(repr, self._parts))}, "
-                "or 'module:attribute'"
-            ) from error
+        if ":" in part:
+            try:
+                return pkgutil.resolve_name(part)
+            except (ImportError, AttributeError, ValueError) as error:
+                cause = error
+        raise ConfigError(
+            f"config field '{self._field}' is {name!r}; expected one of {', '.join(map(repr, sorted(self._parts)))}, or "
+            "'module:attribute'; a module that registers a part has to be imported in the experiment's file"
+            + (f" ({cause})" if cause else "")
+        ) from cause
+
+
+def _place(part: Any) -> str:
+    return part if isinstance(part, str) else f"{part.__module__}:{part.__qualname__}"
 
 
 TOKENIZERS = Registry(
