@@ -68,8 +68,21 @@ def test_latents_come_back_bit_for_bit(tmp_path, dtype, shards):
     assert cache.num_shards == shards and list(itertools.chain(*map(cache.rows_of, range(shards)))) == list(range(10))
     cache.write(range(shards), iter(latents))
     opened = open_latents(tmp_path, KEY)
-    assert opened[0].dtype == np.dtype(dtype) and opened[0].shape == SHAPE
+    assert opened[0].dtype == np.dtype(dtype) and opened[0].shape == (1, *SHAPE)
     np.testing.assert_array_equal(np.stack([opened[row] for row in range(10)]), latents)
+
+
+def test_cameras_stand_one_above_the_other_on_disk(tmp_path):
+    """As versions without an axis of views wrote them."""
+    key, latents = KEY | {"data.cameras": ["primary", "wrist"]}, np.concatenate([some_latents(4), some_latents(4) + 1], axis=1)
+    frames, height, *rest = SHAPE
+    cache = create_latents(tmp_path, key, stride=1, rows=4, shape=(frames, 2 * height, *rest), dtype="float32")
+    cache.write(range(cache.num_shards), iter(latents))
+    stored = np.concatenate([np.load(path) for path in sorted(tmp_path.glob("*.npy"))])
+    np.testing.assert_array_equal(stored[:, :, :height], latents[:, 0])
+    np.testing.assert_array_equal(stored[:, :, height:], latents[:, 1])
+    opened = open_latents(tmp_path, key)
+    np.testing.assert_array_equal(np.stack([opened[row] for row in range(4)]), latents)
 
 
 def test_parts_of_the_work_in_any_order(tmp_path):
@@ -225,7 +238,7 @@ def cached(folder, frames, lengths, stride, dtype="float32"):
     """The windows of `frames` with latents whose value is 100·episode + anchor."""
     steps = [100 * episode + step for episode, length in enumerate(lengths) for step in range(0, length, stride)]
     cache = create(folder, dtype, stride, rows=len(steps))
-    latents = np.broadcast_to(np.reshape(steps, (-1, 1, 1, 1, 1)), (len(steps), *SHAPE)).astype(dtype)
+    latents = np.broadcast_to(np.reshape(steps, (-1, 1, 1, 1, 1, 1)), (len(steps), 1, *SHAPE)).astype(dtype)
     cache.write(range(cache.num_shards), iter(latents))
     return frames.with_latents(cache)
 
