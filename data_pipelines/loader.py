@@ -42,12 +42,14 @@ class WindowDataset(Sequence[dict]):
         action_dim: width of actions, or None if windows have none.
         raw_dims: dimensions of "action" and "proprio" that are not to be normalised.
         cameras: those of `config` that the source has.
+        robot: whose episodes they are; None for a robot of their own.
 
     Args:
         source: the episodes.
         config: the window.
         actions: whether windows carry proprio and actions (the stage `action`) or only video.
         raw_dims: None for those of `config`.
+        robot: as above.
 
     Raises:
         DatasetError: if the source lacks actions or proprio that are asked for, if an episode cannot be read, or if even the
@@ -55,12 +57,18 @@ class WindowDataset(Sequence[dict]):
     """
 
     def __init__(
-        self, source: RldsSource, config: DataConfig, *, actions: bool, raw_dims: Mapping[str, tuple[int, ...]] | None = None
+        self,
+        source: RldsSource,
+        config: DataConfig,
+        *,
+        actions: bool,
+        raw_dims: Mapping[str, tuple[int, ...]] | None = None,
+        robot: str | None = None,
     ):
         if actions and (source.action_dim is None or source.proprio_dim is None):
             missing = "action" if source.action_dim is None else "proprio"
             raise DatasetError(f"{source.name} has no {missing}; windows with actions need both action and proprio")
-        self._config, self._actions, self._source = config, actions, source
+        self._config, self._actions, self._source, self.robot = config, actions, source, robot
         self._latents: tuple[LatentCache, np.ndarray] | None = None  # and its row of each window
         self.action_dim = source.action_dim if actions else None
         self.raw_dims = raw_dims or {"action": config.raw_action_dims, "proprio": config.raw_proprio_dims}
@@ -131,11 +139,13 @@ class Part:
         name: the dataset.
         windows: all of its windows.
         normalizers: for the keys "action" and "proprio"; None leaves raw units.
+        embodiment: number of its robot; None for the dataset's own number in the mixture.
     """
 
     name: str
     windows: WindowDataset
     normalizers: Mapping[str, Normalizer] | None = None
+    embodiment: int | None = None
 
     def __post_init__(self):
         if self.normalizers is not None and set(self.normalizers) != {"action", "proprio"}:
@@ -177,7 +187,7 @@ def make_batches(
         Iterator of dicts: what `video_window` has behind a leading axis b, with `latents` (b, t, h, w, c) in place of `video` for
         datasets `with_latents`; `text` float32 (b, rows, width); for datasets with actions also `proprio` (b, 1, p), `actions`
         (b, A, m) and `action_mask` bool (b, A); of these also `action_dims` bool (b, m) if a dataset is narrower than m, and
-        `embodiment` int32 (b,), the number of the row's dataset, if the decoder tells them apart; and with `scales`
+        `embodiment` int32 (b,), the number of the row's robot, if the decoder tells them apart; and with `scales`
         `action_scale` float32 (b, A, m), raw units of one normalised unit.
 
     Raises:
@@ -268,7 +278,7 @@ class _Load:
         if self._narrow:
             sample["action_dims"] = np.arange(self._decoder.action_dim) < sample["actions"].shape[-1]
         if self._decoder.embodiments:
-            sample["embodiment"] = np.int32(dataset)
+            sample["embodiment"] = np.int32(dataset if part.embodiment is None else part.embodiment)
         sample["actions"] = pad_last(sample["actions"], self._decoder.action_dim)
         sample["proprio"] = pad_last(sample["proprio"], self._decoder.proprio_dim)
         return sample

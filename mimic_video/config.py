@@ -52,6 +52,8 @@ class DataConfig:
     normalization: Literal["identity", "variance", "squash", "squash_hard"] = "variance"  # of actions and proprio (SPEC 7.1)
     raw_action_dims: tuple[int, ...] = ()  # dimensions that are not normalised: 6-D rotations
     raw_proprio_dims: tuple[int, ...] = ()
+    robots: tuple[tuple[str, str], ...] = ()  # (dataset, robot): whose a dataset is; else what its entry says, or one of its own
+    statistics: Literal["robot", "dataset"] = "robot"  # that normalise: of all datasets of a robot together, or of each alone
     latents: str = ""  # folder of launch/precompute_latents.py, read in training in place of frames; empty for frames
     frame_cache_mb: int = 512  # decoded frames of a dataset that are kept in host memory
     workers: int = 0  # processes that read windows; 0 reads in threads of the training process
@@ -61,6 +63,12 @@ class DataConfig:
         _require_positive(self, "past_frames", "future_frames", "video_hz", "action_horizon", "control_hz")
         _require(self.past_frames % 4 == 1, "data.past_frames", self.past_frames, "1 + a multiple of 4 (tokenizer groups)")
         _require(self.future_frames % 4 == 0, "data.future_frames", self.future_frames, "a multiple of 4 (tokenizer groups)")
+        _require(
+            len(dict(self.robots)) == len(self.robots) and all(name and "/" not in name for _, name in self.robots),
+            "data.robots",
+            self.robots,
+            "pairs (dataset, robot), each dataset once, names without '/'",
+        )
         _require(self.workers >= 0, "data.workers", self.workers, "0 (threads) or a number of processes")
         _require(self.action_delay >= 0, "data.action_delay", self.action_delay, "zero or more seconds")
         _require(
@@ -173,7 +181,7 @@ class ActionDecoderConfig:
     proprio_dim: int = 10
     action_dim: int = 10
     proprio_dropout: float = 0.2  # training only; the tokens are replaced by a learned mask token
-    embodiments: int = 0  # robots that a learned token tells apart; 0 for no such token, as published
+    embodiments: int = 0  # robots that a learned token tells apart (see data.robots); 0 for no such token, as published
 
     def __post_init__(self):
         _require_positive(

@@ -5,13 +5,17 @@ Images of 16x32 pixels are 2x4 latents, so two tokens a frame; a window is three
 
 import dataclasses
 import functools
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self
 
 import jax
 import numpy as np
 
 from data_pipelines.episode import Episode
 from mimic_video.config import ExperimentConfig, experiment_from
+from mimic_video.embodiments import Embodiment
+from mimic_video.transforms import compute_statistics
 from mimic_video.vam import VideoActionModel
 
 SIZE = (16, 32)
@@ -117,6 +121,51 @@ def batch(config: ExperimentConfig, size: int, seed: int = 0) -> dict[str, np.nd
         "actions": random.standard_normal((size, data.action_horizon, decoder.action_dim)).astype(np.float32),
         "action_mask": np.ones((size, data.action_horizon), bool),
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Data of the training loop that are not on disk: random batches, step by step.
+
+    Attributes:
+        config: the experiment.
+        stream: step → the whole batches after it; None for those of `batch`.
+        held_out: whole batches to validate on.
+        seed: of what a tokenizer is fitted to.
+        rows: of a batch that this process reads.
+    """
+
+    config: ExperimentConfig
+    stream: Callable[[int], Iterator[dict[str, np.ndarray]]] | None = None
+    held_out: tuple[dict[str, np.ndarray], ...] = ()
+    seed: int = 0
+    rows: Sequence[int] = ()
+
+    def open(self, rows: Sequence[int], tokenizer: Any) -> Self:
+        return dataclasses.replace(self, rows=rows)
+
+    def samples(self, count: int) -> list[dict[str, np.ndarray]]:
+        return [{"video": video} for video in batch(self.config, count, self.seed)["video"]]
+
+    def robots(self) -> dict[str, Embodiment]:
+        decoder, random = self.config.decoder, np.random.default_rng(0)
+        widths = {"action": (self.config.data.action_horizon, decoder.action_dim), "proprio": (1, decoder.proprio_dim)}
+        statistics = {key: compute_statistics(random.standard_normal((20, *shape))) for key, shape in widths.items()}
+        return {"tiny": Embodiment("tiny", 0, statistics, {"action": (), "proprio": ()})}
+
+    def batches(self, step: int, robots: Any) -> Iterator[dict[str, np.ndarray]]:
+        size = self.config.train.batch_size
+        stream = self.stream(step) if self.stream else (batch(self.config, size, n) for n in itertools.count(step + 1))
+        return map(self._own, stream)
+
+    def validation(self, robots: Any) -> list[dict[str, np.ndarray]]:
+        return list(map(self._own, self.held_out))
+
+    def state(self, step: int) -> dict[str, Any]:
+        return {"next_step": step}
+
+    def _own(self, whole: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: value[list(self.rows)] for name, value in whole.items()}
 
 
 @dataclasses.dataclass(frozen=True)
