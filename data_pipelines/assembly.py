@@ -4,8 +4,7 @@ Both stages, trained from a notebook or a program of one's own; `values` are the
 
     import json, pathlib
     from data_pipelines.assembly import TrainingData
-    from mimic_video import Policy, experiment_from
-    from mimic_video.training.loop import train
+    from mimic_video import Policy, experiment_from, train
 
     values = json.loads(pathlib.Path("experiment.json").read_text())
     for stage, backbone in (("video", ""), ("action", "runs/video")):

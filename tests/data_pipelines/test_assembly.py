@@ -221,7 +221,7 @@ def test_the_program_in_the_modules_text(tmp_path, monkeypatch):
     (tmp_path / "experiment.json").write_text(json.dumps(to_dict(config)))
     monkeypatch.chdir(tmp_path)
     program = textwrap.dedent(assembly.__doc__[assembly.__doc__.index("    import json") :])
-    assert len([line for line in program.splitlines() if line]) == 10
+    assert len([line for line in program.splitlines() if line]) == 9
     found: dict = {}
     exec(program, found)
     assert int(found["state"].step) == 2 and pathlib.Path("runs/video/checkpoints/2").is_dir()
