@@ -14,6 +14,7 @@ from data_pipelines.oxe.standardise import Gripper, Turn, Values, pose
 MY_ROBOT = register(
     DatasetSpec(
         name="my_robot",
+        robot="my_robot",  # whose it is: a decoder does not tell datasets of one robot apart
         primary="image",  # keys under steps/observation; leave out cameras that there are not
         wrist="wrist_image",
         language="language_instruction",

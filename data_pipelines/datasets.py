@@ -2,9 +2,12 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+import tensorflow_datasets as tfds
+from tqdm import tqdm
 
 from data_pipelines.episode import CAMERAS
 from data_pipelines.loader import WindowDataset
@@ -12,7 +15,7 @@ from data_pipelines.mixture import Phase, parse_mixture
 from data_pipelines.oxe import registry
 from data_pipelines.oxe.mixtures import MIXTURES, effective_weights
 from data_pipelines.oxe.spec import DatasetSpec, check_schema, flatten_features
-from data_pipelines.precompute import latent_key, open_latents
+from data_pipelines.precompute import LatentCache, create_latents, first_rows, latent_key, open_latents
 from data_pipelines.sources.rlds import DatasetError, RldsSource, open_dataset
 from mimic_video.config import ConfigError, ExperimentConfig
 
@@ -42,12 +45,12 @@ def open_datasets(config: ExperimentConfig, split: str) -> Datasets:
     Images of registry datasets are resized to `data.image_size`; others have to have that size.
 
     Raises:
-        ConfigError: if the field is empty or cannot be parsed, or two datasets have the same name.
+        ConfigError: if the field is empty or cannot be parsed, two datasets have the same name, or `data.robots` names another.
         DatasetError: if a dataset or split is not there, or is not what its entry or the experiment says, or no dataset has a
             camera of `data.cameras`.
     """
     places, phases = find_datasets(config)
-    windows = {name: _open(place, config, split) for name, place in places.items()}
+    windows = {name: _open(name, place, config, split) for name, place in places.items()}
     for camera in config.data.cameras:
         if not any(camera in each.cameras for each in windows.values()):
             raise DatasetError(f"config field 'data.cameras' has {camera!r}, which none of {', '.join(windows)} has")
@@ -77,6 +80,34 @@ def with_latents(
     }
 
 
+def create_caches(
+    config: ExperimentConfig, tokenizer: Mapping[str, Any], stride: int, dtype: str
+) -> list[tuple[LatentCache, WindowDataset]]:
+    """The caches of `data.latents` that training with a configuration reads, new or to be continued, and what they are of.
+
+    Args:
+        tokenizer: parameters that training uses, as for `latent_key`.
+        stride: steps of an episode from one window to the next.
+        dtype: in which latents are kept: what the tokenizer computes in.
+
+    Raises:
+        ConfigError, DatasetError: as `open_datasets` and `create_latents`.
+    """
+    data, caches, (frames, height, *rest) = config.data, [], config.latent_shape
+    for split in [data.train_split] + [data.validation_split] * bool(config.train.validate_every):
+        for name, windows in open_datasets(config, split).windows.items():
+            cache = create_latents(
+                latents_folder(config, name, split),
+                latent_key(config, tokenizer, windows.identity),
+                stride=stride,
+                rows=int(first_rows(list(map(len, windows.episodes)), stride)[-1]),
+                shape=(frames, data.views * height, *rest),
+                dtype=dtype,
+            )
+            caches.append((cache, windows))
+    return caches
+
+
 def latents_folder(config: ExperimentConfig, dataset: str, split: str) -> Path:
     return Path(config.data.latents) / dataset / split
 
@@ -94,7 +125,30 @@ def find_datasets(config: ExperimentConfig) -> tuple[dict[str, Place], tuple[Pha
         if name in places:
             raise ConfigError(f"config field '{field}' names two datasets {name!r}; rename a directory")
         places[name] = _find(part, config, field)
+    for name in dict(config.data.robots) if config.stage == "action" else ():
+        if name not in places:
+            raise ConfigError(f"config field 'data.robots' has a dataset {name!r}; those of '{field}' are {', '.join(places)}")
     return places, phases
+
+
+def find_instructions(config: ExperimentConfig) -> dict[str, None]:
+    """Every instruction, once, of the datasets that the fields of both stages name, in all of their splits.
+
+    With a progress bar per split. Raises what `open_datasets` raises for datasets that cannot be read.
+    """
+    stages: dict[Literal["video", "action"], str] = {"video": config.data.video_dataset, "action": config.data.action_dataset}
+    configs = [dataclasses.replace(config, stage=stage) for stage, datasets in stages.items() if datasets]
+    places = {place.directory: place for each in configs for place in find_datasets(each)[0].values()}
+    return dict.fromkeys(instruction for place in places.values() for instruction in _instructions(place, config))
+
+
+def _instructions(place: Place, config: ExperimentConfig) -> Iterator[str]:
+    options: dict[str, Any] = {"spec": place.spec, "image_size": config.data.image_size}  # a size, since images may have any
+    RldsSource(place.directory, config.data.train_split, **options)  # names what is wrong with a folder that tfds cannot open
+    for split in tfds.builder_from_directory(place.directory).info.splits:
+        source = RldsSource(place.directory, split, **options)
+        for index in tqdm(range(len(source)), desc=source.name, unit="episode"):
+            yield source[index].instruction
 
 
 def _dataset_field(config: ExperimentConfig) -> tuple[str, str]:
@@ -121,12 +175,13 @@ def _find(part: str, config: ExperimentConfig, field: str) -> Place:
     return Place(str(directory), spec)
 
 
-def _open(place: Place, config: ExperimentConfig, split: str) -> WindowDataset:
+def _open(name: str, place: Place, config: ExperimentConfig, split: str) -> WindowDataset:
     size = None if place.spec is None else config.data.image_size
     source = RldsSource(place.directory, split, spec=place.spec, image_size=size)
     check_dataset(source, config)
     raw_dims = None if place.spec is None else _raw_dims(place.spec)
-    return WindowDataset(source, config.data, actions=config.stage == "action", raw_dims=raw_dims)
+    robot = dict(config.data.robots).get(name) or (place.spec and place.spec.robot) or None
+    return WindowDataset(source, config.data, actions=config.stage == "action", raw_dims=raw_dims, robot=robot)
 
 
 def _raw_dims(spec: DatasetSpec) -> dict[str, tuple[int, ...]]:

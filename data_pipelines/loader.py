@@ -43,12 +43,14 @@ class WindowDataset(Sequence[dict]):
         action_dim: width of actions, or None if windows have none.
         raw_dims: dimensions of "action" and "proprio" that are not to be normalised.
         cameras: those of `config` that the source has.
+        robot: whose episodes they are; None for a robot of their own.
 
     Args:
         source: the episodes.
         config: the window.
         actions: whether windows carry proprio and actions (the stage `action`) or only video.
         raw_dims: None for those of `config`.
+        robot: as above.
 
     Raises:
         DatasetError: if the source lacks actions or proprio that are asked for, if an episode cannot be read, or if even the
@@ -56,12 +58,18 @@ class WindowDataset(Sequence[dict]):
     """
 
     def __init__(
-        self, source: RldsSource, config: DataConfig, *, actions: bool, raw_dims: Mapping[str, tuple[int, ...]] | None = None
+        self,
+        source: RldsSource,
+        config: DataConfig,
+        *,
+        actions: bool,
+        raw_dims: Mapping[str, tuple[int, ...]] | None = None,
+        robot: str | None = None,
     ):
         if actions and (source.action_dim is None or source.proprio_dim is None):
             missing = "action" if source.action_dim is None else "proprio"
             raise DatasetError(f"{source.name} has no {missing}; windows with actions need both action and proprio")
-        self._config, self._actions, self._source = config, actions, source
+        self._config, self._actions, self._source, self.robot = config, actions, source, robot
         self._latents: tuple[LatentCache, np.ndarray] | None = None  # and its row of each window
         self.action_dim = source.action_dim if actions else None
         self.raw_dims = raw_dims or {"action": config.raw_action_dims, "proprio": config.raw_proprio_dims}
@@ -132,11 +140,13 @@ class Part:
         name: the dataset.
         windows: all of its windows.
         normalizers: for the keys "action" and "proprio"; None leaves raw units.
+        embodiment: number of its robot; None for the dataset's own number in the mixture.
     """
 
     name: str
     windows: WindowDataset
     normalizers: Mapping[str, Normalizer] | None = None
+    embodiment: int | None = None
 
     def __post_init__(self):
         if self.normalizers is not None and set(self.normalizers) != {"action", "proprio"}:
@@ -177,7 +187,7 @@ def make_batches(
     Returns:
         Iterator of batches of NumPy arrays. `latents` are there in place of `video` for datasets `with_latents`; actions and
         proprioception for datasets with actions; `action_dims` if one of these is narrower than m; `embodiment`, the number of
-        the row's dataset, if the decoder tells them apart; and `action_scale` with `scales`.
+        the row's robot, if the decoder tells them apart; and `action_scale` with `scales`.
 
     Raises:
         ValueError: if there are no rows, or some that a batch does not have.
@@ -267,7 +277,7 @@ class _Load:
         if self._narrow:
             sample["action_dims"] = np.arange(self._decoder.action_dim) < sample["actions"].shape[-1]
         if self._decoder.embodiments:
-            sample["embodiment"] = np.int32(dataset)
+            sample["embodiment"] = np.int32(dataset if part.embodiment is None else part.embodiment)
         sample["actions"] = pad_last(sample["actions"], self._decoder.action_dim)
         sample["proprio"] = pad_last(sample["proprio"], self._decoder.proprio_dim)
         return sample

@@ -13,14 +13,19 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import grain
 import ml_dtypes  # noqa: F401  # teaches NumPy the name "bfloat16"
 import numpy as np
+from absl import logging
+from tqdm import tqdm
 
+from data_pipelines.episode import Episode
 from data_pipelines.sources.records import DatasetError
+from data_pipelines.windows import video_window
 from mimic_video.config import ConfigError, ExperimentConfig, shaping, value_at
 
 SHARD_BYTES = 2**28  # in memory until they are written, and lost to an interruption
@@ -142,6 +147,55 @@ def create_latents(
     if cache.stride != stride:
         raise ConfigError(f"{folder} has latents at --stride={cache.stride}, not {stride}; name another folder or delete it")
     return cache
+
+
+def fill_latents(
+    cache: LatentCache,
+    shards: Sequence[int],
+    episodes: Sequence[Episode],
+    config: ExperimentConfig,
+    encode: Callable[[np.ndarray], np.ndarray],
+) -> None:
+    """Makes shards of a cache, with a progress bar. Of windows that `data.skip_broken` skips the latents are NaN.
+
+    Args:
+        episodes: those of the cache.
+        encode: frames uint8 (`train.batch_size`, f, v·H, W, 3) → their latents.
+
+    Raises:
+        DatasetError: if a frame cannot be read, without `data.skip_broken`.
+    """
+    rows = [row for shard in shards for row in cache.rows_of(shard)]
+
+    def latents() -> Iterator[np.ndarray]:
+        with tqdm(total=len(rows), desc=str(cache.folder), unit="window") as progress:
+            for batch in _read_batches(rows, cache.stride, episodes, config):
+                encoded = encode(batch["video"])
+                encoded[batch["broken"]] = np.nan
+                progress.update(min(len(encoded), len(rows) - progress.n))
+                yield from encoded
+
+    cache.write(shards, latents())
+
+
+def _read_batches(rows: Sequence[int], stride: int, episodes: Sequence[Episode], config: ExperimentConfig) -> Iterator[dict]:
+    """`video` and `broken` (b,) of those rows of a cache, read ahead by threads; the last row fills up the last batch."""
+    first, size, shape = first_rows(list(map(len, episodes)), stride), config.train.batch_size, config.data.image_size
+
+    def read(row: int) -> dict:
+        episode = int(np.searchsorted(first, row, side="right")) - 1
+        try:
+            video = video_window(episodes[episode], (row - int(first[episode])) * stride, config.data)["video"]
+        except DatasetError as error:
+            if not config.data.skip_broken:
+                raise
+            logging.warning("skipped a window: %s", error)
+            return {"video": np.zeros((config.data.views, config.data.num_frames, *shape, 3), np.uint8), "broken": True}
+        return {"video": video, "broken": False}
+
+    padded = [*rows, *[rows[-1]] * (-len(rows) % size)]
+    ahead = grain.ReadOptions(num_threads=min(16, os.cpu_count() or 1), prefetch_buffer_size=size)
+    return iter(grain.MapDataset.source(padded).map(read).to_iter_dataset(ahead).batch(size))
 
 
 def open_latents(folder: Path, key: Mapping[str, Any]) -> LatentCache:

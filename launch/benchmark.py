@@ -45,10 +45,9 @@ from measured import provenance
 
 from mimic_video.batch import Batch, batch_shapes
 from mimic_video.config import ExperimentConfig, LoraConfig
-from mimic_video.models.text import make_text_encoder
 from mimic_video.parallel.sharding import global_batch, make_mesh, shardings
 from mimic_video.policy.latency import percentiles
-from mimic_video.runs.checkpoints import START_PRECISION, load_params
+from mimic_video.runs.checkpoints import START_PRECISION, load_params, load_tokenizer
 from mimic_video.runs.directory import load_embodiments
 from mimic_video.runs.storage import RunError, run_path
 from mimic_video.stages import join_params, split_params
@@ -273,24 +272,10 @@ def _is_pair(node: Any) -> bool:
 def real_batch(config: ExperimentConfig, run: epath.Path) -> Batch:
     """The first batch of the run's data."""
     # Only here: what else is measured is measured beside robots, too, where nothing reads data.
-    from data_pipelines.datasets import open_datasets
-    from data_pipelines.loader import Part, make_batches
-    from data_pipelines.mixture import Mixture
+    from data_pipelines.assembly import TrainingData
 
-    datasets, phases = open_datasets(config, config.data.train_split)
-    robots = load_embodiments(run)
-    parts = [Part(name, windows, robots[name].normalizers(config)) for name, windows in datasets.items()]
-    mixture = Mixture([len(windows) for windows in datasets.values()], phases, config.train.batch_size, config.seed)
-    return next(
-        make_batches(
-            parts,
-            mixture,
-            batch_size=config.train.batch_size,
-            start_step=0,
-            text=make_text_encoder(config.text, config.backbone.text_width),
-            decoder=config.decoder,
-        )
-    )
+    data = TrainingData(config).open(tokenizer=lambda: load_tokenizer(run, config))
+    return next(data.batches(0, load_embodiments(run)))
 
 
 def policy(config: ExperimentConfig) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from data_pipelines.sources.metaworld import expert_steps
 from data_pipelines.sources.rlds import DatasetError
 from mimic_video.batch import Observation
 from mimic_video.config import ConfigError, ExperimentConfig
+from mimic_video.embodiments import of_dataset
 from mimic_video.evaluation.metaworld import MetaworldFactory
 from mimic_video.evaluation.offline import action_errors, psnr
 from mimic_video.evaluation.rollouts import EpisodeResult, run_rollouts, success_table
@@ -87,7 +88,8 @@ def evaluate_video(config: ExperimentConfig, run: epath.Path, out: pathlib.Path)
 
 def evaluate_policy(config: ExperimentConfig, run: epath.Path, out: pathlib.Path) -> dict:
     directory.require_same_model(directory.read_config(run), config, run, "window", "tokenizer", "backbone", "decoder")
-    policy = Policy.load(run, config, _DATASET.value)
+    robot = _DATASET.value and of_dataset(directory.load_embodiments(run), _DATASET.value).name
+    policy = Policy.load(run, config, robot)
     windows = chosen_windows(config)
     samples = [windows[index] for index in range(0, len(windows), 4)]
     open_loop = action_errors(policy, samples, config.data.past_frames, policy.normalizers["action"])

@@ -45,6 +45,7 @@ def describe(spec: DatasetSpec) -> str:
     """An entry of the registry in words."""
     lines = [
         f"dataset {spec.name}",
+        f"  robot        {spec.robot or 'one of its own'}",
         f"  rate         {spec.control_hz:g} Hz",
         f"  cameras      {', '.join(f'{camera}: {key}' for camera, key in spec.cameras.items())}",
         f"  instruction  {spec.language_path}",

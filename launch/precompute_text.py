@@ -7,19 +7,15 @@ Embeds every instruction of the datasets that the experiment names, in all of th
 cache has already is skipped, so the same command continues after an interruption. The cache may be copied to other machines.
 """
 
-import dataclasses
 import pathlib
 import time
-from collections.abc import Iterator
-from typing import Any, Literal
 
 import experiment
-import tensorflow_datasets as tfds
 from absl import flags
 from tqdm import tqdm
 
-from data_pipelines.datasets import Place, find_datasets
-from data_pipelines.sources.rlds import DatasetError, RldsSource
+from data_pipelines.datasets import find_instructions
+from data_pipelines.sources.rlds import DatasetError
 from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.models.text import T5TextEncoder
 
@@ -28,41 +24,13 @@ _BATCH = flags.DEFINE_integer("batch", 32, "Prompts that are encoded at once", l
 _DEVICE = flags.DEFINE_string("device", "cpu", "PyTorch device of the text model, e.g. cuda")
 
 
-def dataset_prompts(place: Place, config: ExperimentConfig) -> Iterator[str]:
-    """The instruction of every episode, with a progress bar per split. Raises DatasetError as RldsSource does."""
-    options: dict[str, Any] = {"spec": place.spec, "image_size": config.data.image_size}  # a size, since images may have any
-    RldsSource(place.directory, config.data.train_split, **options)  # names what is wrong with a folder that tfds cannot open
-    for split in tfds.builder_from_directory(place.directory).info.splits:
-        source = RldsSource(place.directory, split, **options)
-        for index in tqdm(range(len(source)), desc=source.name, unit="episode"):
-            yield source[index].instruction
-
-
-def file_prompts(path: pathlib.Path) -> Iterator[str]:
+def file_prompts(path: pathlib.Path) -> list[str]:
     """The lines of a file without the spaces around them. Raises ConfigError if it cannot be read."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--prompts={path} cannot be read: {error}") from error
-    return (line.strip() for line in lines if line.strip())
-
-
-def find_prompts(config: ExperimentConfig) -> list[str]:
-    """Every prompt to embed, once."""
-    prompts: dict[str, None] = {}
-    stages: dict[Literal["video", "action"], str] = {"video": config.data.video_dataset, "action": config.data.action_dataset}
-    configs = [dataclasses.replace(config, stage=stage) for stage, datasets in stages.items() if datasets]
-    if not configs and not _PROMPTS.value:
-        raise ConfigError(
-            "there is nothing to embed: config fields 'data.video_dataset' and 'data.action_dataset' are empty and "
-            "--prompts is not given"
-        )
-    if _PROMPTS.value:
-        prompts |= dict.fromkeys(file_prompts(pathlib.Path(_PROMPTS.value)))
-    places = {place.directory: place for each in configs for place in find_datasets(each)[0].values()}
-    for place in places.values():
-        prompts |= dict.fromkeys(dataset_prompts(place, config))
-    return list(prompts)
+    return [line.strip() for line in lines if line.strip()]
 
 
 def main(config: ExperimentConfig) -> None:
@@ -70,8 +38,14 @@ def main(config: ExperimentConfig) -> None:
         raise ConfigError(f"config field 'text.kind' is {config.text.kind!r}; expected 't5', the encoder that has a cache")
     if not config.text.cache:
         raise ConfigError("config field 'text.cache' is empty; expected the folder to fill")
+    if not (config.data.video_dataset or config.data.action_dataset or _PROMPTS.value):
+        raise ConfigError(
+            "there is nothing to embed: config fields 'data.video_dataset' and 'data.action_dataset' are empty and "
+            "--prompts is not given"
+        )
     encoder, start = T5TextEncoder(config.text, config.backbone.text_width, _DEVICE.value), time.perf_counter()
-    prompts = find_prompts(config)
+    lines = file_prompts(pathlib.Path(_PROMPTS.value)) if _PROMPTS.value else []
+    prompts = [*(dict.fromkeys(lines) | find_instructions(config))]
     missing = sorted(encoder.missing(prompts), key=len)  # prompts of a batch are padded to its longest
     cached = len(prompts) - len(missing)
     print(f"{len(prompts)} prompts: {cached} are in {config.text.cache}, {len(missing)} to embed", flush=True)

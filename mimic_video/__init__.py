@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from mimic_video.config import ExperimentConfig as ExperimentConfig
     from mimic_video.config import experiment_from as experiment_from
     from mimic_video.policy.policy import Policy as Policy
+    from mimic_video.training.loop import train as train
     from mimic_video.vam import VideoActionModel as VideoActionModel
 
 __version__ = "0.1.0"
@@ -21,8 +22,9 @@ _HOME = {
     "Policy": "mimic_video.policy.policy",
     "VideoActionModel": "mimic_video.vam",
     "experiment_from": "mimic_video.config",
+    "train": "mimic_video.training.loop",
 }
-__all__ = ["ConfigError", "ExperimentConfig", "Policy", "VideoActionModel", "__version__", "experiment_from"]
+__all__ = ["ConfigError", "ExperimentConfig", "Policy", "VideoActionModel", "__version__", "experiment_from", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -63,6 +63,7 @@ Normalization = Literal["identity", "variance", "squash", "squash_hard"]
 Precision = Literal["float32", "bfloat16"]
 Remat = Literal["none", "attention", "full", "offload"]
 Schedule = Literal["constant", "cosine", "linear", "wsd"]
+Statistics = Literal["robot", "dataset"]
 Strategy = Literal["open_loop", "receding_horizon", "temporal_ensembling", "asynchronous", "real_time_chunking"]
 _LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "mlp/up", "mlp/down", "patch_proj", "time_in", "time_out")
 _LORA_TRAINED = ("self_attn_modulation", "cross_attn_modulation", "mlp_modulation", "final_modulation")
@@ -92,6 +93,8 @@ class DataConfig:
     normalization: Normalization = fixed("variance", "of actions and proprioception (SPEC 7.1)", "decoder")
     raw_action_dims: tuple[int, ...] = fixed((), "dimensions that are not normalised: 6-D rotations", "decoder")
     raw_proprio_dims: tuple[int, ...] = fixed((), "the same of proprioception", "decoder")
+    robots: tuple[tuple[str, str], ...] = fixed((), "(dataset, robot): whose a dataset is; else its entry's, or one of its own")
+    statistics: Statistics = fixed("robot", "that normalise: of all datasets of a robot together, or of each 'dataset' alone")
     latents: str = free("", "folder of launch/precompute_latents.py, read in training in place of frames; empty for frames")
     frame_cache_mb: int = free(512, "decoded frames of a dataset that are kept in host memory")
     workers: int = free(0, "processes that read windows; 0 reads in threads of the training process")
@@ -99,6 +102,12 @@ class DataConfig:
 
     def __post_init__(self):
         _require_positive(self, "past_frames", "future_frames", "video_hz", "action_horizon", "control_hz")
+        _require(
+            len(dict(self.robots)) == len(self.robots) and all(name and "/" not in name for _, name in self.robots),
+            "data.robots",
+            self.robots,
+            "pairs (dataset, robot), each dataset once, names without '/'",
+        )
         _require(self.workers >= 0, "data.workers", self.workers, "0 (threads) or a number of processes")
         _require(self.action_delay >= 0, "data.action_delay", self.action_delay, "zero or more seconds")
         _require(
@@ -198,7 +207,7 @@ class ActionDecoderConfig:
     proprio_dim: int = fixed(10, "width of proprioception; of several robots the widest", "decoder")
     action_dim: int = fixed(10, "width of actions; of several robots the widest", "decoder")
     proprio_dropout: float = fixed(0.2, "training only; the tokens are replaced by a learned mask token")
-    embodiments: int = fixed(0, "robots that a learned token tells apart; 0 for no such token, as published", "decoder")
+    embodiments: int = fixed(0, "robots that a learned token tells apart (data.robots); 0 for none, as published", "decoder")
 
     def __post_init__(self):
         _require_positive(

@@ -17,14 +17,15 @@ from mimic_video.transforms import Normalizer, Statistics, from_json, to_json
 
 @dataclasses.dataclass(frozen=True)
 class Embodiment:
-    """One robot, or one dataset of it.
+    """One robot, or where its datasets are normalised apart, one robot as one dataset has it.
 
     Attributes:
-        name: of the robot or dataset.
-        index: its number in the model's embodiment table.
+        name: of the robot; "ROBOT/DATASET" where its datasets are normalised apart.
+        index: its number in the model's embodiment table, the same for all datasets of a robot.
         statistics: of "action" (A, m) and "proprio" (1, p), raw units.
         raw_dims: dimensions of "action" and of "proprio" that are not normalised: 6-D rotations.
         cameras: those of the model's that the robot has.
+        datasets: that it was trained on; empty for one with its own name, or none.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Embodiment:
     statistics: Mapping[str, Statistics]
     raw_dims: Mapping[str, tuple[int, ...]]
     cameras: tuple[str, ...] = ("primary",)
+    datasets: tuple[str, ...] = ()
 
     @property
     def action_dim(self) -> int:
@@ -51,11 +53,13 @@ class Embodiment:
 
 
 def to_table(embodiments: Mapping[str, Embodiment]) -> list[dict[str, Any]]:
-    """JSON form of a model's embodiments, in their order. `from_table` inverts it exactly."""
+    """JSON form of a model's embodiments, in the order of their index. `from_table` inverts it exactly."""
     ordered = sorted(embodiments.values(), key=lambda embodiment: embodiment.index)
     return [
         {
             "name": e.name,
+            "index": e.index,
+            "datasets": list(e.datasets),
             "cameras": list(e.cameras),
             "raw_dims": {key: list(dims) for key, dims in e.raw_dims.items()},
             "statistics": to_json(e.statistics),
@@ -65,17 +69,21 @@ def to_table(embodiments: Mapping[str, Embodiment]) -> list[dict[str, Any]]:
 
 
 def from_table(table: list[dict[str, Any]]) -> dict[str, Embodiment]:
-    """Name → embodiment. Raises ValueError if the table is not of the form that `to_table` gives."""
+    """Name → embodiment. Raises ValueError if the table is not of the form that `to_table` gives.
+
+    Tables from when a robot was one dataset have no index but the place in the table, and no datasets.
+    """
     try:
         return {
             entry["name"]: Embodiment(
                 entry["name"],
-                index,
+                entry.get("index", place),
                 from_json(entry["statistics"]),
                 {key: tuple(entry["raw_dims"][key]) for key in ("action", "proprio")},
                 tuple(entry.get("cameras", ("primary",))),
+                tuple(entry.get("datasets", ())),
             )
-            for index, entry in enumerate(table)
+            for place, entry in enumerate(table)
         }
     except (KeyError, TypeError) as error:
         raise ValueError(f"not a table of embodiments: {error!r}") from error
@@ -88,6 +96,14 @@ def choose(embodiments: Mapping[str, Embodiment], name: str | None) -> Embodimen
     if name is None or name not in embodiments:
         raise ConfigError(f"the embodiment is {name!r}; this model has {', '.join(map(repr, embodiments))}")
     return embodiments[name]
+
+
+def of_dataset(embodiments: Mapping[str, Embodiment], dataset: str) -> Embodiment:
+    """Whose recordings a dataset has. Raises ConfigError, listing the datasets there are."""
+    found = {name: e for e in embodiments.values() for name in e.datasets or (e.name,)}
+    if dataset not in found:
+        raise ConfigError(f"the dataset is {dataset!r}; this model was trained on {', '.join(map(repr, found))}")
+    return found[dataset]
 
 
 def pad_last(values: Float[np.ndarray, "*b d"], width: int) -> Float[np.ndarray, "*b {width}"]:

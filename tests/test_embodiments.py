@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -50,6 +51,26 @@ def test_a_table_in_json_is_exact():
 def test_no_table(table):
     with pytest.raises(ValueError, match=r"not a table of embodiments|statistics of 'action'"):
         embodiments.from_table(table)
+
+
+def test_a_table_from_when_a_robot_was_one_dataset():
+    old = [
+        {name: value for name, value in entry.items() if name not in ("index", "datasets")}
+        for entry in embodiments.to_table(ROBOTS)
+    ]
+    found = embodiments.from_table(old)
+    assert [(e.name, e.index, e.datasets) for e in found.values()] == [("arm", 0, ()), ("lift", 1, ())]
+    assert embodiments.of_dataset(found, "lift") is found["lift"]
+    del old[0]["cameras"]  # older still
+    assert embodiments.from_table(old)["arm"].cameras == ("primary",)
+
+
+def test_whose_a_dataset_is():
+    robots = ROBOTS | {"arm": dataclasses.replace(ROBOTS["arm"], datasets=("kitchen", "garage"))}
+    restored = embodiments.from_table(embodiments.to_table(robots))
+    assert embodiments.of_dataset(restored, "garage").name == "arm" and embodiments.of_dataset(restored, "lift").name == "lift"
+    with pytest.raises(ConfigError, match="the dataset is 'arm'; this model was trained on 'kitchen', 'garage', 'lift'"):
+        embodiments.of_dataset(restored, "arm")
 
 
 def test_choosing():

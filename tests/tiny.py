@@ -5,7 +5,9 @@ Images of 16x32 pixels are 2x4 latents, so two tokens a frame; a window is three
 
 import dataclasses
 import functools
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -13,6 +15,8 @@ import numpy as np
 from data_pipelines.episode import Episode
 from mimic_video.batch import Batch, Observation
 from mimic_video.config import ExperimentConfig, experiment_from
+from mimic_video.embodiments import Embodiment
+from mimic_video.transforms import compute_statistics
 from mimic_video.vam import VideoActionModel
 
 SIZE = (16, 32)
@@ -128,6 +132,51 @@ def changed(batch: Batch, **fields: Any) -> Batch:
     """A batch with other fields of its own or of its observation."""
     observed = {name: fields.pop(name) for name in Observation._fields if name in fields}
     return batch._replace(observation=batch.observation._replace(**observed), **fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Data of the training loop that are not on disk: random batches, step by step.
+
+    Attributes:
+        config: the experiment.
+        stream: step → the whole batches after it; None for those of `batch`.
+        held_out: whole batches to validate on.
+        seed: of what a tokenizer is fitted to.
+        rows: of a batch that this process reads.
+    """
+
+    config: ExperimentConfig
+    stream: Callable[[int], Iterator[Batch]] | None = None
+    held_out: tuple[Batch, ...] = ()
+    seed: int = 0
+    rows: Sequence[int] = ()
+
+    def open(self, rows: Sequence[int], tokenizer: Any) -> Self:
+        return dataclasses.replace(self, rows=rows)
+
+    def samples(self, count: int) -> list[dict[str, np.ndarray]]:
+        return [{"video": video} for video in batch(self.config, count, self.seed).observation.video]
+
+    def robots(self) -> dict[str, Embodiment]:
+        decoder, random = self.config.decoder, np.random.default_rng(0)
+        widths = {"action": (self.config.data.action_horizon, decoder.action_dim), "proprio": (1, decoder.proprio_dim)}
+        statistics = {key: compute_statistics(random.standard_normal((20, *shape))) for key, shape in widths.items()}
+        return {"tiny": Embodiment("tiny", 0, statistics, {"action": (), "proprio": ()})}
+
+    def batches(self, step: int, robots: Any) -> Iterator[Batch]:
+        size = self.config.train.batch_size
+        stream = self.stream(step) if self.stream else (batch(self.config, size, n) for n in itertools.count(step + 1))
+        return map(self._own, stream)
+
+    def validation(self, robots: Any) -> list[Batch]:
+        return list(map(self._own, self.held_out))
+
+    def state(self, step: int) -> dict[str, Any]:
+        return {"next_step": step}
+
+    def _own(self, whole: Batch) -> Batch:
+        return jax.tree.map(lambda value: value[list(self.rows)], whole)
 
 
 @dataclasses.dataclass(frozen=True)

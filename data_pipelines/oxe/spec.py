@@ -42,6 +42,7 @@ class DatasetSpec:
         features: shape per step of every low-dimensional feature that the layouts read, by path under `steps/`.
         proprio, actions: how to compute them and what they are; None where the dataset has none that is usable. Without
             either it serves stage 1 only.
+        robot: whose it is. Datasets of the same name share its token in a decoder; empty for a robot of its own.
         notes: what else one should know: doubts, approximations, disagreements between sources.
 
     Raises:
@@ -57,6 +58,7 @@ class DatasetSpec:
     features: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     proprio: Layout | None = None
     actions: Layout | None = None
+    robot: str = ""
     notes: str = ""
 
     def __post_init__(self):
@@ -64,6 +66,8 @@ class DatasetSpec:
             value = getattr(self, field)
             if not value or not isinstance(value, str):
                 raise ValueError(f"dataset {self.name!r}: {field} is {value!r}; expected a string that is not empty")
+        if "/" in self.robot:
+            raise ValueError(f"dataset '{self.name}': robot is '{self.robot}'; expected a name without '/'")
         if not self.control_hz > 0:
             raise ValueError(f"dataset '{self.name}': control_hz is {self.control_hz}; expected a positive rate")
         if len(set(self.cameras.values())) < len(self.cameras):

@@ -60,7 +60,7 @@ class Policy:
 
         Args:
             config: its own configuration with other `policy` settings; None for as trained.
-            embodiment: the robot to drive, by the name of its dataset; may be left out where there is only one.
+            embodiment: the robot to drive, by its name; may be left out where there is only one.
 
         Raises:
             BundleError: naming the file, if a bundle is damaged, not complete, or of a later version.

@@ -2,8 +2,9 @@
 
 import contextlib
 import errno
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+import os
+from collections.abc import Iterator, Mapping
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -11,16 +12,18 @@ from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from mimic_video.batch import Batch
 from mimic_video.config import ExperimentConfig
-from mimic_video.parallel.sharding import global_batch, make_mesh, place, require_divisible
+from mimic_video.embodiments import Embodiment
+from mimic_video.parallel.sharding import batch_rows, global_batch, make_mesh, place
 from mimic_video.runs import checkpoints
-from mimic_video.runs.directory import write_config
-from mimic_video.runs.storage import RunError
+from mimic_video.runs.directory import locked, write_config
+from mimic_video.runs.storage import RunError, run_path
 from mimic_video.stages import split_params
 from mimic_video.training.clock import ProfilerWindow, StepClock, first_start
-from mimic_video.training.metrics import MetricWriter, device_memory
+from mimic_video.training.data import Data, OpenData
+from mimic_video.training.metrics import MetricWriter, device_memory, wandb_package
 from mimic_video.training.preemption import PreemptedError, preemption_notices
+from mimic_video.training.start import find_robots, initial_params, read_tokenizer, require_backbone
 from mimic_video.training.steps import TrainState, abstract_state, initial_state, make_train_step
 from mimic_video.training.validation import make_validation
 from mimic_video.vam import Params, VideoActionModel
@@ -30,43 +33,56 @@ class NonFiniteLossError(RuntimeError):
     """The loss or its gradient stopped being a number; the last checkpoint before that is kept."""
 
 
-def train(
-    config: ExperimentConfig,
-    run: epath.Path,
-    init: Callable[[Mesh], Params],
-    batches: Callable[[int], Iterator[Batch]],
-    data: Callable[[int], Mapping[str, Any]],
-    validation: Sequence[Batch] = (),
-    profile: tuple[int, int] | None = None,
-) -> TrainState:
+def train(config: ExperimentConfig, run: str | os.PathLike, data: Data, profile: tuple[int, int] | None = None) -> TrainState:
     """Trains `config.stage` in the directory `run`, resuming from its newest checkpoint if it has one.
 
-    To be called in the main thread, which signals go to, with the directory `locked`.
+    To be called by all processes of a run, in the main thread, which signals go to. Other runs are kept out of the directory
+    meanwhile.
 
     Args:
-        init: all parameters at the start, on the mesh or as NumPy arrays: called unless there is a checkpoint.
-        batches: step → the batches from that step on, this process's `batch_rows`; a function of (seed, step) alone.
-        data: step → where `batches` stand after it and what they are drawn from, for JSON; kept with each checkpoint.
-        validation: fixed batches that validation errors are averaged over, this process's rows, too; for action errors in raw
-            units, with `action_scale` as in `make_action_curves`.
+        run: a directory or `gs://BUCKET/FOLDER`, which is made if it is not there.
+        data: what the stage reads, such as `data_pipelines.assembly.TrainingData(config)`.
         profile: the first and the last step to trace.
 
     Returns:
         The final state; the run directory holds it too.
 
     Raises:
-        ConfigError: if the directory holds a run with another configuration, or there are no such steps to trace.
-        RunError: if it holds one that was trained on other data, or no checkpoint that can be read, or if it cannot be written.
+        ConfigError: if the directory holds a run with another configuration, the configuration does not fit its `backbone_run`,
+            the machine or the data, or there are no such steps to trace.
+        RunError: if the directory is in use, holds a run that was trained on other data, or no checkpoint that can be read, or
+            if it cannot be written; or if `backbone_run` or `start_run` cannot be read.
         NonFiniteLossError: if the loss or its gradient becomes NaN or infinite.
         PreemptedError: if it was asked to stop before the last step, after it has saved.
+        Exception: what is wrong with the data.
     """
-    write_config(run, config)
+    run = run_path(run)
+    if config.train.wandb_project:
+        wandb_package()
+    require_backbone(config)
+    with locked(run):
+        mesh = make_mesh(config.mesh)
+        opened = data.open(batch_rows(config.train.batch_size, mesh), lambda: read_tokenizer(config, run))
+        write_config(run, config)
+        robots = find_robots(run, opened.robots) if config.stage == "action" else {}
+        return _train_in(run, config, mesh, opened, robots, profile)
+
+
+def _train_in(
+    run: epath.Path,
+    config: ExperimentConfig,
+    mesh: Mesh,
+    data: OpenData,
+    robots: Mapping[str, Embodiment],
+    profile: tuple[int, int] | None,
+) -> TrainState:
+    """`train` in a directory that is this run's alone and has its configuration and robots."""
+    validation = data.validation(robots)
     started, profiler = first_start(run), ProfilerWindow(run, profile, config.train.steps)
-    mesh, vam, settings = make_mesh(config.mesh), VideoActionModel(config), config.train
-    require_divisible(settings.batch_size, mesh)
+    vam, settings = VideoActionModel(config), config.train
     opened = checkpoints.open_checkpoints(run, settings.keep_checkpoints, settings.keep_every)
     with _full_disk_explained(run), preemption_notices() as stop_after, opened as manager:
-        state, frozen = _start(config, run, vam, mesh, manager, init, data)
+        state, frozen = _start(config, run, vam, mesh, manager, data)
         start = int(state.step)
         if start == settings.steps:
             return state
@@ -81,7 +97,7 @@ def train(
             disable=jax.process_index() > 0,
         )
         with progress, MetricWriter(run, start, config) as writer:
-            stream, clock, pending = batches(start), StepClock(config, run, started), []
+            stream, clock, pending = data.batches(start, robots), StepClock(config, run, started), []
             for step in range(start + 1, settings.steps + 1):
                 with clock.stopped():
                     profiler.before(step)
@@ -113,7 +129,7 @@ def train(
                         values |= validate(step, state.inference_params, frozen, writer)
                     writer.write(step, values)
                 if saving:
-                    checkpoints.save(manager, state, data(step))
+                    checkpoints.save(manager, state, data.state(step))
                     if stopping and not last:
                         raise PreemptedError(f"stopped after step {step} of {run}, as asked; the same command continues there")
                 checkpoints.check_saves(manager)
@@ -122,16 +138,16 @@ def train(
     return state
 
 
-def _start(config, run, vam, mesh, manager, init, data) -> tuple[TrainState, Params]:
+def _start(config, run, vam, mesh, manager, data: OpenData) -> tuple[TrainState, Params]:
     """The state and the frozen parameters of the newest checkpoint, or new ones."""
     state = checkpoints.restore(manager, abstract_state(vam, mesh))
     if state is None:
-        trained, frozen = split_params(init(mesh), config)
+        trained, frozen = split_params(initial_params(config, mesh, data.samples), config)
         checkpoints.save_frozen(run, frozen)
         del frozen  # what counts is what is kept, maybe by an earlier start of this run
         state = initial_state(config, place(trained, mesh), mesh)
     else:
-        checkpoints.require_same_data(manager, data)
+        checkpoints.require_same_data(manager, data.state)
     return state, checkpoints.load_frozen(run, mesh=mesh)
 
 

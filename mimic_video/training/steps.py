@@ -1,10 +1,11 @@
-"""The training state and the compiled step of either stage."""
+"""The training state, the compiled step of either stage, and the tokenizer's part of it."""
 
 import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -12,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mimic_video.batch import Batch
 from mimic_video.config import ExperimentConfig
 from mimic_video.models.devices import BATCH
-from mimic_video.parallel.sharding import MeshFunction, shardings
+from mimic_video.parallel.sharding import MeshFunction, global_batch, make_mesh, place, require_divisible, shardings
 from mimic_video.stages import join_params, split_params
 from mimic_video.training.metrics import group_norms
 from mimic_video.training.optimizer import average_decay, make_optimizer, make_schedule
@@ -113,6 +114,19 @@ def _in_parts(gradients: Callable, parts: int, params: Params, frozen: Params, b
     weights = {name: jnp.maximum(weight, 1) for name, weight in weights.items()}
     grads = jax.tree.map(lambda grad: grad / weights["loss"], grads)
     return grads, {name: WeightedMean(values[name] / weights[name], weights[name]) for name in values}
+
+
+def make_encoder(config: ExperimentConfig, tokenizer: Params) -> Callable[[np.ndarray], np.ndarray]:
+    """Frames of `train.batch_size` windows → their latents, as the step encodes them, in the dtype of the tokenizer's arithmetic.
+
+    Raises:
+        ConfigError: if the machine has no such mesh, or the batch cannot be split over it.
+    """
+    vam, mesh = VideoActionModel(config), make_mesh(config.mesh)
+    require_divisible(config.train.batch_size, mesh)
+    params, dtype = place({"tokenizer": tokenizer}, mesh), vam.dtype("tokenizer")
+    encode = jax.jit(lambda params, video: vam.encode_video(params, video).astype(dtype))
+    return lambda video: np.array(encode(params, global_batch({"video": video}, mesh)["video"]))
 
 
 def make_validation_step(vam: VideoActionModel, mesh: Mesh) -> Callable[[Params, Params, Batch], Metrics]:

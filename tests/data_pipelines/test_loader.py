@@ -189,6 +189,12 @@ def test_robots_of_different_widths_share_batches(parts):
     assert rows["proprio"][narrow][:, 0, 0].min() >= 5000 > rows["proprio"][~narrow].max()
 
 
+def test_datasets_may_be_of_one_robot(parts):
+    decoder, same = dataclasses.replace(DECODER, embodiments=4), [dataclasses.replace(part, embodiment=3) for part in parts]
+    for batch in mixed_batches(same, 4, decoder=decoder):
+        assert batch["embodiment"].dtype == np.int32 and (batch["embodiment"] == 3).all()
+
+
 def test_each_robot_has_its_own_normaliser(parts, config):
     statistics = [action_statistics(part.windows.episodes, config) for part in parts]
     normalizers = [{key: Normalizer.from_statistics(entry[key], "variance") for key in entry} for entry in statistics]

@@ -350,13 +350,13 @@ def test_training_does_not_continue_in_a_converted_run(tmp_path):
     config = tiny.experiment(stage="video")
     checkpoints.save_converted(tmp_path / "run", config, tiny.params(config))
 
-    def never(*_):
+    def never(_):
         pytest.fail("training has started")
 
     with pytest.raises(
         directory.RunError, match=r"converted weights without optimizer state.*--config.backbone_run=.*run and another"
     ):
-        train(config, tmp_path / "run", never, never, never)
+        train(config, tmp_path / "run", tiny.Data(config, never))
 
 
 def test_converted_weights_keep_the_dtype_that_each_network_computes_in(tmp_path):

@@ -83,17 +83,16 @@ HOST = """
 import sys
 import jax
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-import train
-from data_pipelines.loader import WindowDataset
-from data_pipelines.sources.rlds import RldsSource
-from mimic_video.runs import checkpoints, directory
 from pathlib import Path
 import tiny
-config, run = tiny.experiment(), Path(sys.argv[4])
+from data_pipelines.assembly import TrainingData
+from mimic_video.runs import directory
+from mimic_video.training.start import find_robots
+config, run = tiny.experiment(data={"action_dataset": sys.argv[3]}), Path(sys.argv[4])
 directory.write_config(run, config)
-windows = WindowDataset(RldsSource(sys.argv[3], "train"), config.data, actions=True)
+data = TrainingData(config).open()
 for _ in range(2):  # computed, then read
-    found = train.find_embodiments(run, config, {"tiny": windows})
+    found = find_robots(run, data.robots)
 print(list(found))
 """
 
@@ -105,7 +104,7 @@ def test_two_processes_compute_statistics_together_and_the_first_writes_them(tmp
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     root = pathlib.Path(__file__).parents[2]
-    paths = os.pathsep.join(map(str, (root, root / "launch", root / "tests")))
+    paths = os.pathsep.join(map(str, (root, root / "tests")))
     environment = os.environ | {"PYTHONPATH": paths, "XDG_CACHE_HOME": str(tmp_path / "cache")}
     command = [sys.executable, "-c", HOST, address]
     processes = [
@@ -120,5 +119,5 @@ def test_two_processes_compute_statistics_together_and_the_first_writes_them(tmp
     assert [lines[-1] for lines in printed] == ["['tiny']"] * 2
     source = RldsSource(data, "train")
     alone = action_statistics(source, tiny.experiment().data)
-    expected = to_table({"tiny": Embodiment("tiny", 0, alone, {"action": (), "proprio": ()})})
+    expected = to_table({"tiny": Embodiment("tiny", 0, alone, {"action": (), "proprio": ()}, datasets=("tiny",))})
     assert json.loads((run / "embodiments.json").read_text()) == expected

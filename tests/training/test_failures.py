@@ -33,7 +33,7 @@ def train(run, bad_step=0, at=lambda step: None):
                 batch.actions[0, 0, 0] = np.nan
             yield batch
 
-    return loop.train(CONFIG, run, lambda mesh: tiny.params(CONFIG), batches, lambda step: {"next_step": step})
+    return loop.train(CONFIG, run, tiny.Data(CONFIG, batches))
 
 
 def saved_steps(run):

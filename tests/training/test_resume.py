@@ -29,21 +29,27 @@ STEPS = 10
 
 # launch/train.py, with what every batch holds written down and, at a given step, a signal to itself.
 RECORD = """
-import json, os, zlib
+import dataclasses, json, os, zlib
 import experiment, train
-train_as_ever, STEP, SIGNAL = train.train, int(os.environ["SIGNAL_STEP"]), int(os.environ["SIGNAL"])
+from data_pipelines.assembly import OpenTrainingData, TrainingData
+from mimic_video.batch import fields
+STEP, SIGNAL = int(os.environ["SIGNAL_STEP"]), int(os.environ["SIGNAL"])
 
-def recording(config, run, init, batches, *others, **named):
-    def recorded(start):
-        for step, batch in enumerate(batches(start), start + 1):
+class Recorded(OpenTrainingData):
+    def batches(self, start, robots):
+        for step, batch in enumerate(super().batches(start, robots), start + 1):
             if step == STEP:
                 os.kill(os.getpid(), SIGNAL)
-            with (run / "batches.jsonl").open("a") as file:
-                file.write(json.dumps([step, {name: zlib.crc32(value.tobytes()) for name, value in batch.items()}]) + "\\n")
+            with open(f"{train._WORKDIR.value}/batches.jsonl", "a") as file:
+                sums = {name: zlib.crc32(value.tobytes()) for name, value in fields(batch).items()}
+                file.write(json.dumps([step, sums]) + "\\n")
             yield batch
-    return train_as_ever(config, run, init, recorded, *others, **named)
 
-train.train = recording
+class Recording(TrainingData):
+    def open(self, *arguments):
+        return Recorded(**vars(super().open(*arguments)))
+
+train.TrainingData = Recording
 experiment.run(train.main)
 """
 
@@ -189,13 +195,7 @@ def test_a_run_without_a_checkpoint_starts_again_on_the_frozen_parameters_it_kep
     monkeypatch.setattr(loop, "make_train_step", lambda *_: stop_before_the_first_step)
     for seed in (0, 1):
         with pytest.raises(StoppedError):
-            loop.train(
-                config,
-                tmp_path,
-                init=lambda mesh, seed=seed: tiny.params(config, seed),
-                batches=lambda step: iter([tiny.batch(config, 8)]),
-                data=lambda step: {},
-            )
+            loop.train(config, tmp_path, tiny.Data(config, seed=seed))
     kept = jax.device_get(checkpoints.load_frozen(tmp_path))
     for frozen in used:
         chex.assert_trees_all_equal(frozen, kept)

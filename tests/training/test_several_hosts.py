@@ -39,12 +39,11 @@ def batches(start):
         step += 1
         if step == 3 and me == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        whole = tiny.batch(config, config.train.batch_size, step)
-        yield jax.tree.map(lambda value: value[4 * me : 4 * me + 4], whole)
+        yield tiny.batch(config, config.train.batch_size, step)
 
 if what == "train":
     try:
-        loop.train(config, run, lambda mesh: tiny.params(config), batches, lambda step: {})
+        loop.train(config, run, tiny.Data(config, batches))
     except PreemptedError as stopped:
         print("OUTCOME", stopped, flush=True)
 elif what == "restore":

@@ -106,7 +106,7 @@ def test_a_resumed_run_writes_all_of_it(tmp_path):
             yield tiny.batch(config, 8, step)
 
     def start():
-        train(config, tmp_path, lambda mesh: tiny.params(config), batches, lambda step: {}, [tiny.batch(config, 8, 9)], (4, 4))
+        train(config, tmp_path, tiny.Data(config, batches, (tiny.batch(config, 8, 9),)), (4, 4))
 
     with pytest.raises(OSError, match="unplugged"):
         start()

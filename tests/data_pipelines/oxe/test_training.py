@@ -1,11 +1,13 @@
 """Registry datasets as an experiment opens them."""
 
+import dataclasses
 import itertools
 
 import declared
 import numpy as np
 import pytest
 
+from data_pipelines.assembly import TrainingData
 from data_pipelines.datasets import open_datasets
 from data_pipelines.loader import Part, make_batches
 from data_pipelines.mixture import Mixture
@@ -44,6 +46,17 @@ def test_windows_of_a_registry_dataset(root):
     expected = relative_poses(episode.proprio[2], episode.actions[3:5])
     np.testing.assert_allclose(window["actions"][:, :9], expected[:, :9], atol=1e-5)
     np.testing.assert_array_equal(window["proprio"][0], episode.proprio[2])
+
+
+def test_an_entry_says_whose_it_is(root, monkeypatch):
+    assert not any(registry.find(name).robot for name in registry.names())  # so mixtures that are shipped have a robot a dataset
+    spec = registry.find("bridge_orig")
+    monkeypatch.setattr(registry, "find", lambda _: dataclasses.replace(spec, robot="widowx"))
+    assert list(TrainingData(experiment(root=root)).open().robots()) == ["widowx"]
+    chosen = experiment(root=root, robots=(("bridge_orig", "arm"),))
+    assert list(TrainingData(chosen).open().robots()) == ["arm"]
+    with pytest.raises(ValueError, match="dataset 'bridge_orig': robot is 'a/b'; expected a name without '/'"):
+        dataclasses.replace(spec, robot="a/b")
 
 
 def test_batches_of_a_named_mixture(root, monkeypatch):
