@@ -1,6 +1,9 @@
-"""What each stage trains, and what it leaves as it is: the split of all parameters into the two, and back."""
+"""What each stage trains, what it leaves as it is, and what it reads: the split of all parameters, and shapes of batches."""
+
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from mimic_video.config import ExperimentConfig
 from mimic_video.models.lora import init_adapters, join_network, require_names, split_network
@@ -33,3 +36,25 @@ def join_params(trained: Params, frozen: Params, config: ExperimentConfig) -> Pa
         return frozen | trained
     name = TRAINED[config.stage]
     return frozen | {name: join_network(trained[name], frozen[name], trained["lora"], config.lora)}
+
+
+def batch_shapes(config: ExperimentConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a global batch, as the loader makes them of datasets that have all of their cameras and action dimensions."""
+    data, decoder, size = config.data, config.decoder, config.train.batch_size
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+        "video_mask": ((data.num_frames,), bool),
+        "text": ((config.text.rows, config.text.width), jnp.float32),
+    }
+    if data.latents:
+        shapes["latents"] = (*data.latent_shape, config.backbone.latent_channels), config.precision
+    else:
+        shapes["video"] = (data.num_frames, *data.frame_size, 3), jnp.uint8
+    if len(data.cameras) > 1:
+        shapes["view_mask"] = (len(data.cameras),), bool
+    if config.stage == "action":
+        shapes["proprio"] = (decoder.obs_horizon, decoder.proprio_dim), jnp.float32
+        shapes["actions"] = (decoder.action_horizon, decoder.action_dim), jnp.float32
+        shapes["action_mask"] = (decoder.action_horizon,), bool
+        if decoder.embodiments:
+            shapes["embodiment"] = (), jnp.int32
+    return {name: jax.ShapeDtypeStruct((size, *shape), dtype) for name, (shape, dtype) in shapes.items()}

@@ -115,6 +115,7 @@ class VideoActionModel:
 
     # Latents.
 
+    @jax.named_scope("encode")
     def encode_video(self, params: Params, video: UInt8[Array, "b f h w 3"]) -> Float[Array, "b 1+f//4 h//8 w//8 c"]:
         """8-bit RGB frames → latents; a prefix of the frames gives the prefix of the latents. Views are encoded by themselves."""
         video = (self._apart(video).astype(jnp.float32) / 127.5 - 1).astype(self.dtype("tokenizer"))
@@ -350,6 +351,7 @@ class VideoActionModel:
         """
         return self.hidden_after(params, self.encode_video(params, past_video), text, noise, view_mask)
 
+    @jax.named_scope("video")
     def hidden_after(
         self, params: Params, past: Past, text: Text, noise: Latents, view_mask: ViewMask | None = None
     ) -> tuple[Float[Array, "b k d"], Float[Array, " b"]]:
@@ -396,6 +398,7 @@ class VideoActionModel:
         context = self.action_context(params, hidden, robots)
         return self.solve_actions(params, context, video_time, proprio, noise, robots, prefix)
 
+    @jax.named_scope("context")
     def action_context(self, params: Params, hidden: Float[Array, "b k d"], robots: Robots = ALIKE) -> Context:
         """Keys and values of the decoder's cross-attention to hidden states."""
         decoder = self.module("decoder", params)

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxprs_in_params
 
@@ -22,35 +21,13 @@ from mimic_video.config import ExperimentConfig, MeshConfig
 from mimic_video.embodiments import Embodiment
 from mimic_video.models.attention import REFUSED
 from mimic_video.models.devices import BATCH, Capability, assuming
+from mimic_video.parallel.chips import Chip
 from mimic_video.parallel.sharding import MeshFunction, make_mesh, require_divisible, shardings
 from mimic_video.policy.program import PolicyProgram
-from mimic_video.stages import split_params
-from mimic_video.training.flops import Chip
+from mimic_video.stages import batch_shapes, split_params
 from mimic_video.training.steps import abstract_state, make_train_step
 from mimic_video.transforms import compute_statistics
 from mimic_video.vam import VideoActionModel
-
-
-def batch_shapes(config: ExperimentConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a global batch, as the loader makes them of datasets that have all of their cameras and action dimensions."""
-    data, decoder, size = config.data, config.decoder, config.train.batch_size
-    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-        "video_mask": ((data.num_frames,), bool),
-        "text": ((config.text.rows, config.text.width), jnp.float32),
-    }
-    if data.latents:
-        shapes["latents"] = (*data.latent_shape, config.backbone.latent_channels), config.precision
-    else:
-        shapes["video"] = (data.num_frames, *data.frame_size, 3), jnp.uint8
-    if len(data.cameras) > 1:
-        shapes["view_mask"] = (len(data.cameras),), bool
-    if config.stage == "action":
-        shapes["proprio"] = (decoder.obs_horizon, decoder.proprio_dim), jnp.float32
-        shapes["actions"] = (decoder.action_horizon, decoder.action_dim), jnp.float32
-        shapes["action_mask"] = (decoder.action_horizon,), bool
-        if decoder.embodiments:
-            shapes["embodiment"] = (), jnp.int32
-    return {name: jax.ShapeDtypeStruct((size, *shape), dtype) for name, (shape, dtype) in shapes.items()}
 
 
 class TopologyError(RuntimeError):
