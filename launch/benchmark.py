@@ -45,13 +45,14 @@ from measured import provenance
 
 from mimic_video.batch import Batch, batch_shapes
 from mimic_video.config import ExperimentConfig, LoraConfig
+from mimic_video.parallel.chips import mfu
 from mimic_video.parallel.sharding import global_batch, make_mesh, shardings
 from mimic_video.policy.latency import percentiles
 from mimic_video.runs.checkpoints import START_PRECISION, load_params, load_tokenizer
 from mimic_video.runs.directory import load_embodiments
 from mimic_video.runs.storage import RunError, run_path
 from mimic_video.stages import join_params, split_params
-from mimic_video.training.flops import mfu, step_flops, video_tokens
+from mimic_video.training.flops import step_flops, video_tokens
 from mimic_video.training.steps import TrainState, abstract_state, make_state, make_train_step
 from mimic_video.vam import Params, VideoActionModel
 

@@ -15,11 +15,12 @@ import numpy as np
 import torch_reference
 
 from mimic_video.analysis.aot import widest_robot
+from mimic_video.analysis.policy_flops import policy_flops
 from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.policy.latency import measure
 from mimic_video.policy.policy import Policy
 from mimic_video.runs.storage import RunError
-from mimic_video.training.flops import policy_flops, video_tokens
+from mimic_video.training.flops import video_tokens
 from mimic_video.vam import VideoActionModel
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -6,7 +6,7 @@
     python launch/compile.py --config=configs/small.py:half_video --platform=cuda [--devices=8] [--capability=9.0] [--policy=1]
 
 For a TPU the whole program is compiled. Exit code: 0 if it fits the chip's memory, 2 if it does not, 1 for errors. The JSON has
-bytes, operations and seconds of one chip: its memory by kind; the model's FLOPs from our count, and the program's, which has what
+bytes, operations and seconds of one chip: its memory by kind; the model's FLOPs as traced, and the program's, which has what
 is computed again; communication by kind; and how long a step takes at least if only arithmetic, memory traffic or communication
 took time.
 
@@ -25,9 +25,11 @@ import jax
 from absl import flags
 
 from mimic_video.analysis import aot
+from mimic_video.analysis.policy_flops import policy_flops
 from mimic_video.config import ConfigError, ExperimentConfig
+from mimic_video.parallel.chips import chip_of
 from mimic_video.runs.directory import write_json
-from mimic_video.training import flops
+from mimic_video.training.flops import step_flops, video_tokens
 
 _PLATFORM = flags.DEFINE_enum("platform", "tpu", ["tpu", "cuda"], "What is compiled for")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Name of the TPU topology, such as v5e:16x16 or v5p:4x4x8")
@@ -45,9 +47,9 @@ DOES_NOT_FIT = 2
 
 def program(config: ExperimentConfig, devices: list[jax.Device]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """(function, shapes of its arguments, what the report says of it)."""
-    tokens = flops.video_tokens(config)
+    tokens = video_tokens(config)
     if _POLICY.value:
-        needed = flops.policy_flops(config)
+        needed = policy_flops(config)
         return *aot.policy_program(config, devices[0], _POLICY.value), {
             "program": "policy",
             "batch_size": _POLICY.value,
@@ -55,7 +57,7 @@ def program(config: ExperimentConfig, devices: list[jax.Device]) -> tuple[Any, t
             "model_flops_per_chip": _POLICY.value * (needed.total - needed.encode),
             "tokenizer_flops_per_chip": _POLICY.value * needed.encode,
         }
-    model = flops.step_flops(config)
+    model = step_flops(config)
     return *aot.step_program(config, devices), {
         "program": "step",
         "stage": config.stage,
@@ -72,7 +74,7 @@ def tpu_report(config: ExperimentConfig, topology: str, slices: int) -> dict[str
     devices = aot.topology_devices(topology, slices)
     if _POLICY.value:
         devices = devices[:1]
-    chip = flops.chip_of(devices[0])
+    chip = chip_of(devices[0])
     if chip is None:
         raise aot.TopologyError(f"nothing is known of chips of the kind '{devices[0].device_kind}'")
     function, arguments, described = program(config, devices)

@@ -110,6 +110,7 @@ class VideoActionModel:
 
     # Latents.
 
+    @jax.named_scope("encode")
     def encode_video(self, params: Params, video: UInt8[Array, "b v f y x 3"]) -> Latents:
         """8-bit RGB frames → latents; a prefix of the frames gives the prefix of the latents. Views are encoded by themselves."""
         views = video.reshape(-1, *video.shape[2:])
@@ -280,6 +281,7 @@ class VideoActionModel:
         hidden = self.module("backbone", params).hidden(inputs, stop=self.config.backbone.hidden_block)
         return hidden.reshape(len(hidden), -1, hidden.shape[-1])
 
+    @jax.named_scope("video")
     def sample_hidden(self, params: Params, conditioning: Conditioning, noise: Latents) -> tuple[Hidden, Float[Array, " b"]]:
         """Hidden states where the policy stops the video sampler (SPEC 5.1), and the flow time τ_v there.
 
@@ -307,6 +309,7 @@ class VideoActionModel:
         hidden, time = self.sample_hidden(params, self.condition(params, observation), noise["video"])
         return self.decode_actions(params, self.action_conditioning(params, hidden, time, observation), noise["actions"], prefix)
 
+    @jax.named_scope("context")
     def action_conditioning(
         self, params: Params, hidden: Hidden, video_time: Float[Array, " b"], observation: Observation
     ) -> ActionConditioning:

@@ -22,10 +22,10 @@ from mimic_video.config import ExperimentConfig, MeshConfig
 from mimic_video.embodiments import Embodiment
 from mimic_video.models.attention import REFUSED
 from mimic_video.models.devices import BATCH, Capability, assuming
+from mimic_video.parallel.chips import Chip
 from mimic_video.parallel.sharding import MeshFunction, make_mesh, require_divisible, shardings
 from mimic_video.policy.program import PolicyProgram
 from mimic_video.stages import split_params
-from mimic_video.training.flops import Chip
 from mimic_video.training.steps import abstract_state, make_train_step
 from mimic_video.transforms import compute_statistics
 from mimic_video.vam import VideoActionModel

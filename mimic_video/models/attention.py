@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from mimic_video.config import ConfigError
-from mimic_video.models.devices import BATCH, BATCH_AXES, TOKENS, axis_size, compute_capability, is_spread, platform
+from mimic_video.models.devices import BATCH, BATCH_AXES, PAPER, TOKENS, axis_size, compute_capability, is_spread, platform
 from mimic_video.models.layers import SAVED_ATTENTION, RMSNorm, linear
 
 Backend = Literal["auto", "xla", "cudnn", "splash"]
@@ -28,6 +28,7 @@ _UNKNOWN = "GPUs of an unknown compute capability"
 _LOGITS_BYTES = 2**28  # of products of queries and keys that XLA's attention has in memory at a time
 
 
+@jax.named_scope("attention")
 def attention(
     q: Float[Array, "m *s n e"], k: Keys, v: Keys, mask: KeyMask | None = None, backend: Backend = "auto"
 ) -> Float[Array, "m *s n e"]:
@@ -117,6 +118,8 @@ def _attend(q: Heads, k: Keys, v: Keys, mask: KeyMask | None, backend: Backend) 
 
 def chosen(q: Float[Array, "b s n e"], k: Float[Array, "b k n e"], backend: Backend) -> Backend:
     """The backend that attends on this platform: `backend`, or what stands for "auto". Errors are those of `attention`."""
+    if platform() == PAPER:
+        return "xla"
     if backend == "cudnn" and (reason := _cudnn_refuses(q)) not in ("", _UNKNOWN):  # who names it knows the GPU
         raise ConfigError(f"config field 'attention' is 'cudnn', which does not take {reason}; expected 'auto' or 'xla'")
     if backend != "auto":
@@ -164,7 +167,9 @@ def _xla(
     mask = None if mask is None else mask[:, None, None]
     (size, queries, heads, head_dim), dtype = q.shape, q.dtype
     at_a_time = max(1, _LOGITS_BYTES // (4 * size * heads * k.shape[1]))
-    if queries <= max(at_a_time, 2 * head_dim):  # keys and values in float32 are as large as the logits of that many
+    if platform() == PAPER or queries <= max(
+        at_a_time, 2 * head_dim
+    ):  # keys and values in float32 are as large as the logits of that many
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
     at_a_time -= at_a_time % _SPLASH_LANES if at_a_time > _SPLASH_LANES else 0
     k, v = k.astype(jnp.float32), v.astype(jnp.float32)  # in which their gradients are summed up

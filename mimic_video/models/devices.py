@@ -29,6 +29,7 @@ def is_spread() -> bool:
 
 
 Capability = tuple[int, int]  # CUDA's compute capability: (9, 0) of an H100
+PAPER = "paper"  # a platform to assume, of endless memory and no kernels: what is traced there has the products that are needed
 
 _ASSUMED: contextvars.ContextVar[tuple[str, Capability | None] | None] = contextvars.ContextVar("assumed", default=None)
 

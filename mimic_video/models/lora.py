@@ -59,6 +59,7 @@ def init_adapters(frozen: Tree, config: LoraConfig, key: jax.Array) -> Tree:
     return unflatten_dict(adapters)
 
 
+@jax.named_scope("adapters")
 def join_network(trained: Tree, frozen: Tree, adapters: Tree, config: LoraConfig) -> Tree:
     """The network, with the adapters merged into the frozen kernels, which keep their dtype."""
     network, flat = flatten_dict(frozen) | flatten_dict(trained), flatten_dict(adapters)

@@ -9,9 +9,10 @@ import jax
 from etils import epath
 
 from mimic_video.config import ConfigError, ExperimentConfig
+from mimic_video.parallel.chips import mfu
 from mimic_video.runs.directory import read_metrics, write_json
 from mimic_video.runs.storage import Spool
-from mimic_video.training.flops import mfu, step_flops, video_tokens
+from mimic_video.training.flops import step_flops, video_tokens
 
 # Metrics that a repeated run does not repeat: everything else is a function of the configuration and the data.
 MEASURED = (
