@@ -399,8 +399,8 @@ class PolicyConfig:
 class EvaluationConfig:
     """Closed-loop evaluation in a simulator."""
 
-    simulator: Literal["metaworld"] = "metaworld"
-    layout: Literal["native", "delta"] = "native"  # of the simulator's actions and proprioception; "delta": poses of 10 numbers
+    simulator: str = "metaworld"  # registered in evaluation/simulators.py, or "module:function" of your own
+    layout: str = "native"  # of actions and proprioception, as the simulator knows it; of Meta-World "native", or "delta": poses
     tasks: tuple[str, ...] = ()
     episodes_per_task: int = 20
     first_seed: int = 1_000_000  # far from the seeds of any demonstration
