@@ -28,10 +28,8 @@ class CountingFactory:
 class CountingEnvironment:
     """Proprioception is (seed, sum of actions, steps, process id); pixels hold the number of steps."""
 
-    action_space = types.SimpleNamespace(shape=(2,))
-    metadata = {"render_fps": 20.0}
-
     def __init__(self, factory):
+        self.action_space, self.metadata = types.SimpleNamespace(shape=(2,)), {"render_fps": 20.0}
         self._factory = factory
 
     def reset(self, *, seed=None, options=None):
