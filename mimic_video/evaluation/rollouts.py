@@ -159,7 +159,7 @@ def run_task(
         for camera, history in histories.items():
             history.append(observation[camera], step / data.control_hz)
         proprio.append(observation["proprio"])
-        recorded.append({camera: image[:record] for camera, image in views(observation).items()})
+        recorded.append({camera: image[:record].copy() for camera, image in views(observation).items()})
 
     proprio: list[np.ndarray] = []
     recorded: list[dict[str, np.ndarray]] = []
