@@ -17,7 +17,7 @@ class CountingFactory:
     goal: float = 3.0
     limit: int = 1000
     break_seed: int | None = None
-    breakage: str = ""  # "build", "raise" or "die"
+    breakage: str = ""  # "build", "reset", "raise" or "die"
 
     def __call__(self):
         if self.breakage == "build":
@@ -34,7 +34,7 @@ class CountingEnvironment:
 
     def reset(self, *, seed=None, options=None):
         self._seed, self._total, self._steps = seed, 0.0, 0
-        return self._observe(), {"instruction": "count"}
+        return self._observe(), {} if self._factory.breakage == "reset" else {"instruction": "count"}
 
     def step(self, action):
         if self._seed == self._factory.break_seed:

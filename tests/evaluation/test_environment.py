@@ -1,3 +1,4 @@
+import importlib
 import multiprocessing
 import os
 import time
@@ -145,6 +146,21 @@ def test_the_end_of_an_episode_is_told():
         pool.reset()
         ends = [pool.step(np.zeros((1, 2), np.float32), np.ones(1, bool))[1:] for _ in range(2)]
     assert [(success.tolist(), ended.tolist()) for success, ended in ends] == [([False], [False]), ([False], [True])]
+
+
+def test_what_an_environment_has_to_say_is_named():
+    expected = r"seed 4(.|\n)*what reset returns as info has \[\]; expected 'instruction' among them"
+    with EnvironmentPool(CountingFactory(breakage="reset"), [4], 1) as pool, pytest.raises(WorkerError, match=expected):
+        pool.reset()
+
+
+def test_a_factory_that_workers_cannot_import_is_an_error_with_the_reason(tmp_path, monkeypatch):
+    (tmp_path / "vanishing.py").write_text("def make():\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    make = importlib.import_module("vanishing").make
+    (tmp_path / "vanishing.py").unlink()
+    with pytest.raises(WorkerError, match="ModuleNotFoundError: No module named 'vanishing'"):
+        EnvironmentPool(make, seeds=[0], num_workers=1)
 
 
 def test_a_factory_that_cannot_be_sent_is_refused():
