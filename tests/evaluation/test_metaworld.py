@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from counting import CountingEnvironment, CountingFactory
 
 from mimic_video.config import ConfigError, experiment_from
 from mimic_video.evaluation.environment import EnvironmentPool
@@ -109,6 +110,23 @@ def test_the_interface_is_that_of_gymnasium():
     checker.check_space(environment.observation_space, "observation", checker.check_observation_space)
     checker.env_reset_passive_checker(environment, seed=0)
     checker.env_step_passive_checker(environment, np.zeros(4, np.float32))
+
+
+def gymnasium_counter():
+    """A subclass of gymnasium's Env, in one of its wrappers: after two steps an episode is over."""
+    import gymnasium
+
+    class Counter(CountingEnvironment, gymnasium.Env):
+        pass
+
+    return gymnasium.wrappers.TimeLimit(Counter(CountingFactory()), 2)
+
+
+def test_environments_of_gymnasium_are_used_as_they_are():
+    with EnvironmentPool(gymnasium_counter, seeds=[5], num_workers=1) as pool:
+        observation, instructions = pool.reset()
+        assert (observation["proprio"][0, 0], instructions, pool.control_hz) == (5, ["count"], 20.0)
+        assert [pool.step(np.zeros((1, 2), np.float32), np.ones(1, bool))[2].item() for _ in range(2)] == [False, True]
 
 
 def test_images_are_upright_and_in_rgb_order():
