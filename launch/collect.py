@@ -1,8 +1,9 @@
-"""Collects demonstrations of Meta-World's scripted experts as two RLDS datasets.
+"""Collects demonstrations of a simulator's scripted experts as two RLDS datasets.
 
     python launch/collect.py --config=configs/quickstart.py --out=runs/quickstart/data --videos=100 --demonstrations=20
 
-for every task of the experiment's `evaluation.tasks`, at its image size and control rate and in its `evaluation.layout`.
+for every task of the experiment's `evaluation.tasks` in its `evaluation.simulator`, at its image size and control rate and in its
+`evaluation.layout`.
 `OUT/videos` holds action-free videos for stage 1 and `OUT/demonstrations` labelled episodes for stage 2, each with the splits
 `train` and `val`. No episode is in two of these. A dataset that exists already is left as it is.
 """
@@ -16,10 +17,10 @@ from absl import flags
 from tqdm import tqdm
 
 from data_pipelines.episode import Episode
-from data_pipelines.sources.metaworld import demonstrations
+from data_pipelines.sources.experts import demonstrations
 from data_pipelines.writers import VERSION, write_rlds
 from mimic_video.config import ExperimentConfig
-from mimic_video.evaluation.metaworld import MetaworldFactory
+from mimic_video.evaluation.simulators import factories, with_expert
 
 _OUT = flags.DEFINE_string("out", None, "Folder for the datasets", required=True)
 _VIDEOS = flags.DEFINE_integer("videos", 100, "Action-free episodes per task", lower_bound=1)
@@ -36,10 +37,10 @@ _FIRST_SEEDS = {
 
 def episodes(config: ExperimentConfig, dataset: str, split: str, count: int) -> Iterator[Episode]:
     """`count` successful episodes of every task, with a progress bar."""
-    labelled, workers = dataset == "demonstrations", config.evaluation.workers
-    for task in config.evaluation.tasks:
-        factory = MetaworldFactory(task, config.data.image_size, config.evaluation.layout, config.data.cameras)
-        source = demonstrations(factory, itertools.count(_FIRST_SEEDS[dataset, split]), labelled, workers)
+    evaluation, labelled = config.evaluation, dataset == "demonstrations"
+    for task in evaluation.tasks:
+        factory, seeds = with_expert(factories(config)(task)), itertools.count(_FIRST_SEEDS[dataset, split])
+        source = demonstrations(factory, f"{evaluation.simulator}/{task}", seeds, labelled, evaluation.workers)
         yield from tqdm(itertools.islice(source, count), total=count, desc=f"{dataset}/{split} {task}", unit="episode")
 
 
@@ -60,7 +61,7 @@ def main(config: ExperimentConfig) -> None:
             splits,
             control_hz=config.data.control_hz,
             image_size=config.data.image_size,
-            description=f"Scripted experts of Meta-World: {', '.join(config.evaluation.tasks)}",
+            description=f"Scripted experts of {config.evaluation.simulator}: {', '.join(config.evaluation.tasks)}",
         )
 
 

@@ -9,33 +9,26 @@ Stage `video`: predicted against real video on held-out episodes. With --expert,
 """
 
 import dataclasses
-import functools
 import pathlib
 import time
 
 import experiment
-import jax
 import numpy as np
 from absl import flags
 from etils import epath
-from PIL import Image
 
 from data_pipelines.datasets import open_datasets
 from data_pipelines.loader import WindowDataset
-from data_pipelines.sources.metaworld import expert_steps
 from data_pipelines.sources.rlds import DatasetError
-from mimic_video.batch import Observation
 from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.embodiments import of_dataset
-from mimic_video.evaluation.metaworld import MetaworldFactory
-from mimic_video.evaluation.offline import action_errors, psnr
-from mimic_video.evaluation.rollouts import EpisodeResult, run_rollouts, success_table
-from mimic_video.media import film_strip, stacked, write_video
-from mimic_video.models.text import make_text_encoder
+from mimic_video.evaluation.offline import action_errors
+from mimic_video.evaluation.rollouts import run_expert, run_rollouts, success_lines, summary, write_recordings
+from mimic_video.evaluation.simulators import factories
+from mimic_video.evaluation.video import evaluate_video
 from mimic_video.policy.policy import Policy
 from mimic_video.runs import checkpoints, directory
 from mimic_video.runs.storage import RunError, Spool, run_path
-from mimic_video.vam import VideoActionModel
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory", required=True)
 _EXPERT = flags.DEFINE_bool("expert", False, "Evaluate the scripted expert instead of a policy")
@@ -56,82 +49,38 @@ def chosen_windows(config: ExperimentConfig) -> WindowDataset:
     return datasets[_DATASET.value]
 
 
-def evaluate_video(config: ExperimentConfig, run: epath.Path, out: pathlib.Path) -> dict:
-    """Predictions of held-out futures, beside repeating the last observed frame."""
+def of_video(config: ExperimentConfig, run: epath.Path, out: pathlib.Path) -> dict:
     params, step = checkpoints.load_params(run)
-    vam, past = VideoActionModel(config), config.data.past_frames
     windows = chosen_windows(config)
     chosen = [windows[int(i)] for i in np.linspace(0, len(windows) - 1, _VIDEO_SAMPLES)]
-    real = np.stack([window["video"] for window in chosen])
-    encode_text = make_text_encoder(config.text, config.backbone.text_width)
-    text = np.stack([encode_text(window["instruction"]) for window in chosen])
-    noise = vam.policy_noise(config.seed, len(chosen))["video"]
-    views = np.isin(config.data.cameras, windows.cameras)
-    view_mask = np.tile(views, (len(chosen), 1)) if len(views) > 1 else None
-    conditioning = jax.jit(vam.condition)(params, Observation(text, real[:, :, :past], view_mask=view_mask))
-    predicted = np.asarray(jax.jit(vam.sample_video)(params, conditioning, noise))
-    real, predicted = stacked(real[:, views]), stacked(predicted[:, views])
-    mask = np.stack([window["frame_mask"] for window in chosen])[:, past:]
-    repeated = np.repeat(real[:, past - 1 : past], config.data.future_frames, axis=1)
-    for i in range(min(_RECORDED.value, len(chosen))):
-        write_video(out / "videos" / f"{i:02d}.gif", np.concatenate([real[i], predicted[i]], axis=2), config.data.video_hz / 2)
-    strip = Image.fromarray(film_strip(real[:4, past - 1 :: 3], predicted[:4, past - 1 :: 3]))
-    (out / "videos").mkdir(exist_ok=True)
-    strip.resize((strip.width * 2, strip.height * 2), Image.Resampling.NEAREST).save(out / "videos" / "strip.png")
-    return {
-        "checkpoint_step": step,
-        "psnr": psnr(predicted[:, past:], real[:, past:], mask).tolist(),
-        "psnr_last_frame_repeated": psnr(repeated, real[:, past:], mask).tolist(),
-        "samples": [window["instruction"] for window in chosen],
-    }
+    return {"checkpoint_step": step, **evaluate_video(config, params, chosen, windows.cameras, out, _RECORDED.value)}
 
 
-def evaluate_policy(config: ExperimentConfig, run: epath.Path, out: pathlib.Path) -> dict:
+def of_policy(config: ExperimentConfig, run: epath.Path, out: pathlib.Path) -> dict:
     directory.require_same_model(directory.read_config(run), config, run, "window", "tokenizer", "backbone", "decoder")
     robot = _DATASET.value and of_dataset(directory.load_embodiments(run), _DATASET.value).name
     policy = Policy.load(run, config, robot)
     windows = chosen_windows(config)
     samples = [windows[index] for index in range(0, len(windows), 4)]
     open_loop = action_errors(policy, samples, config.data.past_frames, policy.normalizers["action"])
-    factory = functools.partial(
-        MetaworldFactory, image_size=config.data.image_size, layout=config.evaluation.layout, cameras=config.data.cameras
-    )
-    results = run_rollouts(policy, factory, config, record=_RECORDED.value)
-    for result in results:
-        if result.frames is not None:
-            outcome = "success" if result.success else "failure"
-            write_video(out / "rollouts" / f"{result.task}_{result.seed}_{outcome}.gif", result.frames, config.data.control_hz)
-    return {"open_loop": open_loop, **closed_loop(results, config)}
+    results = run_rollouts(policy, factories(config, policy.embodiment.cameras), config, record=_RECORDED.value)
+    write_recordings(results, out / "rollouts", config.data.control_hz)
+    return {"open_loop": open_loop, **summary(results), "policy": dataclasses.asdict(config.policy)}
 
 
-def evaluate_expert(config: ExperimentConfig) -> dict:
-    """The ceiling: the expert that gave the demonstrations, without noise, under the same step limit."""
-    evaluation, results = config.evaluation, []
-    for task in evaluation.tasks:
-        factory = MetaworldFactory(task, config.data.image_size, config.evaluation.layout)
-        for seed in range(evaluation.first_seed, evaluation.first_seed + evaluation.episodes_per_task):
-            steps = expert_steps(factory, seed, evaluation.max_steps)
-            results.append(EpisodeResult(task, seed, steps is not None, steps or evaluation.max_steps))
-    return closed_loop(results, config)
-
-
-def closed_loop(results: list[EpisodeResult], config: ExperimentConfig) -> dict:
-    episodes = [{"task": r.task, "seed": r.seed, "success": r.success, "steps": r.steps} for r in results]
-    return {"success": success_table(results), "episodes": episodes, "policy": dataclasses.asdict(config.policy)}
+def of_expert(config: ExperimentConfig, *_: object) -> dict:
+    return {**summary(run_expert(factories(config), config)), "policy": dataclasses.asdict(config.policy)}
 
 
 def main(config: ExperimentConfig) -> None:
     run, start = run_path(_WORKDIR.value), time.perf_counter()
+    evaluate = of_expert if _EXPERT.value else {"video": of_video, "action": of_policy}[config.stage]
     with Spool(run) as spool:
-        if _EXPERT.value:
-            values = evaluate_expert(config)
-        else:
-            values = {"video": evaluate_video, "action": evaluate_policy}[config.stage](config, run, spool.path)
+        values = evaluate(config, run, spool.path)
         spool.path.mkdir(parents=True, exist_ok=True)
         directory.write_json(spool.path / "evaluation.json", values | {"seconds": time.perf_counter() - start})
-    for task, row in values.get("success", {}).items():
-        interval = f"95 % interval {row['low']:.2f} to {row['high']:.2f}"
-        print(f"{task}: {row['successes']}/{row['episodes']} = {row['rate']:.2f}, {interval}")
+    for line in success_lines(values.get("success", {})):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from mimic_video.config import ConfigError, ExperimentConfig, experiment_from
-from mimic_video.evaluation.metaworld import MetaworldFactory
-from mimic_video.evaluation.rollouts import run_rollouts, success_table
-from mimic_video.evaluation.served import ConnectionPerEpisodePlan, LockstepPlan
+from mimic_video.evaluation.rollouts import success_lines, summary
+from mimic_video.evaluation.served import run_served
+from mimic_video.evaluation.simulators import factories
 from mimic_video_client import PolicyClient, RequestRefused
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, e.g. configs/quickstart.py:action")
@@ -30,48 +30,13 @@ _OUT = flags.DEFINE_string("out", None, "Directory to write to", required=True)
 _CONNECTIONS = flags.DEFINE_enum("connections", "one", ["one", "episodes"], "For all episodes, or for each")
 
 
-def require_same_layout(metadata: dict, config: ExperimentConfig) -> None:
-    """Raises ConfigError if the policy sees or acts in another way than the configuration says."""
-    data, images = config.data, metadata["images"]
-    for name, value, served in (
-        ("video_hz", data.video_hz, metadata["video_hz"]),
-        ("control_hz", data.control_hz, metadata["control_hz"]),
-        ("action_horizon", data.action_horizon, metadata["action"]["horizon"]),
-        ("past_frames", data.past_frames, images["past_frames"]),
-        ("image_size", list(data.image_size), images["size"]),
-        ("cameras", list(data.cameras), images["cameras"]),
-    ):
-        if value != served:
-            raise ConfigError(f"config field 'data.{name}' is {value}; the served policy has {served}")
-
-
 def evaluate(config: ExperimentConfig) -> None:
-    if config.policy.strategy == "real_time_chunking":
-        raise ConfigError(
-            "config field 'policy.strategy' is 'real_time_chunking'; a server is not told what chunks have to continue"
-        )
     connect, start = functools.partial(PolicyClient, _SERVER.value, _TOKEN.value, timeout=600.0), time.perf_counter()
-    factory = functools.partial(
-        MetaworldFactory, image_size=config.data.image_size, layout=config.evaluation.layout, cameras=config.data.cameras
-    )
-    with connect() as client:
-        require_same_layout(client.metadata, config)
-        per_episode = ConnectionPerEpisodePlan(connect, config.policy.execute_steps / config.data.control_hz)
-        try:
-            results = run_rollouts(LockstepPlan(client) if _CONNECTIONS.value == "one" else per_episode, factory, config)
-        finally:
-            per_episode.close()
-    table = success_table(results)
-    episodes = [{"task": r.task, "seed": r.seed, "success": r.success, "steps": r.steps} for r in results]
+    values = summary(run_served(connect, factories(config), config, _CONNECTIONS.value == "episodes"))
     out = pathlib.Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
-    values = {"success": table, "episodes": episodes, "seconds": time.perf_counter() - start}
-    (out / "evaluation.json").write_text(json.dumps(values, indent=1))
-    for task, row in table.items():
-        print(
-            f"{task}: {row['successes']}/{row['episodes']} = {row['rate']:.2f}, "
-            f"95 % interval {row['low']:.2f} to {row['high']:.2f}"
-        )
+    (out / "evaluation.json").write_text(json.dumps(values | {"seconds": time.perf_counter() - start}, indent=1))
+    print("\n".join(success_lines(values["success"])))
 
 
 def main(_: list[str]) -> None:

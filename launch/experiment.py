@@ -30,8 +30,11 @@ def run(
     known = field_paths(ExperimentConfig)
     for argument in sys.argv[1:]:
         name, _, value = argument.lstrip("-").partition("=")
-        if name == "config" and not pathlib.Path(value.split(":")[0]).is_file():
-            sys.exit(f"error: --config: there is no file {value.split(':')[0]}")
+        if name == "config":
+            file = pathlib.Path(value.split(":")[0])
+            if not file.is_file():
+                sys.exit(f"error: --config: there is no file {file}")
+            sys.path.append(str(file.parent.resolve()))  # for what an experiment imports that stands beside it
         if name.startswith("config.") and name.removeprefix("config.") not in known:
             sys.exit(f"error: {unknown_field_message(name.removeprefix('config.'), known)}")
     flags.mark_flag_as_required("config")

@@ -419,8 +419,8 @@ class PolicyConfig:
 class EvaluationConfig:
     """Closed-loop evaluation in a simulator."""
 
-    simulator: Literal["metaworld"] = free("metaworld", "simulator that policies are evaluated in")
-    layout: Literal["native", "delta"] = free("native", "of its actions and proprioception; delta: poses of 10 numbers")
+    simulator: str = free("metaworld", "that policies are evaluated in: a registered one, or 'module:function' of your own")
+    layout: str = free("native", "of its actions and proprioception; of Meta-World native, or delta: poses of 10 numbers")
     tasks: tuple[str, ...] = free((), "names of its tasks")
     episodes_per_task: int = free(20, "rollouts of each task")
     first_seed: int = free(1_000_000, "of the first rollout; far from the seeds of any demonstration")

@@ -1,4 +1,4 @@
-"""Parts that a configuration names: tokenizers, backbones, text encoders.
+"""Parts that a configuration names: tokenizers, backbones, text encoders, simulators.
 
 A name is one that was registered, or "module:attribute", which is imported and so is found wherever a configuration is read: in
 worker processes, in a policy server, after a restart.
@@ -6,7 +6,7 @@ worker processes, in a policy server, after a restart.
     @TOKENIZERS.register("mine")
     class Mine(nnx.Module): ...
 
-What a part has to have, say the protocols of mimic_video/models/protocols.py.
+What a part has to have, say the protocols of mimic_video/models/protocols.py and evaluation/simulators.py.
 """
 
 import pkgutil
@@ -70,6 +70,7 @@ TOKENIZERS = Registry(
     {"pca": "mimic_video.models.patch_tokenizer:PatchTokenizer", "wan": "mimic_video.models.wan_vae:WanVAE"},
 )
 BACKBONES = Registry("backbone.kind", {"cosmos": "mimic_video.models.video_dit:VideoDiT"})
+SIMULATORS = Registry("evaluation.simulator", {"metaworld": "mimic_video.evaluation.metaworld:make_factory"})
 TEXT_ENCODERS = Registry(
     "text.kind", {"hash": "mimic_video.models.text:HashTextEncoder", "t5": "mimic_video.models.text:T5TextEncoder"}
 )

@@ -1,4 +1,4 @@
-"""Meta-World tasks behind the `Environment` interface, with a software renderer that needs no GPU and no display."""
+"""Meta-World's tasks and scripted experts, with a software renderer that needs no GPU and no display."""
 
 import atexit
 import ctypes.util
@@ -6,17 +6,20 @@ import dataclasses
 import difflib
 import os
 import sys
+import warnings
 from typing import Any, Literal
 
 import numpy as np
 
+from mimic_video.config import ConfigError
 from mimic_video.evaluation.environment import Observation, checked_action
+from mimic_video.evaluation.simulators import EnvironmentSettings
 
 ACTION_REPEAT = 4  # simulator steps of 12.5 ms per control step
 STEP = 0.01 * ACTION_REPEAT  # metres that an action of 1 asks for in a control step
 
 _UPRIGHT = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)  # rot6d of a hand that does not turn
-Layout = Literal["native", "delta"]
+_WIDTHS = {"native": 4, "delta": 10}  # of actions and of proprioception, by layout
 
 INSTRUCTIONS = {
     "assembly-v3": "pick up the wrench and put its ring over the peg",
@@ -81,37 +84,60 @@ CAMERAS: dict[str, tuple[tuple[float, float, float], float, float, float] | str]
 }
 
 
+def make_factory(task: str, settings: EnvironmentSettings) -> "MetaworldFactory":
+    """What `evaluation.simulator` = "metaworld" means."""
+    return MetaworldFactory(task, settings.image_size, settings.layout, settings.cameras)
+
+
 @dataclasses.dataclass(frozen=True)
 class MetaworldFactory:
-    """Makes environments of one task, in this process or, being picklable, in a pool's workers.
+    """Makes environments of one task, in this process or, being picklable, in a pool's workers; has an expert and knows the hand.
 
     Attributes:
         task: a key of `INSTRUCTIONS`.
-        image_size: (height, width) of the camera image in pixels.
-        layout: of actions and proprioception, see `MetaworldEnvironment`.
-        cameras: of `CAMERAS`; images are of all of them, one above the other.
+        image_size: (height, width) of the camera images in pixels.
+        layout: of actions and proprioception, "native" or "delta", see `MetaworldEnvironment`.
+        cameras: of `CAMERAS`.
 
     Raises:
-        ValueError: for an unknown task, naming the nearest known one, or an unknown camera. Meta-World itself is only needed by
-            the call.
+        ConfigError: for an unknown task, naming the nearest known one, an unknown layout or camera. Meta-World itself is only
+            needed by the call.
     """
 
     task: str
     image_size: tuple[int, int]
-    layout: Layout = "native"
+    layout: str = "native"
     cameras: tuple[str, ...] = ("primary",)
 
     def __post_init__(self):
         if self.task not in INSTRUCTIONS:
             nearest = difflib.get_close_matches(self.task, INSTRUCTIONS, n=1, cutoff=0.0)
-            raise ValueError(f"unknown Meta-World task '{self.task}'; did you mean '{nearest[0]}'?")
+            raise ConfigError(f"unknown Meta-World task '{self.task}'; did you mean '{nearest[0]}'?")
         if min(self.image_size) < 1:
-            raise ValueError(f"image_size is {self.image_size}; expected a positive height and width")
+            raise ConfigError(f"image_size is {self.image_size}; expected a positive height and width")
+        if self.layout not in _WIDTHS:
+            raise ConfigError(f"config field 'evaluation.layout' is {self.layout!r}; expected one of {', '.join(_WIDTHS)}")
         if not self.cameras or not set(self.cameras) <= set(CAMERAS):
-            raise ValueError(f"cameras are {self.cameras}; expected some of {', '.join(CAMERAS)}")
+            raise ConfigError(f"cameras are {self.cameras}; expected some of {', '.join(CAMERAS)}")
 
     def __call__(self) -> "MetaworldEnvironment":
         return MetaworldEnvironment(self.task, self.image_size, self.layout, self.cameras)
+
+    def expert(self) -> "MetaworldExpert":
+        return MetaworldExpert(self.task, self.layout)
+
+    def hold(self, last: np.ndarray | None, robots: int) -> np.ndarray:
+        """Actions (robots, m) of hands that stay where they are, with their fingers as in the last actions, or at rest."""
+        native = np.zeros((robots, 4), np.float32)
+        if last is not None:
+            native[:, 3] = _to_native(last, self.layout)[:, 3]
+        return _to_layout(native, self.layout)
+
+    def positions(self, proprio: np.ndarray) -> np.ndarray:
+        return proprio[:, :3]
+
+    def commanded_positions(self, actions: np.ndarray) -> np.ndarray:
+        return np.cumsum(STEP * np.clip(_to_native(actions, self.layout)[:, :3], -1, 1), axis=0)
 
 
 class MetaworldEnvironment:
@@ -124,19 +150,26 @@ class MetaworldEnvironment:
     In the layout "delta" the same robot speaks in pose vectors (m=p=10): actions are [displacement in metres per control step |
     rot6d | opening 0 … 1], proprioception is [position | rot6d | opening]. Its hand never turns.
 
-    Meta-World's own limit of 500 simulator steps is lifted: how long an episode lasts is the caller's decision.
+    An episode is never over by itself, nor by success: Meta-World's own limit of 500 simulator steps is lifted, and how long it
+    lasts is the caller's decision. The reward is Meta-World's, summed over the simulator steps.
     """
 
-    def __init__(self, task: str, image_size: tuple[int, int], layout: Layout, cameras: tuple[str, ...]):
+    def __init__(self, task: str, image_size: tuple[int, int], layout: str, cameras: tuple[str, ...]):
         """Prefer `MetaworldFactory`, which checks its arguments. Raises ImportError when Meta-World or OpenGL is missing."""
-        self.layout = layout
-        self.action_dim = self.proprio_dim = {"native": 4, "delta": 10}[layout]
-        self.instruction = INSTRUCTIONS[task]
+        self._instruction, self._layout, self._cameras = INSTRUCTIONS[task], layout, cameras
         self._simulator = _make_simulator(task)
-        self.control_hz = 1 / (self._simulator.dt * ACTION_REPEAT)
-        self._cameras = cameras
         self._renderer = _renderer_for(task, image_size, self._simulator.model)
         self._state: np.ndarray | None = None
+
+        from gymnasium import spaces
+
+        def real(width: int) -> spaces.Box:
+            return spaces.Box(-np.inf, np.inf, (width,), np.float32)
+
+        images = {camera: spaces.Box(0, 255, (*image_size, 3), np.uint8) for camera in cameras}
+        self.action_space = real(_WIDTHS[layout])
+        self.observation_space = spaces.Dict({**images, "proprio": real(_WIDTHS[layout])})
+        self.metadata = {"render_modes": [], "render_fps": 1 / (self._simulator.dt * ACTION_REPEAT)}
 
     @property
     def state(self) -> np.ndarray:
@@ -145,33 +178,58 @@ class MetaworldEnvironment:
             raise RuntimeError("reset the environment first")
         return self._state
 
-    def reset(self, seed: int) -> Observation:
-        self._simulator.seed(seed)
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
+        """Without a seed, the next episode of the last one. There are no options."""
+        if seed is not None:
+            self._simulator.seed(seed)
         self._simulator.reset()
         self._state = _settled_state(self._simulator)
-        return self._observe()
+        return self._observe(), {"instruction": self._instruction}
 
-    def step(self, action: np.ndarray) -> tuple[Observation, bool]:
+    def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         if self._state is None:
             raise RuntimeError("reset the environment before stepping it")
-        action = checked_action(action, self.action_dim)
-        action = np.clip(action if self.layout == "native" else from_delta(action), -1, 1)
-        success = False
+        action = np.clip(_to_native(checked_action(action, _WIDTHS[self._layout]), self._layout), -1, 1)
+        success, reward = False, 0.0
         for _ in range(ACTION_REPEAT):
-            self._state, _, _, _, info = self._simulator.step(action)
-            success = success or bool(info["success"])
-        return self._observe(), success
+            self._state, simulator_reward, _, _, info = self._simulator.step(action)
+            success, reward = success or bool(info["success"]), reward + float(simulator_reward)
+        return self._observe(), reward, False, False, {"success": success}
 
     def close(self) -> None:
         self._simulator.close()
         self._state = None
 
     def _observe(self) -> Observation:
-        views = [self._renderer.render(self._simulator.model, self._simulator.data, camera) for camera in self._cameras]
-        image = np.concatenate(views)
+        model, data = self._simulator.model, self._simulator.data
         x, y, z, opening = self.state[:4]
-        proprio = (x, y, z, opening) if self.layout == "native" else (x, y, z, *_UPRIGHT, opening)
-        return Observation(image, np.asarray(proprio, np.float32))
+        proprio = (x, y, z, opening) if self._layout == "native" else (x, y, z, *_UPRIGHT, opening)
+        images = {camera: self._renderer.render(model, data, camera) for camera in self._cameras}
+        return {**images, "proprio": np.asarray(proprio, np.float32)}
+
+
+class MetaworldExpert:
+    """Meta-World's scripted expert of a task. Noise is on x, y, z, before the controller saturates."""
+
+    max_steps = 125  # Meta-World's own limit
+
+    def __init__(self, task: str, layout: str):
+        _choose_graphics()  # before Meta-World imports MuJoCo
+        from metaworld.policies import ENV_POLICY_MAP
+
+        make_policy: Any = ENV_POLICY_MAP[task]
+        self._policy, self._layout = make_policy(), layout
+        self.action_layout: Literal["vector", "delta"] = "vector" if layout == "native" else "delta"
+
+    def __call__(
+        self, environment: MetaworldEnvironment, noise: float, random: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Constant")  # "... may be too high": the clip below is what it asks for
+            action = np.clip(self._policy.get_action(environment.state), -1, 1).astype(np.float32)
+        executed = action.copy()
+        executed[:3] += noise * random.standard_normal(3)
+        return _to_layout(action, self._layout), _to_layout(executed, self._layout)
 
 
 def to_delta(action: np.ndarray) -> np.ndarray:
@@ -185,18 +243,12 @@ def from_delta(action: np.ndarray) -> np.ndarray:
     return np.concatenate([action[..., :3] / STEP, 1 - 2 * action[..., 9:]], axis=-1).astype(action.dtype)
 
 
-def hold(last: np.ndarray | None, robots: int, layout: Layout) -> np.ndarray:
-    """Actions (robots, m) of hands that stay where they are, with their fingers as in the last actions, or at rest."""
-    native = np.zeros((robots, 4), np.float32)
-    if last is not None:
-        native[:, 3] = (last if layout == "native" else from_delta(last))[:, 3]
+def _to_layout(native: np.ndarray, layout: str) -> np.ndarray:
     return native if layout == "native" else to_delta(native)
 
 
-def commanded_positions(actions: np.ndarray, layout: Layout) -> np.ndarray:
-    """Where a hand would be, in metres from where it started, if it could follow actions (steps, m): (steps, 3)."""
-    native = actions if layout == "native" else from_delta(actions)
-    return np.cumsum(STEP * np.clip(native[:, :3], -1, 1), axis=0)
+def _to_native(actions: np.ndarray, layout: str) -> np.ndarray:
+    return actions if layout == "native" else from_delta(actions)
 
 
 def _make_simulator(task: str) -> Any:

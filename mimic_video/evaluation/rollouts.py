@@ -1,18 +1,23 @@
 """Closed-loop evaluation: a plan function drives batches of simulated episodes, and success is counted."""
 
+import contextlib
 import dataclasses
 import logging
 import math
+import pathlib
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from mimic_video.config import ExperimentConfig
-from mimic_video.evaluation.environment import Environment, EnvironmentPool
+from mimic_video.config import ConfigError, ExperimentConfig
+from mimic_video.evaluation.environment import EnvironmentFactory, EnvironmentPool, Observation, views
+from mimic_video.evaluation.simulators import ExpertFactory, with_expert
+from mimic_video.media import write_video
 from mimic_video.policy.execution import Executor, SimulatedDelay, make_strategy
 from mimic_video.policy.history import FrameHistory
+from mimic_video.transforms import resize_images
 
 _log = logging.getLogger(__name__)
 
@@ -20,11 +25,13 @@ _log = logging.getLogger(__name__)
 class Plan(Protocol):
     """Observations to action chunks, for a batch of b episodes. Raw units on both sides."""
 
-    def __call__(self, images: np.ndarray, proprio: np.ndarray, instructions: list[str], query_index: int, /) -> np.ndarray:
+    def __call__(
+        self, images: Mapping[str, np.ndarray], proprio: np.ndarray, instructions: list[str], query_index: int, /
+    ) -> np.ndarray:
         """Plans the next actions of every episode. In real-time chunking there is one argument more, a `Committed`.
 
         Args:
-            images: uint8 (b, past_frames, H, W, 3) at the video rate; the last one is the present.
+            images: of each camera uint8 (b, past_frames, H, W, 3) at the video rate; the last one is the present.
             proprio: float32 (b, p), the present.
             instructions: b strings.
             query_index: calls made earlier in these episodes, e.g. to fold into a random key.
@@ -58,7 +65,7 @@ class EpisodeResult:
         steps: control steps taken: up to the success, or the limit.
         actions: float32 (steps, m), as executed, raw units.
         proprio: float32 (steps + 1, p), raw units, the first before any action.
-        frames: uint8 (steps + 1, H, W, 3) at the control rate, the first before any action; None unless recorded.
+        frames: of each camera uint8 (steps + 1, H, W, 3) at the control rate, the first before any action; None unless recorded.
     """
 
     task: str
@@ -67,11 +74,11 @@ class EpisodeResult:
     steps: int
     actions: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)
     proprio: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)
-    frames: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)
+    frames: Mapping[str, np.ndarray] | None = dataclasses.field(default=None, repr=False, compare=False)
 
 
 def run_rollouts(
-    plan: Plan, factory_for: Callable[[str], Callable[[], Environment]], config: ExperimentConfig, record: int = 0
+    plan: Plan, factory_for: Callable[[str], EnvironmentFactory], config: ExperimentConfig, record: int = 0
 ) -> list[EpisodeResult]:
     """Runs `config.evaluation.episodes_per_task` episodes of every task, from seeds `first_seed`, `first_seed + 1`, ...
 
@@ -80,7 +87,7 @@ def run_rollouts(
 
     Args:
         plan: the policy.
-        factory_for: task name to a picklable environment factory, e.g. `partial(MetaworldFactory, image_size=(64, 64))`.
+        factory_for: task → what makes its environments, picklable: `simulators.factories(config)`.
         config: `evaluation`, `policy`, and from `data` the observed past (`past_frames`, `video_hz`) and the `control_hz` that
             the policy was trained for.
         record: the first so many episodes of each task keep their frames.
@@ -89,21 +96,29 @@ def run_rollouts(
         One result per episode, in order of tasks, then seeds.
 
     Raises:
-        ValueError: when there are no tasks, when a task's control rate is not `data.control_hz`, or when the plan's output has
-            the wrong shape.
+        ConfigError: when there are no tasks, or when a task's control rate is not `data.control_hz`.
+        ValueError: when the plan's output has the wrong shape.
         WorkerError: when a simulator fails.
     """
-    evaluation = config.evaluation
-    if not evaluation.tasks:
-        raise ValueError("evaluation.tasks is empty: name at least one task")
-    seeds = range(evaluation.first_seed, evaluation.first_seed + evaluation.episodes_per_task)
-    results = []
-    for task in evaluation.tasks:
-        with EnvironmentPool(factory_for(task), seeds, evaluation.workers) as pool:
+    results, seeds = [], evaluated_seeds(config)
+    for task in evaluated_tasks(config):
+        with EnvironmentPool(factory_for(task), seeds, config.evaluation.workers) as pool:
             results += run_task(plan, pool, task, config, record)
         successes = sum(result.success for result in results[-len(seeds) :])
         _log.info("%s: %d of %d episodes succeeded", task, successes, len(seeds))
     return results
+
+
+def evaluated_tasks(config: ExperimentConfig) -> tuple[str, ...]:
+    """`evaluation.tasks`. Raises ConfigError if there are none."""
+    if not config.evaluation.tasks:
+        raise ConfigError("evaluation.tasks is empty: name at least one task")
+    return config.evaluation.tasks
+
+
+def evaluated_seeds(config: ExperimentConfig) -> range:
+    """Of every task."""
+    return range(config.evaluation.first_seed, config.evaluation.first_seed + config.evaluation.episodes_per_task)
 
 
 def run_task(
@@ -123,7 +138,7 @@ def run_task(
     """
     data, execute_steps, n = config.data, config.policy.execute_steps, len(pool.seeds)
     if not math.isclose(pool.control_hz, data.control_hz, rel_tol=1e-6):
-        raise ValueError(f"{task} is controlled at {pool.control_hz:g} Hz, but data.control_hz={data.control_hz:g}")
+        raise ConfigError(f"{task} is controlled at {pool.control_hz:g} Hz, but data.control_hz={data.control_hz:g}")
 
     def checked_plan(*arguments: Any) -> np.ndarray:
         actions = np.asarray(plan(*arguments))
@@ -134,38 +149,91 @@ def run_task(
         return actions
 
     executor = Executor(make_strategy(config.policy), checked_plan, SimulatedDelay(delay))
-    history = FrameHistory(data.past_frames, data.video_hz)
-    observation = pool.reset()
-    history.append(observation.image, 0.0)
-    recordings, proprio = [[image] for image in observation.image[:record]], [observation.proprio]
+    observation, instructions = pool.reset()
+    histories = {camera: FrameHistory(data.past_frames, data.video_hz) for camera in views(observation)}
+
+    def observe() -> tuple[Any, ...]:
+        return {camera: history.window() for camera, history in histories.items()}, proprio[-1], instructions
+
+    def remember(observation: Observation, step: int) -> None:
+        for camera, history in histories.items():
+            history.append(observation[camera], step / data.control_hz)
+        proprio.append(observation["proprio"])
+        recorded.append({camera: image[:record].copy() for camera, image in views(observation).items()})
+
+    proprio: list[np.ndarray] = []
+    recorded: list[dict[str, np.ndarray]] = []
     executed: list[np.ndarray] = []
-    active, steps = np.ones(n, bool), np.zeros(n, int)
+    remember(observation, 0)
+    active, succeeded, steps = np.ones(n, bool), np.zeros(n, bool), np.zeros(n, int)
     for step in range(config.evaluation.max_steps):
-        actions = executor.step(lambda: (history.window(), proprio[-1], [pool.instruction] * n))
+        actions = executor.step(observe)
         executed.append(hold(executed[-1] if executed else None, n) if actions is None else actions)
-        observation, success = pool.step(executed[-1], active)
-        history.append(observation.image, (step + 1) / data.control_hz)
-        proprio.append(observation.proprio)
-        for row, recording in enumerate(recordings):
-            if active[row]:
-                recording.append(observation.image[row])
+        observation, success, ended = pool.step(executed[-1], active)
+        remember(observation, step + 1)
         steps += active
-        active &= ~success
+        succeeded |= success
+        active &= ~(success | ended)
         if not active.any():
             break
-    frames = [np.stack(recording) for recording in recordings] + [None] * (n - len(recordings))
+
+    def frames(row: int, taken: int) -> dict[str, np.ndarray] | None:
+        if row >= record:
+            return None
+        return {camera: np.stack([images[camera][row] for images in recorded[: taken + 1]]) for camera in histories}
+
     return [
         EpisodeResult(
             task,
             seed,
-            not bool(active[row]),
+            bool(succeeded[row]),
             taken,
             np.stack(executed)[:taken, row],
             np.stack(proprio)[: taken + 1, row],
-            frames[row],
+            frames(row, taken),
         )
         for row, (seed, taken) in enumerate(zip(pool.seeds, steps.tolist(), strict=True))
     ]
+
+
+def run_expert(factory_for: Callable[[str], EnvironmentFactory], config: ExperimentConfig) -> list[EpisodeResult]:
+    """The ceiling of `run_rollouts`: the simulator's scripted expert in the same episodes, without noise, in this process.
+
+    Raises:
+        ConfigError: when there are no tasks, or no expert.
+    """
+    results, limit = [], config.evaluation.max_steps
+    for task in evaluated_tasks(config):
+        factory = with_expert(factory_for(task))
+        with contextlib.closing(factory()) as environment:
+            for seed in evaluated_seeds(config):
+                steps = _expert_steps(factory, environment, seed, limit)
+                results.append(EpisodeResult(task, seed, steps is not None, steps or limit))
+    return results
+
+
+def _expert_steps(factory: ExpertFactory, environment: Any, seed: int, limit: int) -> int | None:
+    """Control steps that the expert needs; None if it does not succeed within the limit."""
+    expert, random = factory.expert(), np.random.default_rng(seed)
+    environment.reset(seed=seed)
+    for step in range(1, limit + 1):
+        action, _ = expert(environment, 0.0, random)
+        _, _, terminated, truncated, info = environment.step(action)
+        if info["success"]:
+            return step
+        if terminated or truncated:
+            return None
+    return None
+
+
+def write_recordings(results: Sequence[EpisodeResult], folder: pathlib.Path, hz: float) -> None:
+    """One GIF for each recorded episode, named by task, seed and outcome; cameras stand one above the other."""
+    for result in results:
+        if result.frames is not None:
+            first, *others = result.frames.values()
+            stacked = np.concatenate([first, *(resize_images(view, first.shape[1:3]) for view in others)], axis=1)
+            outcome = "success" if result.success else "failure"
+            write_video(folder / f"{result.task}_{result.seed}_{outcome}.gif", stacked, hz)
 
 
 def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -199,3 +267,17 @@ def success_table(results: Sequence[EpisodeResult]) -> dict[str, dict[str, Any]]
 def _success_row(flags: list[bool]) -> dict[str, Any]:
     low, high = wilson_interval(sum(flags), len(flags))
     return {"successes": sum(flags), "episodes": len(flags), "rate": sum(flags) / len(flags), "low": low, "high": high}
+
+
+def summary(results: Sequence[EpisodeResult]) -> dict[str, Any]:
+    """`success`, as of `success_table`, and `episodes`, how each ended; ready for JSON."""
+    episodes = [{"task": r.task, "seed": r.seed, "success": r.success, "steps": r.steps} for r in results]
+    return {"success": success_table(results), "episodes": episodes}
+
+
+def success_lines(table: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A `success_table` as text, one line a task."""
+    return [
+        f"{task}: {row['successes']}/{row['episodes']} = {row['rate']:.2f}, 95 % interval {row['low']:.2f} to {row['high']:.2f}"
+        for task, row in table.items()
+    ]

@@ -1,11 +1,61 @@
 """Plans of a policy server for closed-loop evaluation. Needs no JAX: the policy is elsewhere."""
 
 import concurrent.futures
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from mimic_video.config import ConfigError, ExperimentConfig
+from mimic_video.evaluation.environment import EnvironmentFactory
+from mimic_video.evaluation.rollouts import EpisodeResult, run_rollouts
 from mimic_video_client import PolicyClient
+
+Images = Mapping[str, np.ndarray]
+
+
+def run_served(
+    connect: Callable[[], PolicyClient],
+    factory_for: Callable[[str], EnvironmentFactory],
+    config: ExperimentConfig,
+    connection_per_episode: bool = False,
+) -> list[EpisodeResult]:
+    """`run_rollouts` by a policy server.
+
+    Args:
+        connect: opens a connection to it.
+        connection_per_episode: `ConnectionPerEpisodePlan`, in place of `LockstepPlan`.
+
+    Raises:
+        ConfigError: if the experiment's rates and sizes are not those of the policy, or for real-time chunking.
+    """
+    if config.policy.strategy == "real_time_chunking":
+        raise ConfigError(
+            "config field 'policy.strategy' is 'real_time_chunking'; a server is not told what chunks have to continue"
+        )
+    with connect() as client:
+        require_same_layout(client.metadata, config)
+        if not connection_per_episode:
+            return run_rollouts(LockstepPlan(client), factory_for, config)
+        plan = ConnectionPerEpisodePlan(connect, config.policy.execute_steps / config.data.control_hz)
+        with contextlib.closing(plan):
+            return run_rollouts(plan, factory_for, config)
+
+
+def require_same_layout(metadata: Mapping[str, Any], config: ExperimentConfig) -> None:
+    """Raises ConfigError if the served policy sees or acts in another way than the configuration says."""
+    data, images = config.data, metadata["images"]
+    for name, value, served in (
+        ("video_hz", data.video_hz, metadata["video_hz"]),
+        ("control_hz", data.control_hz, metadata["control_hz"]),
+        ("action_horizon", data.action_horizon, metadata["action"]["horizon"]),
+        ("past_frames", data.past_frames, images["past_frames"]),
+        ("image_size", list(data.image_size), images["size"]),
+        ("cameras", list(data.cameras), images["cameras"]),
+    ):
+        if value != served:
+            raise ConfigError(f"config field 'data.{name}' is {value}; the served policy has {served}")
 
 
 class LockstepPlan:
@@ -17,9 +67,9 @@ class LockstepPlan:
     def __init__(self, client: PolicyClient):
         self._client = client
 
-    def __call__(self, images: np.ndarray, proprio: np.ndarray, instructions: Sequence[str], query_index: int) -> np.ndarray:
+    def __call__(self, images: Images, proprio: np.ndarray, instructions: Sequence[str], query_index: int) -> np.ndarray:
         message = {
-            "images": _by_camera(images, self._client),
+            "images": dict(images),
             "state": proprio,
             "prompt": list(instructions),
             "robots": len(proprio),
@@ -39,12 +89,13 @@ class ConnectionPerEpisodePlan:
         self._connect, self._plan_seconds = connect, plan_seconds
         self._clients: list[PolicyClient] = []
 
-    def __call__(self, images: np.ndarray, proprio: np.ndarray, instructions: Sequence[str], query_index: int) -> np.ndarray:
+    def __call__(self, images: Images, proprio: np.ndarray, instructions: Sequence[str], query_index: int) -> np.ndarray:
         count = len(proprio)
         while len(self._clients) < count:
             self._clients.append(self._connect())
         with concurrent.futures.ThreadPoolExecutor(count) as pool:
-            plans = pool.map(self._plan_one, self._clients, images, proprio, instructions, [query_index] * count)
+            rows = ({camera: frames[row] for camera, frames in images.items()} for row in range(count))
+            plans = pool.map(self._plan_one, self._clients, rows, proprio, instructions, [query_index] * count)
             return np.stack(list(plans))
 
     def close(self) -> None:
@@ -53,7 +104,7 @@ class ConnectionPerEpisodePlan:
             client.close()
 
     def _plan_one(
-        self, client: PolicyClient, images: np.ndarray, proprio: np.ndarray, instruction: str, query_index: int
+        self, client: PolicyClient, images: Images, proprio: np.ndarray, instruction: str, query_index: int
     ) -> np.ndarray:
         if query_index == 0:
             client.reset()
@@ -62,13 +113,11 @@ class ConnectionPerEpisodePlan:
         if abs(new - round(new)) > 1e-6:
             raise ValueError(f"a plan every {self._plan_seconds:g} s is every {new:g} video frames; expected a whole number")
         if query_index > 0:  # frames before the first one only repeat it
-            for age in range(min(round(new), len(images)) - 1, 0, -1):
-                client.observe({"images": _by_camera(images[-1 - age], client), "timestamp": now - age / video_hz})
-        message = {"images": _by_camera(images[-1], client), "state": proprio, "prompt": instruction, "timestamp": now}
+            for age in range(min(round(new), *map(len, images.values())) - 1, 0, -1):
+                client.observe({"images": _frame(images, -1 - age), "timestamp": now - age / video_hz})
+        message = {"images": _frame(images, -1), "state": proprio, "prompt": instruction, "timestamp": now}
         return client.infer(message)["actions"]
 
 
-def _by_camera(images: np.ndarray, client: PolicyClient) -> dict[str, np.ndarray]:
-    """Views that stand one above the other, by their names."""
-    cameras = client.metadata["images"]["cameras"]
-    return dict(zip(cameras, np.split(images, len(cameras), axis=-3), strict=True))
+def _frame(images: Images, index: int) -> dict[str, np.ndarray]:
+    return {camera: frames[index] for camera, frames in images.items()}

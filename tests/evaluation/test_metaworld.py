@@ -5,15 +5,14 @@ import sys
 
 import numpy as np
 import pytest
+from counting import CountingEnvironment, CountingFactory
 
-from mimic_video.config import experiment_from
-from mimic_video.evaluation.environment import EnvironmentPool, Observation
+from mimic_video.config import ConfigError, experiment_from
+from mimic_video.evaluation.environment import EnvironmentPool
 from mimic_video.evaluation.metaworld import (
     INSTRUCTIONS,
     MetaworldFactory,
-    commanded_positions,
     from_delta,
-    hold,
     to_delta,
 )
 from mimic_video.evaluation.rollouts import run_rollouts
@@ -31,11 +30,11 @@ def graphics():
 
 def _episode(environment, seed, steps=3):
     """(steps + 1, H, W, 3) images and (steps + 1, 39) states under fixed actions."""
-    observation = environment.reset(seed)
-    images, states = [observation.image], [environment.state]
+    observation, _ = environment.reset(seed=seed)
+    images, states = [observation["primary"]], [environment.state]
     for action in np.random.default_rng(0).uniform(-1, 1, (steps, 4)):
-        observation, _ = environment.step(action)
-        images.append(observation.image)
+        observation, *_ = environment.step(action)
+        images.append(observation["primary"])
         states.append(environment.state)
     return np.stack(images), np.stack(states)
 
@@ -52,29 +51,35 @@ def test_an_unknown_task_names_the_nearest():
         MetaworldFactory("draw-open", (64, 64))
 
 
+def test_an_unknown_layout_is_refused():
+    with pytest.raises(ConfigError, match=r"'evaluation.layout' is 'joints'; expected one of native, delta"):
+        MetaworldFactory("drawer-open-v3", (64, 64), "joints")
+
+
 def test_pose_vectors_drive_the_same_robot():
     native, delta = DRAWER(), dataclasses.replace(DRAWER, layout="delta")()
-    assert (delta.action_dim, delta.proprio_dim) == (10, 10)
-    first, second = native.reset(3), delta.reset(3)
+    assert delta.action_space.shape == delta.observation_space["proprio"].shape == (10,)
+    first, second = native.reset(seed=3)[0], delta.reset(seed=3)[0]
     for action in np.random.default_rng(0).uniform(-1, 1, (4, 4)).astype(np.float32):
-        np.testing.assert_array_equal(second.proprio[[0, 1, 2, 9]], first.proprio)
-        np.testing.assert_array_equal(second.proprio[3:9], [1, 0, 0, 0, 1, 0])
-        np.testing.assert_array_equal(second.image, first.image)
+        np.testing.assert_array_equal(second["proprio"][[0, 1, 2, 9]], first["proprio"])
+        np.testing.assert_array_equal(second["proprio"][3:9], [1, 0, 0, 0, 1, 0])
+        np.testing.assert_array_equal(second["primary"], first["primary"])
         vector = to_delta(action)
         np.testing.assert_allclose(vector[:3], action[:3] * 0.04, rtol=1e-6)  # metres in a control step
         np.testing.assert_allclose(from_delta(vector), action, atol=1e-6)
         assert 0 <= vector[9] <= 1 and (vector[9] < 0.5) == (action[3] > 0)  # force closes
-        (first, _), (second, _) = native.step(action), delta.step(vector)
+        (first, *_), (second, *_) = native.step(action), delta.step(vector)
     np.testing.assert_allclose(delta.state, native.state, atol=1e-6)
 
 
 def test_several_cameras_of_one_scene():
     cameras = ("primary", "secondary", "wrist")
     environment, alone = dataclasses.replace(DRAWER, cameras=cameras)(), DRAWER()
-    views = np.split(environment.reset(0).image, 3)
-    np.testing.assert_array_equal(views[0], alone.reset(0).image)
-    moved = np.split(environment.step(np.array([0, 0, -1, 0], np.float32))[0].image, 3)
-    changes = [np.abs(np.float32(after) - before).mean() for before, after in zip(views, moved, strict=True)]
+    before = environment.reset(seed=0)[0]
+    np.testing.assert_array_equal(before["primary"], alone.reset(seed=0)[0]["primary"])
+    after = environment.step(np.array([0, 0, -1, 0], np.float32))[0]
+    assert list(after) == [*cameras, "proprio"]
+    changes = [np.abs(np.float32(after[camera]) - before[camera]).mean() for camera in cameras]
     assert min(changes) > 0.5 and max(changes) == changes[2]  # the wrist's camera moves, the others see an arm that does
     with pytest.raises(ValueError, match=r"cameras are \('gripper',\); expected some of primary, secondary, wrist"):
         dataclasses.replace(DRAWER, cameras=("gripper",))
@@ -82,21 +87,50 @@ def test_several_cameras_of_one_scene():
 
 def test_observation_and_rates():
     environment = DRAWER()
-    observation = environment.reset(0)
-    assert environment.instruction == "open the drawer"
-    assert environment.control_hz == pytest.approx(20)
-    assert observation.image.shape == (64, 64, 3) and observation.image.dtype == np.uint8
-    assert observation.proprio.shape == (4,) and observation.proprio.dtype == np.float32
-    moved, success = environment.step(np.array([0, 0, 1, 1], np.float32))
-    assert moved.proprio[2] > observation.proprio[2] + 0.005  # the gripper rises
+    observation, info = environment.reset(seed=0)
+    assert info == {"instruction": "open the drawer"}
+    assert environment.metadata["render_fps"] == pytest.approx(20)
+    image, proprio = observation["primary"], observation["proprio"]
+    assert image.shape == (64, 64, 3) and image.dtype == np.uint8
+    assert proprio.shape == (4,) and proprio.dtype == np.float32
+    moved, *_ = environment.step(np.array([0, 0, 1, 1], np.float32))
+    assert moved["proprio"][2] > proprio[2] + 0.005  # the gripper rises
     for _ in range(5):
-        moved, success = environment.step(np.array([0, 0, 1, 1], np.float32))
-    assert moved.proprio[3] < observation.proprio[3] - 0.1  # and closes
-    assert success is False
+        moved, _, terminated, truncated, info = environment.step(np.array([0, 0, 1, 1], np.float32))
+    assert moved["proprio"][3] < proprio[3] - 0.1  # and closes
+    assert info["success"] is terminated is truncated is False
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_interface_is_that_of_gymnasium():
+    from gymnasium.utils import passive_env_checker as checker
+
+    environment = dataclasses.replace(DRAWER, cameras=("primary", "wrist"))()
+    checker.check_space(environment.action_space, "action", checker.check_action_space)
+    checker.check_space(environment.observation_space, "observation", checker.check_observation_space)
+    checker.env_reset_passive_checker(environment, seed=0)
+    checker.env_step_passive_checker(environment, np.zeros(4, np.float32))
+
+
+def gymnasium_counter():
+    """A subclass of gymnasium's Env, in one of its wrappers: after two steps an episode is over."""
+    import gymnasium
+
+    class Counter(CountingEnvironment, gymnasium.Env):
+        pass
+
+    return gymnasium.wrappers.TimeLimit(Counter(CountingFactory()), 2)
+
+
+def test_environments_of_gymnasium_are_used_as_they_are():
+    with EnvironmentPool(gymnasium_counter, seeds=[5], num_workers=1) as pool:
+        observation, instructions = pool.reset()
+        assert (observation["proprio"][0, 0], instructions, pool.control_hz) == (5, ["count"], 20.0)
+        assert [pool.step(np.zeros((1, 2), np.float32), np.ones(1, bool))[2].item() for _ in range(2)] == [False, True]
 
 
 def test_images_are_upright_and_in_rgb_order():
-    image = DRAWER().reset(0).image.astype(int)
+    image = DRAWER().reset(seed=0)[0]["primary"].astype(int)
     red_arm = (image[..., 0] > 100) & (image[..., 1] < 60) & (image[..., 2] < 60)
     green_drawer = (image[..., 1] > image[..., 0] + 20) & (image[..., 1] > image[..., 2] + 20)
     rows, columns = np.nonzero(red_arm)
@@ -107,10 +141,10 @@ def test_images_are_upright_and_in_rgb_order():
 def test_interleaved_environments_render_and_simulate_as_if_alone():
     drawers, button = [DRAWER(), DRAWER()], BUTTON()
     alone = [_episode(DRAWER(), seed) for seed in (1, 2)] + [_episode(BUTTON(), 3)]
-    observations = [drawers[0].reset(1), drawers[1].reset(2), button.reset(3)]
+    observations = [drawers[0].reset(seed=1)[0], drawers[1].reset(seed=2)[0], button.reset(seed=3)[0]]
     for step, action in enumerate(np.random.default_rng(0).uniform(-1, 1, (3, 4))):
         for (images, _), observation in zip(alone, observations, strict=True):
-            np.testing.assert_array_equal(observation.image, images[step])
+            np.testing.assert_array_equal(observation["primary"], images[step])
         observations = [environment.step(action)[0] for environment in (*drawers, button)]
     for (images, states), environment in zip(alone, (*drawers, button), strict=True):
         np.testing.assert_array_equal(environment.state, states[-1])
@@ -127,23 +161,23 @@ def test_an_episode_does_not_depend_on_the_ones_before():
 
 def test_the_first_image_shows_the_drawer_where_the_episode_has_it():
     environment = DRAWER()
-    first = environment.reset(3)
+    first, _ = environment.reset(seed=3)
     state = environment.state
-    still, _ = environment.step(np.array([0, 0, 0, -1], np.float32))
+    still, *_ = environment.step(np.array([0, 0, 0, -1], np.float32))
     assert np.abs(state[4:7] - environment.state[4:7]).max() < 0.005  # the handle, metres
-    assert (np.abs(first.image.astype(int) - still.image).max(axis=-1) > 40).mean() < 0.02
+    assert (np.abs(first["primary"].astype(int) - still["primary"]).max(axis=-1) > 40).mean() < 0.02
 
 
 def test_images_are_the_same_in_a_process_with_a_single_environment():
     program = (
         "import sys; from mimic_video.evaluation.metaworld import MetaworldFactory\n"
-        "observation = MetaworldFactory('drawer-open-v3', (64, 64))().reset(11)\n"
-        "sys.stdout.buffer.write(observation.image.tobytes())"
+        "observation, _ = MetaworldFactory('drawer-open-v3', (64, 64))().reset(seed=11)\n"
+        "sys.stdout.buffer.write(observation['primary'].tobytes())"
     )
     alone = _run(program).stdout
     with EnvironmentPool(DRAWER, seeds=[10, 11, 12], num_workers=2) as pool:
-        images = pool.reset().image
-    assert images[1].tobytes() == alone == DRAWER().reset(11).image.tobytes()
+        images = pool.reset()[0]["primary"]
+    assert images[1].tobytes() == alone == DRAWER().reset(seed=11)[0]["primary"].tobytes()
 
 
 def test_graphics_that_can_no_longer_be_chosen_are_an_error():
@@ -167,7 +201,7 @@ def test_a_missing_package_names_the_extra():
 @pytest.mark.parametrize("action", [[0.0, 0.0, 0.0], [0.0, 0.0, float("nan"), 0.0]])
 def test_bad_actions_are_refused(action):
     environment = DRAWER()
-    environment.reset(0)
+    environment.reset(seed=0)
     with pytest.raises(ValueError, match="action"):
         environment.step(np.array(action, np.float32))
 
@@ -176,7 +210,7 @@ def test_actions_saturate_at_one():
     states = []
     for size in (1.0, 5.0):
         environment = DRAWER()
-        environment.reset(0)
+        environment.reset(seed=0)
         environment.step(np.full(4, size, np.float32))
         states.append(environment.state)
     np.testing.assert_array_equal(*states)
@@ -184,29 +218,31 @@ def test_actions_saturate_at_one():
 
 @pytest.mark.parametrize("layout", ["native", "delta"])
 def test_a_hand_that_holds_stays_and_keeps_its_grip(layout):
-    environment = MetaworldFactory("drawer-open-v3", (16, 16), layout)()
-    environment.reset(3)
+    factory = MetaworldFactory("drawer-open-v3", (16, 16), layout)
+    environment = factory()
+    environment.reset(seed=3)
     closing = np.float32([0.3, -0.2, 0.1, 0.8])
     last = closing if layout == "native" else to_delta(closing)
     for _ in range(4):
-        observation, _ = environment.step(last)
-    held = hold(last[None], 1, layout)
+        environment.step(last)
+    held = factory.hold(last[None], 1)
     for _ in range(10):
-        observation, _ = environment.step(held[0])
-    settled = observation.proprio[:3]
+        observation, *_ = environment.step(held[0])
+    settled = factory.positions(observation["proprio"][None])
     native = held[0] if layout == "native" else from_delta(held[0])
     np.testing.assert_allclose(native, [0, 0, 0, 0.8], atol=1e-6)
     for _ in range(10):
-        observation, _ = environment.step(held[0])
-    np.testing.assert_allclose(observation.proprio[:3], settled, atol=2e-3)
-    assert hold(None, 2, layout).shape == (2, len(last))
+        observation, *_ = environment.step(held[0])
+    np.testing.assert_allclose(observation["proprio"][None, :3], settled, atol=2e-3)
+    assert factory.hold(None, 2).shape == (2, len(last))
 
 
 def test_commanded_positions_in_metres():
     actions = np.float32([[1, 0, -0.5, 0.3], [3, -0.25, 0, 0.3]])  # the controller saturates at 1
     expected = [[0.04, 0, -0.02], [0.08, -0.01, -0.02]]
-    np.testing.assert_allclose(commanded_positions(actions, "native"), expected, atol=1e-7)
-    np.testing.assert_allclose(commanded_positions(to_delta(actions), "delta"), expected, atol=1e-7)
+    np.testing.assert_allclose(DRAWER.commanded_positions(actions), expected, atol=1e-7)
+    delta = dataclasses.replace(DRAWER, layout="delta")
+    np.testing.assert_allclose(delta.commanded_positions(to_delta(actions)), expected, atol=1e-7)
 
 
 @pytest.mark.filterwarnings("ignore:Constant")
@@ -228,7 +264,7 @@ def test_scripted_experts_succeed_through_the_rollouts():
     )
     results = run_rollouts(plan, StateFactory, config, record=1)
     assert [result.success for result in results] == [True] * 6
-    assert results[0].frames.shape == (results[0].steps + 1, 64, 64, 3)
+    assert results[0].frames["primary"].shape == (results[0].steps + 1, 64, 64, 3)
     assert len({result.steps for result in results}) > 1
 
 
@@ -243,23 +279,19 @@ class StateFactory:
 
 
 class StateEnvironment:
-    proprio_dim = 39
-
     def __init__(self, environment):
         self._environment = environment
-        self.instruction = environment.instruction
-        self.control_hz, self.action_dim = environment.control_hz, environment.action_dim
+        self.action_space, self.metadata = environment.action_space, environment.metadata
         self.close = environment.close
 
-    def reset(self, seed):
-        return self._with_state(self._environment.reset(seed))
+    def reset(self, **options):
+        return self._with_state(*self._environment.reset(**options))
 
     def step(self, action):
-        observation, success = self._environment.step(action)
-        return self._with_state(observation), success
+        return self._with_state(*self._environment.step(action))
 
-    def _with_state(self, observation):
-        return Observation(observation.image, self._environment.state.astype(np.float32))
+    def _with_state(self, observation, *rest):
+        return observation | {"proprio": self._environment.state.astype(np.float32)}, *rest
 
 
 def _run(program):

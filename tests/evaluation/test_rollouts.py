@@ -8,7 +8,15 @@ from counting import CountingFactory
 
 from mimic_video.config import experiment_from
 from mimic_video.evaluation.environment import EnvironmentPool, WorkerError
-from mimic_video.evaluation.rollouts import EpisodeResult, run_rollouts, run_task, success_table, wilson_interval
+from mimic_video.evaluation.rollouts import (
+    EpisodeResult,
+    run_rollouts,
+    run_task,
+    success_table,
+    wilson_interval,
+    write_recordings,
+)
+from mimic_video.media import read_frames
 
 
 def _config(tasks=("easy",), episodes=3, max_steps=10, execute_steps=2, **data):
@@ -63,7 +71,8 @@ def test_the_plan_is_called_every_execute_steps_with_a_constant_batch():
     run_rollouts(plan, _factory_for, _config())
     assert [query_index for *_, query_index in plan.calls] == [0, 1]  # before steps 0 and 2; all are done after step 3
     for images, proprio, instructions, _ in plan.calls:
-        assert images.shape == (3, 5, 2, 2, 3) and images.dtype == np.uint8
+        assert list(images) == ["primary"]
+        assert images["primary"].shape == (3, 5, 2, 2, 3) and images["primary"].dtype == np.uint8
         assert proprio.shape == (3, 4) and proprio.dtype == np.float32
         assert instructions == ["count"] * 3
     assert plan.calls[1][1][:, 2].tolist() == [2, 2, 1]  # the third episode succeeded at its first step and stood still
@@ -72,7 +81,7 @@ def test_the_plan_is_called_every_execute_steps_with_a_constant_batch():
 def test_the_history_is_cut_at_the_video_rate():
     plan = SeedAsSpeed()
     run_rollouts(plan, _factory_for, _config(tasks=("hard",)))
-    histories = [images[0, :, 0, 0, 0].tolist() for images, *_ in plan.calls]
+    histories = [images["primary"][0, :, 0, 0, 0].tolist() for images, *_ in plan.calls]
     assert histories[:2] == [[0, 0, 0, 0, 0], [0, 0, 0, 0, 2]]
     assert histories[4] == [0, 2, 4, 6, 8]
 
@@ -94,9 +103,24 @@ def test_each_action_of_a_chunk_is_executed_in_its_turn():
 
 def test_only_the_first_episodes_are_recorded():
     results = run_rollouts(SeedAsSpeed(), _factory_for, _config(), record=2)
-    assert [frame[0, 0, 0] for frame in results[0].frames] == [0, 1, 2, 3]
-    assert [frame[0, 0, 0] for frame in results[1].frames] == [0, 1, 2]
+    assert [frame[0, 0, 0] for frame in results[0].frames["primary"]] == [0, 1, 2, 3]
+    assert [frame[0, 0, 0] for frame in results[1].frames["primary"]] == [0, 1, 2]
     assert results[2].frames is None
+
+
+def test_an_episode_that_the_simulator_ends_has_failed():
+    results = run_rollouts(SeedAsSpeed(), lambda task: CountingFactory(goal=5.0, limit=2), _config())
+    assert [(r.success, r.steps) for r in results] == [(False, 2), (False, 2), (True, 2)]
+
+
+def test_recordings_are_named_by_outcome_and_show_all_cameras(tmp_path):
+    views = {"primary": np.zeros((2, 4, 4, 3), np.uint8), "wrist": np.full((2, 8, 8, 3), 255, np.uint8)}
+    results = [EpisodeResult("a", 7, True, 1, frames=views), EpisodeResult("a", 8, False, 1)]
+    write_recordings(results, tmp_path, 20.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["a_7_success.gif"]
+    shown = read_frames(tmp_path / "a_7_success.gif", 20.0, 2)
+    assert len(shown) == 2 and shown.shape[1] == 2 * shown.shape[2]  # of the first one's size, one above the other
+    assert not shown[:, : shown.shape[2]].any() and (shown[:, shown.shape[2] :] == 255).all()
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 2), (3, 2, 3), (2, 2, 2), (3, 2)])

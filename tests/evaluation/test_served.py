@@ -53,8 +53,7 @@ class FrameCounter:
 @pytest.fixture(scope="module")
 def in_process():
     policy = FrameCounter()
-    plan = lambda images, *rest: policy({"primary": images}, *rest)  # noqa: E731
-    return run_rollouts(plan, lambda task: CountingFactory(goal=1.0), CONFIG), policy.seen
+    return run_rollouts(policy, lambda task: CountingFactory(goal=1.0), CONFIG), policy.seen
 
 
 @pytest.mark.parametrize("connections", ["one", "episodes"])
@@ -76,7 +75,7 @@ def test_frames_that_would_be_missing_are_told():
     with serving(FrameCounter(), LAYOUT, batch_sizes=(1,)) as running:
         plan = ConnectionPerEpisodePlan(running.client, 3 / 20)
         with pytest.raises(ValueError, match=r"a plan every 0\.15 s is every 1\.5 video frames; expected a whole number"):
-            plan(np.zeros((1, 5, 2, 2, 3), np.uint8), np.zeros((1, 4), np.float32), ["count"], 0)
+            plan({"primary": np.zeros((1, 5, 2, 2, 3), np.uint8)}, np.zeros((1, 4), np.float32), ["count"], 0)
         plan.close()
 
 

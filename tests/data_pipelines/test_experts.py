@@ -5,17 +5,21 @@ import multiprocessing
 import numpy as np
 import pytest
 
-from data_pipelines.sources import metaworld as source
-from mimic_video.evaluation.metaworld import MetaworldFactory
+from data_pipelines.sources import experts as source
+from mimic_video.evaluation.metaworld import MetaworldExpert, MetaworldFactory
 
 pytestmark = pytest.mark.simulator
 
-DRAWER = MetaworldFactory("drawer-open-v3", (64, 64))
+DRAWER, NAME = MetaworldFactory("drawer-open-v3", (64, 64)), "metaworld/drawer-open-v3"
+
+
+def demonstrate(seed):
+    return source.demonstrate(DRAWER(), DRAWER.expert(), NAME, seed)
 
 
 @pytest.fixture(scope="module")
 def episodes():
-    return list(source.demonstrations(DRAWER, [0, 2, 1]))
+    return list(source.demonstrations(DRAWER, NAME, [0, 2, 1]))
 
 
 def test_episodes_come_in_the_order_of_the_seeds(episodes):
@@ -26,7 +30,7 @@ def test_episodes_come_in_the_order_of_the_seeds(episodes):
 def test_episode_contents(episodes):
     for episode in episodes:
         n = len(episode)
-        assert 15 < n < source.MAX_STEPS + source.STEPS_AFTER_SUCCESS
+        assert 15 < n < MetaworldExpert.max_steps + source.STEPS_AFTER_SUCCESS
         assert episode.instruction == "open the drawer"
         np.testing.assert_allclose(np.diff(episode.timestamps), 0.05)
         assert episode.proprio.shape == (n, 4) and episode.proprio.dtype == np.float32
@@ -37,7 +41,7 @@ def test_episode_contents(episodes):
 
 
 def test_an_episode_is_a_function_of_task_and_seed(episodes):
-    again = source.demonstrate(DRAWER, 2)
+    again = demonstrate(2)
     np.testing.assert_array_equal(again.actions, episodes[1].actions)
     np.testing.assert_array_equal(again.proprio, episodes[1].proprio)
     np.testing.assert_array_equal(again.frames.array, episodes[1].frames.array)
@@ -46,12 +50,12 @@ def test_an_episode_is_a_function_of_task_and_seed(episodes):
 def _replay(episode, seed):
     """Largest deviation from the episode's proprioception when its own labels are executed, and when success came."""
     environment = DRAWER()
-    observation = environment.reset(seed)
+    observation, _ = environment.reset(seed=seed)
     deviation, success_step = 0.0, None
     for step, action in enumerate(episode.actions):
-        deviation = max(deviation, float(np.abs(observation.proprio - episode.proprio[step]).max()))
-        observation, success = environment.step(action)
-        if success and success_step is None:
+        deviation = max(deviation, float(np.abs(observation["proprio"] - episode.proprio[step]).max()))
+        observation, *_, info = environment.step(action)
+        if info["success"] and success_step is None:
             success_step = step
     return deviation, success_step
 
@@ -69,39 +73,41 @@ def test_with_noise_the_labels_are_the_clean_expert(episodes):
     from metaworld.policies import ENV_POLICY_MAP
 
     environment = DRAWER()
-    environment.reset(2)
+    environment.reset(seed=2)
     first = ENV_POLICY_MAP["drawer-open-v3"]().get_action(environment.state)
     np.testing.assert_array_equal(episodes[1].actions[0], np.clip(first, -1, 1).astype(np.float32))
 
 
 def test_unlabelled_videos_have_neither_actions_nor_proprioception(episodes):
-    (video,) = source.demonstrations(DRAWER, [0], labelled=False, num_workers=1)
+    (video,) = source.demonstrations(DRAWER, NAME, [0], labelled=False, num_workers=1)
     assert video.actions is None and video.proprio is None
     np.testing.assert_array_equal(video.frames.array, episodes[0].frames.array)
 
 
 def test_failed_experts_are_left_out_and_logged(monkeypatch, caplog):
-    fake = [(4, None), (5, source.demonstrate(DRAWER, 0)), (6, None)]
+    fake = [(4, None), (5, demonstrate(0)), (6, None)]
     monkeypatch.setattr(source, "_demonstrate_all", lambda *_: iter(fake))
     with caplog.at_level(logging.INFO):
-        assert len(list(source.demonstrations(DRAWER, [4, 5, 6]))) == 1
+        assert len(list(source.demonstrations(DRAWER, NAME, [4, 5, 6]))) == 1
     assert "seed 4" in caplog.text and "seed 6" in caplog.text and "1 of 3 demonstrations succeeded" in caplog.text
     monkeypatch.setattr(source, "_demonstrate_all", lambda *_: iter(fake[:1]))
     with pytest.raises(RuntimeError, match="none of 1 seeds"):
-        list(source.demonstrations(DRAWER, [4]))
+        list(source.demonstrations(DRAWER, NAME, [4]))
 
 
 def test_an_expert_that_runs_out_of_steps_has_failed(monkeypatch):
-    monkeypatch.setattr(source, "MAX_STEPS", 5)
-    assert source.demonstrate(DRAWER, 0) is None
+    monkeypatch.setattr(MetaworldExpert, "max_steps", 5)
+    assert demonstrate(0) is None
 
 
 def test_an_endless_supply_of_seeds_can_be_cut_short():
     factory = MetaworldFactory("button-press-topdown-v3", (32, 32))
-    few = itertools.islice(source.demonstrations(factory, itertools.count(), num_workers=1), 2)
+    few = itertools.islice(
+        source.demonstrations(factory, "metaworld/button-press-topdown-v3", itertools.count(), num_workers=1), 2
+    )
     assert [episode.name[-6:] for episode in few] == ["seed 0", "seed 1"]
 
 
 def test_a_failure_in_a_worker_names_task_and_seed():
     with pytest.raises(RuntimeError, match=r"drawer-open-v3.*seed -1"):
-        list(source.demonstrations(DRAWER, [-1], num_workers=1))
+        list(source.demonstrations(DRAWER, NAME, [-1], num_workers=1))

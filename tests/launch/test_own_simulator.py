@@ -1,0 +1,58 @@
+"""From demonstrations to an evaluated policy in a simulator that the experiment's file registers, by the launch scripts."""
+
+import json
+import pathlib
+import shutil
+import sys
+
+import pytest
+import tiny
+
+from data_pipelines.sources.rlds import RldsSource
+from mimic_video.registry import SIMULATORS
+
+OWN = pathlib.Path(__file__).parents[1] / "own_simulator.py"
+EVALUATION = {"simulator": "point", "tasks": ("left",), "episodes_per_task": 2, "max_steps": 25, "workers": 1}
+
+
+@pytest.fixture
+def experiment_file(config_file, tmp_path, monkeypatch):
+    """experiment_file(**changes) → a file like a user's, that imports a module which registers the simulator."""
+    monkeypatch.setattr(SIMULATORS, "_parts", dict(SIMULATORS._parts))
+    shutil.copy(OWN, tmp_path / "my_simulator.py")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(**changes):
+        path = config_file(tiny.experiment(evaluation=EVALUATION, **changes))
+        path.write_text(f"import my_simulator\n{path.read_text()}")
+        return path
+
+    yield write
+    sys.modules.pop("my_simulator", None)
+
+
+def test_experts_of_any_simulator_are_evaluated_and_collected(launch, experiment_file, tmp_path):
+    file, folder, run = experiment_file(), tmp_path / "data", tmp_path / "expert"
+    assert "left: 2/2 = 1.00, 95 % interval" in launch("evaluate", f"--config={file}", f"--workdir={run}", "--expert")
+    assert [e["success"] for e in json.loads((run / "evaluation.json").read_text())["episodes"]] == [True, True]
+    launch("collect", f"--config={file}", f"--out={folder}", "--videos=1", "--demonstrations=2", "--validation=1")
+    source = RldsSource(str(folder / "demonstrations" / "1.0.0"), "train")
+    assert len(source) == 2 and source[0].instruction == "move left" and source[0].actions.shape[1] == 2
+    wrong = f"--config={file}", "--config.evaluation.simulator=pint"
+    assert "'evaluation.simulator' is 'pint'; expected one of 'metaworld', 'point'" in launch("collect", *wrong, f"--out={run}")
+
+
+@pytest.mark.training
+def test_a_policy_learns_and_acts_in_it(launch, experiment_file, tmp_path):
+    folder, video, action = tmp_path / "data", tmp_path / "video", tmp_path / "action"
+    counts = ["--videos=1", "--demonstrations=2", "--validation=1"]
+    launch("collect", f"--config={experiment_file()}", f"--out={folder}", *counts)
+    dataset = str(folder / "demonstrations" / "1.0.0")
+    data = {"video_dataset": dataset, "action_dataset": dataset}
+    launch("train", f"--config={experiment_file(stage='video', data=data)}", f"--workdir={video}")
+    file = experiment_file(stage="action", data=data, backbone_run=str(video))
+    launch("train", f"--config={file}", f"--workdir={action}")
+    assert "left: " in launch("evaluate", f"--config={file}", f"--workdir={action}", "--recorded=1")
+    assert len(list((action / "rollouts").glob("left_1000000_*.gif"))) == 1
+    table = launch("evaluate_delay", f"--config={file}", f"--workdir={action}", "--delays=0,200", "--strategy=receding_horizon")
+    assert [line.split()[:2] for line in table.splitlines()[-2:]] == [["receding_horizon", "0"], ["receding_horizon", "200"]]
