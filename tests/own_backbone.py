@@ -1,4 +1,4 @@
-"""A video backbone as a user would write one: tokens of single latents that see the means of their view, the window and the text."""
+"""A video backbone as a user would write one: a token for each latent, that sees means of its view, the window and the text."""
 
 import jax
 import jax.numpy as jnp

@@ -1,5 +1,7 @@
-"""A tokenizer, a backbone, a simulator and a robot's dataset from outside of the package, each a short file beside an experiment:
-both stages are trained on them by the launch scripts, the policy is evaluated and exported, and no file of the package knows them."""
+"""A tokenizer, a backbone, a simulator and a robot's dataset from outside of the package, each a short file beside an experiment.
+
+Both stages are trained on them by the launch scripts, the policy is evaluated and exported.
+"""
 
 import json
 import pathlib
@@ -65,8 +67,10 @@ def folder(tmp_path, monkeypatch):
 
 def write_experiment(folder, stage, **fields):
     """A file as a user would write it: it imports what it names from files beside it."""
-    settings = SETTINGS | {"data": SETTINGS["data"] | {"root": str(folder)}}
-    values = to_dict(tiny.experiment(stage=stage, **settings, **fields))
+    values = to_dict(tiny.experiment(stage=stage)) | fields
+    for group, changes in SETTINGS.items():
+        values[group] |= changes
+    values["data"]["root"] = str(folder)
     path = folder / f"{stage}.py"
     path.write_text(
         "\n".join(f"import {name}" for name in OWN)
