@@ -24,7 +24,13 @@ OWN = ("own_backbone", "own_dataset", "own_simulator", "own_tokenizer")
 SIZE = (16, 24)
 SETTINGS = {
     "data": {"image_size": SIZE, "past_frames": 3, "future_frames": 2, "action_horizon": 2, "action_delay": 0.2}
-    | {"video_hz": 5.0, "control_hz": 5.0, "video_dataset": "point_robot", "action_dataset": "point_robot"},
+    | {
+        "video_hz": 5.0,
+        "control_hz": 5.0,
+        "video_dataset": "point_robot",
+        "action_dataset": "point_robot",
+        "validation_split": "train",
+    },
     "tokenizer": {"kind": "averages"},
     "backbone": {"kind": "means", "num_blocks": 3, "hidden_block": 2},
     "decoder": {"embodiments": 1},
