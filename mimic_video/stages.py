@@ -38,9 +38,13 @@ def join_params(trained: Params, frozen: Params, config: ExperimentConfig) -> Pa
     return frozen | {name: join_network(trained[name], frozen[name], trained["lora"], config.lora)}
 
 
-def batch_shapes(config: ExperimentConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a global batch, as the loader makes them of datasets that have all of their cameras and action dimensions."""
-    data, decoder, size = config.data, config.decoder, config.train.batch_size
+def batch_shapes(config: ExperimentConfig, size: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a batch, as the loader makes them of datasets that have all of their cameras and action dimensions.
+
+    Args:
+        size: samples; None for the global batch.
+    """
+    data, decoder, size = config.data, config.decoder, size or config.train.batch_size
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {
         "video_mask": ((data.num_frames,), bool),
         "text": ((config.text.rows, config.text.width), jnp.float32),

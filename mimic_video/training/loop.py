@@ -82,7 +82,7 @@ def train(
             disable=jax.process_index() > 0,
         )
         with progress, MetricWriter(run, start, config) as writer:
-            stream, clock, pending = batches(start), StepClock(config, run, started), []
+            stream, clock, pending = batches(start), StepClock(vam, run, started), []
             for step in range(start + 1, settings.steps + 1):
                 with clock.stopped():
                     profiler.before(step)

@@ -9,10 +9,9 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh
 
-from mimic_video.analysis.aot import batch_shapes
 from mimic_video.config import CompatConfig, ExperimentConfig, experiment_from
 from mimic_video.parallel.sharding import require_divisible, shardings
-from mimic_video.stages import join_params, split_params
+from mimic_video.stages import batch_shapes, join_params, split_params
 from mimic_video.training.steps import make_state
 from mimic_video.vam import VideoActionModel
 
