@@ -125,12 +125,13 @@ def step_times(config: ExperimentConfig, product_rate: float) -> dict[str, Any]:
     call, compiling = random_step(config)
     result: dict[str, Any] = {"compile_s": round(compiling, 2)}
     result |= percentiles(call, _REPEATS.value)
-    counted, seconds, devices = step_flops(config), result["p50_ms"] / 1e3, jax.devices()
+    vam = VideoActionModel(config)
+    counted, seconds, devices = step_flops(vam), result["p50_ms"] / 1e3, jax.devices()
     rate, memory = counted.model / seconds, devices[0].memory_stats() or {}
     return result | {
         "steps_per_second": round(1 / seconds, 3),
         "batch_size": config.train.batch_size,
-        "tokens_per_second": round(config.train.batch_size * video_tokens(config) / seconds),
+        "tokens_per_second": round(config.train.batch_size * video_tokens(vam) / seconds),
         "model_tflops_per_second": round(rate / 1e12, 4),
         "share_of_product_rate": round(rate / (product_rate * len(devices)), 4),
         "mfu": mfu(rate, devices),
@@ -165,7 +166,7 @@ def training(config: ExperimentConfig) -> dict[str, Any]:
     return {
         "product_tflops_per_second": round(rate / 1e12, 4),
         "precision": config.precision,
-        "tokens_per_sample": video_tokens(config),
+        "tokens_per_sample": video_tokens(VideoActionModel(config)),
         **{name: step_times(kind, rate) for name, kind in training_kinds(config).items()},
     }
 

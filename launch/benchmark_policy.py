@@ -77,7 +77,7 @@ def policy_latency(config: ExperimentConfig, batch: int, repeats: int, rate: flo
         "image_size": list(config.data.image_size),
         "batch": batch,
         "precision": config.precision,
-        "tokens": video_tokens(config),
+        "tokens": video_tokens(policy.program.vam),
         "policy": dataclasses.asdict(config.policy),
         "stages": stages,
         "product_tflops_per_second": round(rate / 1e12, 4),

@@ -30,6 +30,7 @@ from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.parallel.chips import chip_of
 from mimic_video.runs.directory import write_json
 from mimic_video.training.flops import step_flops, video_tokens
+from mimic_video.vam import VideoActionModel
 
 _PLATFORM = flags.DEFINE_enum("platform", "tpu", ["tpu", "cuda"], "What is compiled for")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Name of the TPU topology, such as v5e:16x16 or v5p:4x4x8")
@@ -47,7 +48,8 @@ DOES_NOT_FIT = 2
 
 def program(config: ExperimentConfig, devices: list[jax.Device]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """(function, shapes of its arguments, what the report says of it)."""
-    tokens = video_tokens(config)
+    vam = VideoActionModel(config)
+    tokens = video_tokens(vam)
     if _POLICY.value:
         needed = policy_flops(config)
         return *aot.policy_program(config, devices[0], _POLICY.value), {
@@ -57,7 +59,7 @@ def program(config: ExperimentConfig, devices: list[jax.Device]) -> tuple[Any, t
             "model_flops_per_chip": _POLICY.value * (needed.total - needed.encode),
             "tokenizer_flops_per_chip": _POLICY.value * needed.encode,
         }
-    model = step_flops(config)
+    model = step_flops(vam)
     return *aot.step_program(config, devices), {
         "program": "step",
         "stage": config.stage,

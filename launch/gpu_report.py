@@ -287,12 +287,13 @@ def training() -> dict[str, Any]:
     import benchmark
 
     from mimic_video.training.flops import video_tokens
+    from mimic_video.vam import VideoActionModel
 
     config = benchmark.one_sample_a_device(forms.shipped("published:cosmos"))
     config = forms.narrow(config) if _SMALL.value else config
     rate = benchmark.product_rate(config.precision)
     for name, kind in benchmark.training_kinds(config).items():
-        emit("training", kind=name, tokens_per_sample=video_tokens(kind), **benchmark.step_times(kind, rate))
+        emit("training", kind=name, tokens_per_sample=video_tokens(VideoActionModel(kind)), **benchmark.step_times(kind, rate))
     return {"product_tflops_per_second": round(rate / 1e12, 1)}
 
 

@@ -71,7 +71,11 @@ class WeightedMean(NamedTuple):
 
 
 class VideoActionModel:
-    """Pure functions of parameters, for one experiment's configuration."""
+    """Pure functions of parameters, for one experiment's configuration.
+
+    Attributes:
+        shapes: of the parameters that `init` makes.
+    """
 
     def __init__(self, config: ExperimentConfig):
         self.config = config
@@ -83,7 +87,9 @@ class VideoActionModel:
             ),
         }
         self._make, self._draw_noise = make, jax.jit(self.draw_noise, static_argnums=1)
-        self._graphdefs = {name: nnx.split(nnx.eval_shape(make[name], nnx.Rngs(0)))[0] for name in make}
+        networks = {name: nnx.eval_shape(make[name], nnx.Rngs(0)) for name in make}
+        self._graphdefs = {name: nnx.graphdef(network) for name, network in networks.items()}
+        self.shapes: Params = {name: nnx.to_pure_dict(nnx.state(network, nnx.Param)) for name, network in networks.items()}
 
     def init(self, key: jax.Array) -> Params:
         """Random parameters, float32. A tokenizer has to be fitted or loaded to be of use."""

@@ -54,6 +54,10 @@ def noise_of(asked, latents):
 # Video loss.
 
 
+def test_shapes_are_those_of_what_init_makes():
+    assert tiny.model(ACTION).shapes == tiny.shapes(ACTION)
+
+
 def test_conditioned_frames_are_given_clean_and_the_others_noised(params):
     vam, batch = Recording(VIDEO), tiny.batch(VIDEO, 64)
     loss_of(vam, params, batch)

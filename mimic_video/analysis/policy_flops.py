@@ -35,7 +35,7 @@ class PolicyFlops:
 def policy_flops(config: ExperimentConfig) -> PolicyFlops:
     """Of a chunk as `config.policy` samples it, from a trace of the policy's program. No array is made."""
     program = PolicyProgram(config, widest_robot(config))
-    params = jax.eval_shape(lambda: program.parameters(program.vam.init(jax.random.key(0))))
+    params = jax.eval_shape(program.parameters, program.vam.shapes)
     with assuming(PAPER):
         chunk = jax.make_jaxpr(program)(params, *program.input_shapes(1).values())
     # Scopes of `VideoActionModel.encode_video`, `sample_hidden` and `action_conditioning`.

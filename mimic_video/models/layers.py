@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from mimic_video.models.devices import is_spread, platform
+from mimic_video.models.devices import PAPER, is_spread, platform
 from mimic_video.models.quantization import dequantized
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
@@ -133,7 +133,7 @@ def rematerialised(function: Callable, remat: Remat) -> Callable:
         remat: "none" keeps everything, "attention" the inputs and what attention returns, "offload" the same but the latter in
             the host's memory, "full" the inputs only.
     """
-    if remat == "none":
+    if remat == "none" or platform() == PAPER:
         return function
     policies = jax.checkpoint_policies
     policy = {

@@ -8,11 +8,12 @@ from typing import Any
 import jax
 from etils import epath
 
-from mimic_video.config import ConfigError, ExperimentConfig
+from mimic_video.config import ConfigError
 from mimic_video.parallel.chips import mfu
 from mimic_video.runs.directory import read_metrics, write_json
 from mimic_video.runs.storage import Spool
 from mimic_video.training.flops import step_flops, video_tokens
+from mimic_video.vam import VideoActionModel
 
 # Metrics that a repeated run does not repeat: everything else is a function of the configuration and the data.
 MEASURED = (
@@ -54,11 +55,12 @@ class StepClock:
         run: its metrics up to the step that it continues from say what the steps before took.
     """
 
-    def __init__(self, config: ExperimentConfig, run: epath.Path, started: float):
+    def __init__(self, vam: VideoActionModel, run: epath.Path, started: float):
         records = read_metrics(run)
         self._started, self._counted = started, records[-1].get("step_seconds", 0.0) if records else 0.0
-        self._samples, self._tokens = config.train.batch_size, config.train.batch_size * video_tokens(config)
-        self._flops, self._devices = step_flops(config).model, jax.devices()
+        batch = vam.config.train.batch_size
+        self._samples, self._tokens = batch, batch * video_tokens(vam)
+        self._flops, self._devices = step_flops(vam).model, jax.devices()
         self.restart()
 
     def restart(self) -> None:

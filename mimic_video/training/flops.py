@@ -6,7 +6,6 @@ the trace.
 
 import collections
 import dataclasses
-import functools
 import math
 import re
 from typing import Any
@@ -14,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, jaxprs_in_params
+from jaxtyping import Array, Float
 
 from mimic_video.batch import Batch, batch_shapes
-from mimic_video.config import ExperimentConfig
 from mimic_video.models.devices import PAPER, assuming
 from mimic_video.stages import join_params, split_params
 from mimic_video.vam import Conditioning, Params, VideoActionModel
@@ -46,40 +45,27 @@ class StepFlops:
         return self.weights + self.attention + self.adapters
 
 
-@functools.lru_cache(maxsize=32)
-def step_flops(config: ExperimentConfig) -> StepFlops:
-    """Of one optimisation step of `config.stage`: of the gradient of its loss, traced for one sample. No array is made."""
-    vam, params = _of_one_sample(config)
+def step_flops(vam: VideoActionModel) -> StepFlops:
+    """Of one optimisation step of a model's stage: of the gradient of its loss, traced for one sample. No array is made."""
+    config = vam.config
 
-    def loss(trained: Params, frozen: Params, batch: Batch) -> jax.Array:
-        return vam.loss(join_params(trained, frozen, vam.config), batch, vam.draw(jax.random.key(0), 1))[0]
+    def loss(trained: Params, frozen: Params, batch: Batch) -> Float[Array, ""]:
+        return vam.loss(join_params(trained, frozen, config), batch, vam.draw(jax.random.key(0), 1))[0]
 
-    trained, frozen = jax.eval_shape(lambda params: split_params(params, vam.config), params)
+    trained, frozen = jax.eval_shape(lambda params: split_params(params, config), vam.shapes)
     with assuming(PAPER):
-        gradient = jax.make_jaxpr(jax.grad(loss))(trained, frozen, batch_shapes(vam.config, 1))
+        gradient = jax.make_jaxpr(jax.grad(loss))(trained, frozen, batch_shapes(config, 1))
     # Scopes of `VideoActionModel.encode_video`, `join_network` and `attention`. The tokenizer's attention is the tokenizer's.
     found, batch = products(gradient.jaxpr, ("encode", "adapters", "attention")), config.train.batch_size
     return StepFlops(batch * found["encode"], batch * found[""], batch * found["attention"], found["adapters"])
 
 
-@functools.lru_cache(maxsize=32)
-def video_tokens(config: ExperimentConfig) -> int:
+def video_tokens(vam: VideoActionModel) -> int:
     """Tokens of one sample's video in the backbone, and hidden states that the decoder attends to."""
-    vam, params = _of_one_sample(config)
-    shapes = (1, config.data.views, *config.latent_shape), (1,), (1, config.text.rows, config.backbone.text_width)
-    arrays: list[Any] = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    latents, time, text = arrays
+    latents: Any = jax.eval_shape(lambda: vam.draw_noise(jax.random.key(0), 1)["video"])
+    time, text = jax.ShapeDtypeStruct((1,), jnp.float32), batch_shapes(vam.config, 1).observation.text
     with assuming(PAPER):
-        hidden = jax.eval_shape(vam.hidden_at, params, Conditioning(latents, text), latents, time)
-    return hidden.shape[1]
-
-
-@functools.lru_cache(maxsize=32)
-def _of_one_sample(config: ExperimentConfig) -> tuple[VideoActionModel, Params]:
-    """The model of an experiment with batches of one sample, and shapes of its parameters."""
-    train = dataclasses.replace(config.train, batch_size=1, micro_batches=1, remat="none")
-    vam = VideoActionModel(dataclasses.replace(config, train=train))
-    return vam, jax.eval_shape(vam.init, jax.random.key(0))
+        return jax.eval_shape(vam.hidden_at, vam.shapes, Conditioning(latents, text), latents, time).shape[1]
 
 
 def products(jaxpr: Jaxpr, scopes: tuple[str, ...] = ()) -> collections.Counter[str]:
@@ -89,7 +75,7 @@ def products(jaxpr: Jaxpr, scopes: tuple[str, ...] = ()) -> collections.Counter[
         scopes: of `jax.named_scope`.
 
     Returns:
-        By the outermost of those scopes, the first of them if one equation stands in several at once; "" outside of them.
+        By the outermost of those scopes; "" outside of them.
 
     Raises:
         ValueError: if there are products in a `while` loop, as nothing says how often it runs.
@@ -99,14 +85,14 @@ def products(jaxpr: Jaxpr, scopes: tuple[str, ...] = ()) -> collections.Counter[
         names = re.findall(r"\w+", str(equation.source_info.name_stack))
         if _AGAIN in names:
             continue
-        scope = next((scope for scope in scopes if scope in names), "")
+        scope = next((name for name in names if name in scopes), "")
         found[scope] += _product(equation)
         inner = [products(each, () if scope else scopes) for each in jaxprs_in_params(equation.params)]
         if equation.primitive.name == "cond":
             inner = [max(inner, key=lambda branch: branch.total())]
         for name, operations in sum(inner, collections.Counter()).items():
             found[name or scope] += _times(equation) * operations
-    return found
+    return +found  # those that there are
 
 
 def _product(equation: Any) -> int:
@@ -130,5 +116,5 @@ def _times(equation: Any) -> int:
     if name == "scan":
         return params["length"]
     if name == "shard_map":  # on every device
-        return math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+        return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
     return math.prod(params["grid_mapping"].grid) if name == "pallas_call" else 1

@@ -97,7 +97,7 @@ def _train_in(
             disable=jax.process_index() > 0,
         )
         with progress, MetricWriter(run, start, config) as writer:
-            stream, clock, pending = data.batches(start, robots), StepClock(config, run, started), []
+            stream, clock, pending = data.batches(start, robots), StepClock(vam, run, started), []
             for step in range(start + 1, settings.steps + 1):
                 with clock.stopped():
                     profiler.before(step)

@@ -7,8 +7,11 @@ import tiny
 
 from mimic_video.analysis import aot
 from mimic_video.analysis.hlo import Collective, Work
+from mimic_video.analysis.policy_flops import policy_flops
 from mimic_video.config import ConfigError
-from mimic_video.training import flops
+from mimic_video.parallel.chips import CHIPS, chip_of
+from mimic_video.training.flops import step_flops
+from mimic_video.vam import VideoActionModel
 
 
 @pytest.mark.parametrize(
@@ -40,7 +43,7 @@ def test_memory_adds_up():
 
 
 def test_the_slowest_resource_binds():
-    chip = flops.CHIPS["TPU v5 lite"]
+    chip = CHIPS["TPU v5 lite"]
     for field, name in (("flops", "compute"), ("hbm_bytes", "hbm")):
         bound = aot.step_bound(dataclasses.replace(Work(1.0, 1.0, (), 0), **{field: 197e12}), chip)
         assert bound.binding == name and bound.seconds == 197e12 / {"compute": chip.flops, "hbm": chip.hbm_rate}[name]
@@ -59,7 +62,7 @@ def test_a_topology_that_is_none():
 def test_slices_are_told_apart():
     devices = aot.topology_devices("v5e:2x2", slices=2)
     assert len(devices) == 8 and {device.slice_index for device in devices} == {0, 1}
-    assert flops.chip_of(devices[0]) is flops.CHIPS["TPU v5 lite"]
+    assert chip_of(devices[0]) is CHIPS["TPU v5 lite"]
 
 
 @pytest.mark.tpu_compiler
@@ -85,8 +88,8 @@ def small(**changes):
 @pytest.mark.parametrize(("stage", "slices"), [("video", 1), ("action", 2)])
 def test_a_step_compiled_for_tpus(stage, slices):
     config = small(stage=stage, mesh={"data": slices, "fsdp": 2, "sequence": 2})
-    step = aot.compile_program(*aot.step_program(config, aot.topology_devices("v5e:2x2", slices)), flops.CHIPS["TPU v5 lite"])
-    model = flops.step_flops(config)
+    step = aot.compile_program(*aot.step_program(config, aot.topology_devices("v5e:2x2", slices)), CHIPS["TPU v5 lite"])
+    model = step_flops(VideoActionModel(config))
     assert step.memory.fits and step.memory.free > 0.9 and step.work.unknown_loops == 0
     again = 4 / 3 if stage == "video" else 1.0
     counted = (model.model + model.tokenizer) / (4 * slices)
@@ -94,7 +97,7 @@ def test_a_step_compiled_for_tpus(stage, slices):
     assert {"all-gather", "all-reduce"} <= {each.kind for each in step.work.collectives}
     between = {each.kind for each in step.work.collectives if each.network == "dcn"}
     assert ("all-reduce" in between) == bool(between) == (slices > 1)
-    assert np.isfinite(aot.step_bound(step.work, flops.CHIPS["TPU v5 lite"]).seconds)
+    assert np.isfinite(aot.step_bound(step.work, CHIPS["TPU v5 lite"]).seconds)
 
 
 @pytest.mark.tpu_compiler
@@ -112,6 +115,6 @@ def test_a_policy_compiled_for_one_tpu(form, topology):
     robot = dataclasses.replace(aot.widest_robot(config), cameras=("primary",))
     arguments = {"samples": 3 if form == "samples" else None, "continuing": form == "continuing", "robot": robot}
     device = aot.topology_devices(topology)[0]
-    compiled = aot.compile_program(*aot.policy_program(config, device, 4, **arguments), flops.chip_of(device))
+    compiled = aot.compile_program(*aot.policy_program(config, device, 4, **arguments), chip_of(device))
     assert compiled.memory.fits and compiled.work.unknown_loops == 0
-    assert compiled.work.flops > 4 * flops.policy_flops(config).total * 0.9
+    assert compiled.work.flops > 4 * policy_flops(config).total * 0.9

@@ -35,7 +35,7 @@ def start(run, time, step, seconds):
     started = first_start(run)
     time.now += seconds
     with MetricWriter(run, step, CONFIG) as writer:
-        clock = StepClock(CONFIG, run, started)
+        clock = StepClock(tiny.model(CONFIG), run, started)
     clock.step()
     clock.restart()
     return writer, clock
@@ -54,7 +54,7 @@ def test_rates_are_of_the_steps_since_the_restart(tmp_path, time):
     run_steps(time, clock, 5, 2.0)
     values = clock.lap()
     assert values["samples_per_second"] == pytest.approx(4.0) and values["tokens_per_second"] == pytest.approx(24.0)
-    assert values["model_flops_per_second"] == pytest.approx(step_flops(CONFIG).model / 2)
+    assert values["model_flops_per_second"] == pytest.approx(step_flops(tiny.model(CONFIG)).model / 2)
     assert values["data_wait_fraction"] == pytest.approx(0.25)
     assert "mfu" not in values  # nobody knows a CPU's peak
     clock.restart()
