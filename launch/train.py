@@ -121,12 +121,12 @@ def with_views_of(config: ExperimentConfig, trained: ExperimentConfig) -> Experi
 
 
 def find_embodiments(run: epath.Path, config: ExperimentConfig, datasets: Windows) -> dict[str, Embodiment]:
-    """The robots of a run with the statistics it started with, or of a new run with those of its datasets.
+    """The robots of a run with the statistics it was trained with, or before its first checkpoint with those of its datasets.
 
     Several hosts compute them together; all have to call this.
     """
     hosts = Hosts(jax.process_index(), jax.process_count(), multihost_utils.process_allgather)
-    if not hosts.gather(np.array((run / "embodiments.json").exists())).all():  # asked together: none goes ahead and writes it
+    if not hosts.gather(np.array(checkpoints.has_checkpoint(run))).all():  # asked together: none goes ahead and writes one
         directory.save_embodiments(
             run,
             {
@@ -156,7 +156,7 @@ def main(config: ExperimentConfig) -> None:
         wandb_package()
     if config.tokenizer.kind == "wan" and not config.backbone_run:
         raise ConfigError("config field 'backbone_run' is empty; expected a run with the weights of the Wan tokenizer")
-    if config.backbone_run:
+    if config.backbone_run and not checkpoints.has_checkpoint(run):
         backbone = run_path(config.backbone_run)
         trained = with_views_of(config, directory.read_config(backbone))
         directory.require_same_model(trained, config, backbone, "window", "tokenizer", "backbone")
