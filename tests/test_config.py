@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import typing
 
 import ml_collections
 import pytest
@@ -10,12 +11,18 @@ from mimic_video.config import (
     DataConfig,
     ExperimentConfig,
     MeshConfig,
+    OnResume,
+    Shaped,
     TrainConfig,
+    describe,
     experiment_from,
     field_paths,
+    shaping,
+    stored_experiment,
     to_dict,
     unknown_field_message,
 )
+from mimic_video.trees import flat
 
 
 def changed() -> ExperimentConfig:
@@ -62,6 +69,77 @@ def test_every_field_has_a_dotted_path():
     assert {"seed", "data.image_size", "backbone.hidden_block", "train.betas", "mesh.fsdp"} <= set(paths)
     assert "train" not in paths and len(set(paths)) == len(paths)
     assert "'policy.stop_step'" in unknown_field_message("policy.stopstep", paths)
+
+
+def test_every_field_says_what_it_is_what_may_change_and_what_presupposes_it():
+    """A field without a class cannot be described."""
+    values, fields = flat(to_dict(ExperimentConfig())), describe(ExperimentConfig)
+    assert {field.path: field.default for field in fields} == values
+    for field in fields:
+        assert field.help and field.help == field.help.strip(), field.path
+        assert field.on_resume in typing.get_args(OnResume), field.path
+        assert set(field.shapes) <= set(typing.get_args(Shaped)), field.path
+        assert not field.shapes or field.on_resume == "fixed", f"{field.path} shapes {field.shapes}"
+    found = {field.path: field for field in fields}
+    assert found["train.schedule"].type == "Literal['constant', 'cosine', 'linear', 'wsd']"
+    assert (found["train.betas"].type, found["data.workers"].type) == ("tuple[float, float]", "int")
+
+
+def test_what_may_change_when_a_run_goes_on():
+    classes = {field.path: field.on_resume for field in describe(ExperimentConfig)}
+    assert [path for path, on_resume in classes.items() if on_resume == "extends"] == ["train.steps"]
+    free = ("backbone_run", "data.action_dataset", "data.root", "data.latents", "data.workers", "data.frame_cache_mb")
+    free += ("data.skip_broken", "train.log_every", "train.checkpoint_every", "text.cache", "mesh.fsdp", "policy.noise")
+    assert {classes[path] for path in free} == {"free"}
+    fixed = ("seed", "stage", "start_run", "data.train_split", "data.video_hz", "train.batch_size", "decoder.proprio_dropout")
+    assert {classes[path] for path in fixed} == {"fixed"}
+
+
+def test_what_networks_presuppose():
+    assert shaping("tokenizer") == ["tokenizer.kind", "tokenizer.width"]
+    assert {"data.cameras", "text.rows", "backbone.text_width"} < set(shaping("backbone"))
+    assert {"data.action_horizon", "backbone.hidden_block"} < set(
+        shaping("decoder")
+    )  # where it reads; the backbone has all blocks
+    assert not {"backbone.hidden_block", "data.image_size"} & set(shaping("tokenizer", "backbone"))
+    assert set(shaping("backbone", "decoder")) == {*shaping("backbone"), *shaping("decoder")}
+
+
+STORED = {
+    "text": {"rows": 4, "width": 8},
+    "backbone": {"text_width": 8, "views": 2, "latent_channels": 16},
+    "decoder": {"obs_horizon": 1, "action_horizon": 6},
+    "data": {"action_horizon": 6, "cameras": ["primary", "wrist"]},
+}
+
+
+def test_a_stored_configuration_may_have_fields_that_are_derived_now():
+    config = stored_experiment(STORED)
+    assert (config.text.rows, config.backbone.text_width, config.data.action_horizon, config.data.views) == (4, 8, 6, 2)
+    assert stored_experiment(to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("path", "complaint"),
+    [
+        ("text.width", "expected 8, as follows from backbone.text_width"),
+        ("decoder.action_horizon", "expected 6, as follows from data.action_horizon"),
+        ("decoder.obs_horizon", "expected 1, as follows from a window, which has one step of proprioception"),
+        ("backbone.views", "expected 2, as follows from the number of data.cameras"),
+        ("backbone.latent_channels", "expected 16, as follows from the tokenizer"),
+    ],
+)
+def test_what_is_derived_was_not_something_else_and_is_not_set(path, complaint):
+    group, _, name = path.partition(".")
+    with pytest.raises(ConfigError, match=f"config field '{path}' is 3; {complaint}"):
+        stored_experiment(STORED | {group: STORED[group] | {name: 3}})
+    with pytest.raises(ConfigError, match=f"unknown config field '{path}'; leave it out: it follows from "):
+        experiment_from({group: {name: STORED[group][name]}})
+
+
+def test_a_stored_configuration_has_no_other_unknown_fields():
+    with pytest.raises(ConfigError, match=r"unknown config field 'text\.widht'; did you mean"):
+        stored_experiment(STORED | {"text": {"widht": 8}})
 
 
 @pytest.mark.parametrize(

@@ -210,8 +210,14 @@ def require_checkpoint(run: epath.Path) -> None:
     _newest_checkpoint(run)
 
 
+def has_checkpoint(run: epath.Path) -> bool:
+    """Whether the run has a complete checkpoint, so that it goes on from there with what it kept."""
+    return bool(_complete(run / "checkpoints"))
+
+
 def _complete(folder: epath.Path) -> list[epath.Path]:
-    steps = [path for path in folder.iterdir() if path.name.isdigit() and is_complete(path)]
+    paths = folder.iterdir() if folder.is_dir() else ()
+    steps = [path for path in paths if path.name.isdigit() and is_complete(path)]
     return sorted(steps, key=lambda path: int(path.name))
 
 
@@ -221,8 +227,7 @@ def is_complete(item: epath.Path) -> bool:
 
 
 def _newest_checkpoint(run: epath.Path) -> epath.Path:
-    folder = epath.Path(run) / "checkpoints"
-    complete = _complete(folder) if folder.is_dir() else []
+    complete = _complete(epath.Path(run) / "checkpoints")
     if not complete:
         raise RunError(f"{run} has no complete checkpoint")
     return complete[-1]

@@ -59,7 +59,7 @@ def train(config: ExperimentConfig, run: str | os.PathLike, data: Data, profile:
     run = run_path(run)
     if config.train.wandb_project:
         wandb_package()
-    require_backbone(config)
+    require_backbone(config, run)
     with locked(run):
         mesh = make_mesh(config.mesh)
         opened = data.open(batch_rows(config.train.batch_size, mesh), lambda: read_tokenizer(config, run))

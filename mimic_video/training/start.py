@@ -21,8 +21,8 @@ from mimic_video.trees import named_leaves
 from mimic_video.vam import Params, VideoActionModel
 
 
-def require_backbone(config: ExperimentConfig) -> None:
-    """Checks the run that tokenizer and backbone come from.
+def require_backbone(config: ExperimentConfig, run: epath.Path) -> None:
+    """Checks the run that tokenizer and backbone come from; a run with a checkpoint has kept what it needs of it.
 
     Raises:
         ConfigError: if there has to be one and there is none, or it was trained with another configuration.
@@ -32,7 +32,7 @@ def require_backbone(config: ExperimentConfig) -> None:
         raise ConfigError(
             f"config field 'backbone_run' is empty; expected a run with the weights of the tokenizer {config.tokenizer.kind!r}"
         )
-    if config.backbone_run:
+    if config.backbone_run and not checkpoints.has_checkpoint(run):
         backbone = run_path(config.backbone_run)
         trained = _with_views_of(config, directory.read_config(backbone))
         directory.require_same_model(trained, config, backbone, "window", "tokenizer", "backbone")
@@ -56,12 +56,12 @@ def read_tokenizer(config: ExperimentConfig, run: epath.Path) -> Params:
 
 
 def find_robots(run: epath.Path, compute: Callable[[], Mapping[str, Embodiment]]) -> dict[str, Embodiment]:
-    """The robots of a run with the statistics it started with; of a new run those that `compute` gives, which are kept.
+    """The robots of a run with the statistics it was trained with; before its first checkpoint those that `compute` gives.
 
     All processes have to call this.
     """
-    there = np.array((run / "embodiments.json").exists())
-    if not multihost_utils.process_allgather(there).all():  # asked together: none goes ahead and writes it
+    there = np.array(checkpoints.has_checkpoint(run))
+    if not multihost_utils.process_allgather(there).all():  # asked together: none goes ahead and writes one
         directory.save_embodiments(run, compute())
         multihost_utils.sync_global_devices("embodiments")
     return directory.load_embodiments(run)

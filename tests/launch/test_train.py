@@ -18,7 +18,7 @@ from data_pipelines.sources.rlds import RldsSource
 from data_pipelines.statistics import action_statistics
 from data_pipelines.writers import write_rlds
 from mimic_video.embodiments import Embodiment, to_table
-from mimic_video.runs import checkpoints
+from mimic_video.runs import checkpoints, directory
 
 SETTINGS = {"precision": "bfloat16", "train": {"steps": 2, "ema_decay": 0.0}}
 
@@ -77,6 +77,23 @@ def test_a_run_does_not_continue_on_data_that_changed(launch, config_file, tmp_p
     error = launch(*arguments)
     assert f"not those that {tmp_path / 'out'} was trained on (datasets.tiny.content: " in error
     assert "datasets.tiny.windows: 27 → 29)" in error
+    renamed = shutil.copytree(data, tmp_path / "other" / data.name)
+    assert "datasets.tiny.content: " in launch(*arguments, f"--config.data.video_dataset={renamed}")
+
+
+@pytest.mark.training
+def test_statistics_are_those_of_the_data_until_there_is_a_checkpoint(launch, config_file, tmp_path):
+    file = config_file(tiny.experiment(train={"steps": 2}))
+    one, two = (write(tmp_path / name, tiny.episode(15, seed)) for name, seed in (("one", 0), ("two", 1)))
+    found = []
+    for data in (one, two):
+        launch("train", f"--config={file}", f"--config.data.action_dataset={data}", f"--workdir={tmp_path / 'out'}")
+        found.append(directory.load_embodiments(tmp_path / "out")["tiny"].statistics["action"])
+        shutil.rmtree(tmp_path / "out" / "checkpoints")
+    for data, statistics in zip((one, two), found, strict=True):
+        np.testing.assert_array_equal(
+            statistics.mean, action_statistics(RldsSource(data, "train"), tiny.experiment().data)["action"].mean
+        )
 
 
 HOST = """

@@ -42,9 +42,50 @@ def test_what_a_run_may_change_is_recorded(tmp_path):
         mesh={"fsdp": 2},
         policy={"stop_step": 2},
         evaluation={"max_steps": 9},
+        data={"workers": 2, "frame_cache_mb": 0, "action_dataset": "moved", "latents": "moved", "skip_broken": True},
+        backbone_run="moved",
     )
     directory.write_config(tmp_path, changed)
     assert directory.read_config(tmp_path) == changed
+
+
+def test_a_changed_model_is_refused_by_name(tmp_path):
+    directory.write_config(tmp_path, CONFIG)
+    other = tiny.experiment(backbone={"width": 32, "hidden_block": 2}, decoder={"time_rank": 4}, data={"action_horizon": 8})
+    with pytest.raises(ConfigError) as error:
+        directory.write_config(tmp_path, other)
+    changes = "data.action_horizon: 4 → 8; backbone.width: 16 → 32; backbone.hidden_block: 1 → 2; decoder.time_rank: 8 → 4"
+    assert f"({changes}); use another --workdir" in str(error.value)
+
+
+def with_steps(run, steps, **settings):
+    """Records a configuration with these settings of `train`; what the run is refused for, else None."""
+    try:
+        directory.write_config(run, tiny.experiment(train={"steps": steps} | settings))
+    except ConfigError as error:
+        return str(error)
+
+
+def test_a_constant_rate_allows_more_steps_and_fewer_but_not_fewer_than_are_done(tmp_path):
+    assert with_steps(tmp_path, 4) is None and with_steps(tmp_path, 8) is None
+    (tmp_path / "checkpoints" / "6").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "7.damaged").mkdir()
+    assert with_steps(tmp_path, 6) is None
+    assert "(train.steps: 6 → 5, of which 6 are done)" in with_steps(tmp_path, 5)
+    assert directory.read_config(tmp_path).train.steps == 6
+
+
+@pytest.mark.parametrize("schedule", [{"schedule": "linear"}, {"schedule": "cosine"}, {"schedule": "wsd", "decay_steps": 2}])
+def test_a_rate_that_falls_has_to_end_where_it_did(tmp_path, schedule):
+    assert with_steps(tmp_path, 4, **schedule) is None
+    refused = with_steps(tmp_path, 8, **schedule)
+    assert "train.schedule_steps: 0 → 0, with train.steps: 4 → 8" in refused
+    assert f"that is {schedule['schedule']!r} and ends at step 4 needs train.schedule_steps=4" in refused
+    assert "needs train.schedule_steps=4" in with_steps(tmp_path, 8, schedule_steps=6, **schedule)
+    assert with_steps(tmp_path, 8, schedule_steps=4, **schedule) is None
+    assert with_steps(tmp_path, 16, schedule_steps=4, **schedule) is None
+    assert "needs train.schedule_steps=4" in with_steps(tmp_path, 16, **schedule)
+    assert "train.schedule: " in with_steps(tmp_path, 16)
 
 
 def test_weights_of_another_model(tmp_path):

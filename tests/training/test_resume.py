@@ -1,9 +1,11 @@
 """A training run that was stopped or killed ends, after the same command again, with the same bits as one that was not."""
 
+import itertools
 import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,7 +60,7 @@ experiment.run(train.main)
 def train(tmp_path_factory):
     """train(stage, workdir, *overrides, signal=None, step=0) → exit status of the training command on a tiny dataset.
 
-    The process sends the signal to itself when it asks for the batch of that step.
+    The process sends the signal to itself when it asks for the batch of that step. `train.dataset` is where the dataset is.
     """
     folder = tmp_path_factory.mktemp("resume")
     splits = {"train": [tiny.episode(length, seed) for seed, length in enumerate((14, 25, 11))], "val": [tiny.episode(16, 9)]}
@@ -94,6 +96,7 @@ def train(tmp_path_factory):
         command = [sys.executable, "-c", RECORD, f"--config={config}:{stage}", f"--workdir={workdir}", *overrides]
         return subprocess.run(command, env=environment, timeout=240, capture_output=True, text=True)
 
+    run.dataset = pathlib.Path(dataset)
     return run
 
 
@@ -150,23 +153,36 @@ def video_run(train, tmp_path_factory):
     return workdir
 
 
+def copied(dataset, folder):
+    """The overrides that name a copy of the dataset in a folder. Its name, that of the folder above its version, stays."""
+    copy = shutil.copytree(dataset, folder / dataset.parent.name / dataset.name)
+    return [f"--config.data.video_dataset={copy}", f"--config.data.action_dataset={copy}"]
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize("stage", ["video", "action"])
 def test_ten_steps_are_five_a_sigterm_a_sigkill_and_five(train, video_run, tmp_path, stage):
-    overrides, whole, stopped = [LORA], video_run, tmp_path / "stopped"
+    """The last five on a dataset that has moved, with a worker and without a cache, and without the backbone's run."""
+    overrides, whole, stopped, own = [LORA], video_run, tmp_path / "stopped", tmp_path / "backbone"
     if stage == "action":
-        overrides, whole = [f"--config.backbone_run={video_run}"], tmp_path / "whole"
-        assert train(stage, whole, *overrides).returncode == 0
-    asked = train(stage, stopped, *overrides, signal=signal.SIGTERM, step=5)
+        overrides, whole = [f"--config.backbone_run={own}"], tmp_path / "whole"
+        assert train(stage, whole, f"--config.backbone_run={video_run}").returncode == 0
+        shutil.copytree(video_run, own)
+    first = copied(train.dataset, tmp_path / "first")
+    asked = train(stage, stopped, *overrides, *first, signal=signal.SIGTERM, step=5)
     assert asked.returncode == EXIT_CODE, asked.stderr
     assert f"stopped after step 5 of {stopped}, as asked; the same command continues there" in asked.stdout
     assert steps_saved(stopped) == [5]
     # In stage `action` the kill comes while a checkpoint is written, in stage `video` when none has been since the fifth step.
     every = f"--config.train.checkpoint_every={100 if stage == 'video' else 2}"
-    killed = train(stage, stopped, *overrides, every, signal=signal.SIGKILL, step=9)
+    killed = train(stage, stopped, *overrides, *first, every, signal=signal.SIGKILL, step=9)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert steps_saved(stopped) == [5] if stage == "video" else 6 in steps_saved(stopped)
-    assert train(stage, stopped, *overrides).returncode == 0
+    second = copied(train.dataset, tmp_path / "second")
+    shutil.rmtree(tmp_path / "first")
+    shutil.rmtree(own, ignore_errors=True)
+    ended = train(stage, stopped, *overrides, *second, "--config.data.workers=1", "--config.data.frame_cache_mb=0")
+    assert ended.returncode == 0, ended.stderr
     assert_same_run(stopped, whole)
     if stage == "action":
         assert (stopped / "embodiments.json").read_text() == (whole / "embodiments.json").read_text()
@@ -199,3 +215,26 @@ def test_a_run_without_a_checkpoint_starts_again_on_the_frozen_parameters_it_kep
     kept = jax.device_get(checkpoints.load_frozen(tmp_path))
     for frozen in used:
         chex.assert_trees_all_equal(frozen, kept)
+
+
+@pytest.mark.training
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [({}, {}), ({"schedule": "cosine"}, {"schedule": "cosine", "schedule_steps": 2})],  # where the first schedule ended
+    ids=["constant", "cosine"],
+)
+def test_a_run_that_is_given_more_steps_is_one_that_had_them(tmp_path, first, second):
+    def train(run, steps, settings):
+        config = tiny.experiment(train={"steps": steps, "checkpoint_every": 100} | settings)
+        return loop.train(
+            config,
+            tmp_path / run,
+            init=lambda mesh: tiny.params(config),
+            batches=lambda step: (tiny.batch(config, 8, seed) for seed in itertools.count(step)),
+            data=lambda step: {"next_step": step},
+        )
+
+    assert int(train("grown", 2, first).step) == 2
+    grown, whole = train("grown", 4, second), train("whole", 4, second)
+    assert int(grown.step) == 4
+    chex.assert_trees_all_equal(jax.device_get(grown), jax.device_get(whole))
