@@ -12,10 +12,10 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from mimic_video.runs.fingerprints import fingerprints
 from mimic_video.parallel.distributed import agree
-from mimic_video.trees import named_leaves
+from mimic_video.runs.fingerprints import fingerprints
 from mimic_video.runs.storage import RunError, absolute
+from mimic_video.trees import named_leaves
 
 _GROUP_BYTES = 2**30  # of this process that are read, verified and converted at a time
 # What reading a damaged file raises. Not errors of the machine, such as missing permission, memory or network.

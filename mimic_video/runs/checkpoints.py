@@ -16,15 +16,14 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.embodiments import Embodiment
-from mimic_video.runs.fingerprints import json_fingerprint
 from mimic_video.parallel.distributed import agree
-from mimic_video.runs.directory import read_config, require_empty, save_embodiments, write_config
-from mimic_video.trees import flat
 from mimic_video.parallel.sharding import shardings
-from mimic_video.trees import named_leaves
-from mimic_video.stages import join_params, split_params
-from mimic_video.runs.storage import RunError, absolute, in_bucket
 from mimic_video.runs.arrays import DamagedError, load_tree, nearest, tree_args, tree_handler
+from mimic_video.runs.directory import read_config, require_empty, save_embodiments, write_config
+from mimic_video.runs.fingerprints import json_fingerprint
+from mimic_video.runs.storage import RunError, absolute, in_bucket
+from mimic_video.stages import join_params, split_params
+from mimic_video.trees import flat, named_leaves
 from mimic_video.vam import Params, VideoActionModel
 
 State = TypeVar("State", bound=Any)  # a dataclass of trees, with `step`, `params` and `ema` (training/steps.py)

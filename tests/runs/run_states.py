@@ -7,9 +7,8 @@ import numpy as np
 import tiny
 
 from mimic_video.config import MeshConfig
+from mimic_video.parallel.sharding import make_mesh, place
 from mimic_video.runs import checkpoints
-from mimic_video.parallel.sharding import make_mesh
-from mimic_video.parallel.sharding import place
 from mimic_video.training.steps import make_state
 
 CONFIG = tiny.experiment()

@@ -7,11 +7,11 @@ import tiny
 from run_states import CONFIG, DATA, assert_equal_bits, random_like, saved, state_of
 
 from mimic_video.config import MeshConfig
-from mimic_video.runs import checkpoints, directory
 from mimic_video.parallel.sharding import make_mesh
-from mimic_video.trees import named_leaves
+from mimic_video.runs import checkpoints, directory
 from mimic_video.stages import join_params, split_params
 from mimic_video.training.steps import abstract_state
+from mimic_video.trees import named_leaves
 
 
 @pytest.mark.parametrize("ema_decay", [0.9, 0.0])

@@ -5,8 +5,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mimic_video.config import MeshConfig
-from mimic_video.runs.fingerprints import fingerprints, json_fingerprint
 from mimic_video.parallel.sharding import make_mesh
+from mimic_video.runs.fingerprints import fingerprints, json_fingerprint
 
 RANDOM = np.random.default_rng(0)
 VALUES = RANDOM.standard_normal((8, 96)).astype(np.float32)

@@ -8,9 +8,8 @@ import tiny
 from run_states import DATA, assert_equal_bits, random_like
 
 from mimic_video.config import MeshConfig
+from mimic_video.parallel.sharding import global_batch, make_mesh, place, shardings
 from mimic_video.runs import checkpoints, directory
-from mimic_video.parallel.sharding import global_batch, make_mesh, shardings
-from mimic_video.parallel.sharding import place
 from mimic_video.stages import split_params
 from mimic_video.training.steps import abstract_state, make_state, make_train_step
 

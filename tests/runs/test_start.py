@@ -9,8 +9,8 @@ import tiny
 from run_states import random_like
 
 from mimic_video.config import ConfigError, MeshConfig
-from mimic_video.runs import checkpoints, directory
 from mimic_video.parallel.sharding import make_mesh
+from mimic_video.runs import checkpoints, directory
 from mimic_video.trees import named_leaves
 
 CONFIG = tiny.experiment(stage="video", precision="bfloat16", backbone={"num_blocks": 1})

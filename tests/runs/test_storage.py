@@ -13,8 +13,8 @@ from run_states import CONFIG, assert_equal_bits, saved, state_of
 
 from mimic_video.runs import checkpoints, directory, storage
 from mimic_video.runs.directory import read_metrics
-from mimic_video.training.metrics import MetricWriter
 from mimic_video.runs.storage import RunError, Spool, local_path, run_path
+from mimic_video.training.metrics import MetricWriter
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,9 @@ def test_the_run_can_be_a_backbone_and_be_continued(runs, tmp_path):
     backbone, step = checkpoints.load_params(runs / "video")
     assert step == 4 and backbone.keys() == {"tokenizer", "backbone"}
     kept = checkpoints.load_frozen(runs / "action")
-    for now, then in zip(jax.tree.leaves(backbone), jax.tree.leaves(kept), strict=True):  # adapters are merged on the CPU there is
+    for now, then in zip(
+        jax.tree.leaves(backbone), jax.tree.leaves(kept), strict=True
+    ):  # adapters are merged on the CPU there is
         np.testing.assert_allclose(now, then, atol=1e-6)
 
     run, config = shutil.copytree(runs / "action", tmp_path / "action"), directory.read_config(runs / "action")
