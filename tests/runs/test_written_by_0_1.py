@@ -1,8 +1,8 @@
 """What version 0.1 wrote is read, and acts the same.
 
 `written_by_0.1/runs.tar.xz` holds what that version wrote of `tiny.experiment()`: a run of stage `video` with adapters (of its
-checkpoint only what inference reads), the run of stage `action` on it, whole, and its bundle. `chunk.npz` has an observation of two
-robots, and the actions that it planned for it, at query 3.
+checkpoint only what inference reads), the run of stage `action` on it, whole, and its bundle. `chunk.npz` has an observation of
+two robots, and the actions that it planned for it, at query 3.
 """
 
 import json
