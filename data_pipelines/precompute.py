@@ -11,8 +11,6 @@ names all that latents depend on; latents with another key than an experiment's 
 import dataclasses
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import ml_dtypes  # noqa: F401  # teaches NumPy the name "bfloat16"
 import numpy as np
 
 from data_pipelines.sources.records import DatasetError
+from mimic_video.atomic import atomically
 from mimic_video.config import ConfigError, ExperimentConfig
 
 SHARD_BYTES = 2**28  # in memory until they are written, and lost to an interruption
@@ -193,16 +192,11 @@ def _read(folder: Path) -> LatentCache:
 
 def _write_whole(path: Path, content: np.ndarray | bytes) -> None:
     """Writes a file that is whole or absent, whoever else writes it."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with partial.open("wb") as file:
-            if isinstance(content, bytes):
-                file.write(content)
-            else:
-                np.save(file, content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomically(path) as partial, partial.open("wb") as file:
+        if isinstance(content, bytes):
+            file.write(content)
+        else:
+            np.save(file, content)
 
 
 def _stored(dtype: str) -> str:

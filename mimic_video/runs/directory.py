@@ -28,6 +28,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from mimic_video.atomic import atomically
 from mimic_video.config import ConfigError, ExperimentConfig, experiment_from, to_dict
 from mimic_video.embodiments import Embodiment, from_table, to_table
 from mimic_video.parallel.distributed import agree
@@ -103,10 +104,9 @@ def require_same_model(trained: ExperimentConfig, wanted: ExperimentConfig, fiel
 
 def write_json(path: epath.Path, value: Any) -> None:
     """Writes JSON so that the file is whole or absent."""
-    partial = path if in_bucket(path) else path.with_name(path.name + ".partial")  # an object is never there in part
-    partial.write_text(json.dumps(value, indent=2))
-    if partial != path:
-        partial.replace(path)
+    # An object in a bucket is never there in part.
+    with contextlib.nullcontext(path) if in_bucket(path) else atomically(path) as partial:
+        partial.write_text(json.dumps(value, indent=2))
 
 
 def require_empty(run: epath.Path) -> None:
