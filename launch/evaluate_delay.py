@@ -36,7 +36,7 @@ _DELAYS = flags.DEFINE_list("delays", "0,100,200,300", "Delays in milliseconds, 
 _STRATEGIES: flags.FlagHolder[Any] = flags.DEFINE_multi_enum(
     "strategy", STRATEGIES, STRATEGIES, "A strategy to evaluate; may be repeated"
 )
-_DATASET = flags.DEFINE_string("dataset", None, "Of a run on several datasets, the robot to drive, by its dataset's name")
+_EMBODIMENT = flags.DEFINE_string("embodiment", None, "Robot to drive, by its name, if the policy knows several")
 
 
 def delays_in_steps(control_hz: float) -> dict[float, int]:
@@ -72,7 +72,7 @@ def main(given: ExperimentConfig) -> None:
     run, start = run_path(_WORKDIR.value), time.perf_counter()
     config = dataclasses.replace(directory.read_config(run), policy=given.policy, evaluation=given.evaluation)
     evaluation, delays = config.evaluation, delays_in_steps(config.data.control_hz)
-    policy = Policy.load(run, config, _DATASET.value)
+    policy = Policy.load(run, config, _EMBODIMENT.value)
     seeds = range(evaluation.first_seed, evaluation.first_seed + evaluation.episodes_per_task)
     results: dict[tuple[Any, float], list[EpisodeResult]] = {(s, d): [] for s in _STRATEGIES.value for d in delays}
     for task in evaluation.tasks:

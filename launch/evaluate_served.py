@@ -11,19 +11,17 @@ process. With --connections=episodes there is one connection for each, with the 
 import functools
 import json
 import pathlib
-import sys
 import time
 
-from absl import app, flags
-from ml_collections import config_flags
+import experiment
+from absl import flags
 
-from mimic_video.config import ConfigError, ExperimentConfig, experiment_from
+from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.evaluation.metaworld import MetaworldFactory
 from mimic_video.evaluation.rollouts import run_rollouts, success_table
 from mimic_video.evaluation.served import ConnectionPerEpisodePlan, LockstepPlan
 from mimic_video_client import PolicyClient, RequestRefused
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, e.g. configs/quickstart.py:action")
 _SERVER = flags.DEFINE_string("server", None, "ws://HOST:PORT", required=True)
 _TOKEN = flags.DEFINE_string("token", None, "The server's secret")
 _OUT = flags.DEFINE_string("out", None, "Directory to write to", required=True)
@@ -45,7 +43,7 @@ def require_same_layout(metadata: dict, config: ExperimentConfig) -> None:
             raise ConfigError(f"config field 'data.{name}' is {value}; the served policy has {served}")
 
 
-def evaluate(config: ExperimentConfig) -> None:
+def main(config: ExperimentConfig) -> None:
     if config.policy.strategy == "real_time_chunking":
         raise ConfigError(
             "config field 'policy.strategy' is 'real_time_chunking'; a server is not told what chunks have to continue"
@@ -74,13 +72,5 @@ def evaluate(config: ExperimentConfig) -> None:
         )
 
 
-def main(_: list[str]) -> None:
-    try:
-        evaluate(experiment_from(_CONFIG.value.to_dict()))
-    except (ConfigError, RequestRefused, ConnectionError, TimeoutError) as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    experiment.run(main, (RequestRefused, ConnectionError, TimeoutError), compilation_cache=None)

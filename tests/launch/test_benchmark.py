@@ -51,7 +51,7 @@ def test_what_reads_data_is_not_needed():
 def test_a_policy_by_stages_and_beside_pytorch(launch, config_file):
     """Whose chunk is the same, so that the times are of the same work."""
     config = tiny.experiment(backbone={"num_heads": 1})  # diffusers' positions need heads of more than eight
-    arguments = ("--image=32x32", "--batch=2", "--repeats=2", "--reference=torch")
+    arguments = ("--image_size=32x32", "--batch_size=2", "--repeats=2", "--reference=torch")
     result = json.loads(launch("benchmark", "policy", f"--config={config_file(config)}", *arguments))
     assert result["image_size"] == [32, 32] and result["batch"] == 2 and result["note"].startswith("on CPU")
     stages = result["stages"]
@@ -61,8 +61,10 @@ def test_a_policy_by_stages_and_beside_pytorch(launch, config_file):
     assert result["total_gflops"] == pytest.approx(counted, abs=0.002)
     assert result["torch"]["chunk_error_over_std"] < 1e-4
     assert all(result["torch"][kind]["p50_ms"] > 0 for kind in ("video", "recomputed", "cached"))
-    error = launch("benchmark", "policy", f"--config={config_file(SMALL)}", "--image=large")
-    assert "--image=large is no size; expected one like 480x640" in error
+    error = launch("benchmark", "policy", f"--config={config_file(SMALL)}", "--image_size=large")
+    assert "flag --image_size=large: expected HEIGHTxWIDTH in pixels, such as 480x640" in error
+    error = launch("benchmark", "policy", f"--config={config_file(SMALL)}", "--batch_size=1", "--batch_size=2")
+    assert "error: --batch_size is given 2 times; `policy` measures one" in error
 
 
 def test_a_policy_that_does_not_start(launch, tmp_path):
