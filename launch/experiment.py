@@ -11,8 +11,8 @@ import operator
 import pathlib
 import sys
 import tokenize
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -132,17 +132,23 @@ def _show_config() -> str | None:
 
 def config_table(config: ExperimentConfig) -> str:
     """A line for each field: its name, value, default and comment."""
-    comments = describe(ExperimentConfig)
     rows = [("field", "value", "default", "comment")]
-    for name in field_paths(ExperimentConfig):
-        value = operator.attrgetter(name)
-        rows.append((name, repr(value(config)), repr(value(ExperimentConfig())), comments[name]))
+    for field in describe(ExperimentConfig):
+        rows.append((field.path, repr(operator.attrgetter(field.path)(config)), repr(field.default), field.help))
     widths = [max(len(row[0]) for row in rows), 24, 16, 0]  # a longer value moves what is behind it
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def describe(config_class: Any) -> dict[str, str]:
-    """Dotted field → the comment behind it in mimic_video/config.py; "" for a field without one."""
+class Field(NamedTuple):
+    """A field of the configuration by its dotted path; `help` is the comment behind it in mimic_video/config.py."""
+
+    path: str
+    default: Any
+    help: str
+
+
+def describe(config_class: Any) -> list[Field]:
+    """Every field under a configuration class, in order."""
     lines = inspect.getsource(configuration).splitlines(keepends=True)
     comments = {
         token.start[0]: token.string.removeprefix("#").strip()
@@ -157,16 +163,14 @@ def describe(config_class: Any) -> dict[str, str]:
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
     }
 
-    def of(group: Any, prefix: str) -> dict[str, str]:
-        found: dict[str, str] = {}
+    def under(group: Any, prefix: str) -> Iterator[Field]:
         for field in dataclasses.fields(group):
             if dataclasses.is_dataclass(field.default):
-                found |= of(type(field.default), f"{prefix}{field.name}.")
+                yield from under(type(field.default), f"{prefix}{field.name}.")
             else:
-                found[prefix + field.name] = own[group.__name__, field.name]
-        return found
+                yield Field(prefix + field.name, field.default, own[group.__name__, field.name])
 
-    return of(config_class, "")
+    return list(under(config_class, ""))
 
 
 def _keep_compiled_programs() -> None:

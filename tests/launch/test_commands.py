@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from mimic_video.config import ExperimentConfig, field_paths
 from mimic_video_client.robot_loop import make_parser
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -60,9 +61,11 @@ def test_flags_of_commands_in_documents_are_in_the_table():
         if path.name == "CHANGELOG.md":  # which speaks of the past, too
             continue
         for name, flags in commands(path.read_text()):
+            if name == "NAME":
+                continue
             found += len(flags)
-            assert name in known or not flags, f"{path} names a command {name}"
-            assert flags <= known[name], f"{path}: {name} has no {flags - known[name]}"
+            assert not flags or name in known, f"{path} names a command {name}"
+            assert flags <= known.get(name, set()), f"{path}: {name} has no {flags - known[name]}"
     assert found > 50
 
 
@@ -74,8 +77,6 @@ def test_show_config_lists_every_field(launch):
     assert re.fullmatch(r"seed +7 +0", lines["seed"])
     assert re.fullmatch(r"data.image_size +\(64, 64\) +\(480, 640\) +height, width in pixels, as .*", lines["data.image_size"])
     assert re.fullmatch(r"policy.stop_step +0 +0 +video denoising steps .*", lines["policy.stop_step"])
-    from mimic_video.config import ExperimentConfig, field_paths
-
     assert list(lines) == ["field", *field_paths(ExperimentConfig)]
 
 
