@@ -37,14 +37,21 @@ def test_an_unknown_benchmark(launch):
     assert "there is no benchmark 'trainin'; expected training, draws, policy or cold_start" in launch("benchmark", "trainin")
 
 
-def test_what_reads_data_is_not_needed():
+@pytest.mark.parametrize(
+    ("script", "argument", "message"),
+    [("benchmark", "cold_start", "error: --policy is missing"), ("gpu_report", "--parts=speed", "error: --parts has speed")],
+)
+def test_what_reads_data_is_not_needed(script, argument, message):
     code = (
-        "import runpy, sys; sys.modules['grain'] = sys.modules['tensorflow_datasets'] = None; sys.path.insert(0, 'launch')\n"
-        "sys.argv = ['launch/benchmark.py', 'cold_start']; runpy.run_path(sys.argv[0], run_name='__main__')"
+        "import runpy, sys\n"
+        "for name in ('grain', 'tensorflow_datasets', 'tensorflow', 'data_pipelines', 'websockets', 'diffusers'):\n"
+        "    sys.modules[name] = None\n"
+        f"sys.path.insert(0, 'launch'); sys.argv = ['launch/{script}.py', '{argument}']\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert "error: --policy is missing" in ended.stderr
+    assert message in ended.stderr
 
 
 @pytest.mark.reference
