@@ -1,6 +1,6 @@
 """A dataset of your own robot: copy this file, fill in what your dataset has, and check it before anything is trained:
 
-    python launch/inspect_data.py my_robot --robot=configs/my_robot.py --directory=/data/my_robot/1.0.0
+    python launch/inspect_data.py --dataset=my_robot --register=configs/my_robot.py --source=/data/my_robot/1.0.0
 
 That names every feature that is missing or has another shape, and draws windows and action histograms. For training, import the
 file from your experiment's. Features are RLDS paths below `steps/`; data_pipelines/oxe/standardise.py has all parts of layouts

@@ -1,6 +1,6 @@
 """The published system, for its released checkpoints and for training as its authors did.
 
-    python launch/convert.py --config=configs/published.py:bridge --source=DIR --out=runs/bridge --backbone=... --decoder=...
+    python launch/convert.py --config=configs/published.py:bridge --source=DIR --workdir=runs/bridge --backbone=... --decoder=...
 
 turns released weights into a run directory that every other command reads (README, "The published checkpoints").
 

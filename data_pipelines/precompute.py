@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from data_pipelines.episode import Episode
 from data_pipelines.sources.records import DatasetError
 from data_pipelines.windows import video_window
+from mimic_video.atomic import atomically
 from mimic_video.config import ConfigError, ExperimentConfig, shaping, value_at
 
 SHARD_BYTES = 2**28  # in memory until they are written, and lost to an interruption
@@ -238,16 +238,11 @@ def _read(folder: Path) -> LatentCache:
 
 def _write_whole(path: Path, content: np.ndarray | bytes) -> None:
     """Writes a file that is whole or absent, whoever else writes it."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with partial.open("wb") as file:
-            if isinstance(content, bytes):
-                file.write(content)
-            else:
-                np.save(file, content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomically(path) as partial, partial.open("wb") as file:
+        if isinstance(content, bytes):
+            file.write(content)
+        else:
+            np.save(file, content)
 
 
 def _stored(dtype: str) -> str:

@@ -28,8 +28,9 @@ from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
 from data_pipelines.sources.index import Shard, worker_processes
 from data_pipelines.sources.records import Feature, RecordFile, RecordWriter, open_records, parse_example
-from data_pipelines.sources.rlds import CONTINUES, INCOMPLETE_PREFIX, Dataset, DatasetError, decode_image, open_dataset
+from data_pipelines.sources.rlds import CONTINUES, Dataset, DatasetError, decode_image, open_dataset
 from data_pipelines.writers import FileFormat, SplitSize, encode_jpeg, shard_path, write_metadata
+from mimic_video.atomic import INCOMPLETE, atomically
 
 _OBSERVATION = "steps/observation/"
 _DEFAULT_QUALITY = 95
@@ -103,7 +104,7 @@ def convert_rlds(
         raise FileExistsError(f"dataset {path} exists already: delete it or choose another folder")
     plan, features = _plan(dataset, conversion)
     key = hashlib.sha256(dataset.identity + repr(conversion).encode()).hexdigest()[:8]
-    partial = path.parent / f"{INCOMPLETE_PREFIX}{key}_{version}"
+    partial = path.parent / f"{INCOMPLETE}{key}_{version}"
     splits = {split: dataset.shards(split) for split, info in dataset.info.splits.items() if info.num_examples}
     partial.mkdir(parents=True, exist_ok=True)
 
@@ -224,20 +225,22 @@ def _convert_shard(plan: _Plan, file_format: str, shard: Shard, path: Path) -> S
     source = open_records(shard.path, file_format)
     if len(source) != shard.records:
         raise DatasetError(f"shard {shard.path} is truncated or damaged: it has {len(source)} of its {shard.records} records")
-    partial, checksums, pieces = path.with_name(f"{path.name}.partial"), [], []
-    with RecordWriter(partial, plan.conversion.file_format) as writer:
-        for index in range(len(source)):
-            written = 0
-            for piece in _pieces(plan, source, index):
-                record = piece.SerializeToString(deterministic=True)
-                writer.write(record)
-                checksums.append(google_crc32c.value(record))
-                written += 1
-            pieces.append(written)
-    _verify(plan, source, open_records(str(partial), plan.conversion.file_format), pieces, checksums)
-    partial.replace(path)
+    checksums: list[int] = []
+    pieces: list[int] = []
+    with atomically(path) as partial:
+        with RecordWriter(partial, plan.conversion.file_format) as writer:
+            for index in range(len(source)):
+                written = 0
+                for piece in _pieces(plan, source, index):
+                    record = piece.SerializeToString(deterministic=True)
+                    writer.write(record)
+                    checksums.append(google_crc32c.value(record))
+                    written += 1
+                pieces.append(written)
+        _verify(plan, source, open_records(str(partial), plan.conversion.file_format), pieces, checksums)
     result = Shard(str(path), writer.count, writer.num_bytes)
-    done.write_text(json.dumps(result))
+    with atomically(done) as partial:
+        partial.write_text(json.dumps(result))
     return result
 
 

@@ -3,8 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from absl import logging
 
 from data_pipelines.episode import Episode, content_hash
 from data_pipelines.windows import action_windows, anchors
+from mimic_video.atomic import atomically
 from mimic_video.cache import user_cache
 from mimic_video.config import DataConfig
 from mimic_video.transforms import PERCENTILES, Statistics, compute_statistics, from_json, to_json
@@ -121,8 +120,7 @@ def _read(path: Path) -> dict[str, Statistics] | None:
 def _write(path: Path, statistics: dict[str, Statistics]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".partial", delete=False) as file:  # hosts may share it
-            json.dump(to_json(statistics), file)
-        os.replace(file.name, path)
+        with atomically(path) as partial:
+            partial.write_text(json.dumps(to_json(statistics)))
     except OSError as error:
         logging.warning("statistics are not kept: %s", error)

@@ -4,8 +4,6 @@ import functools
 import io
 import itertools
 import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,8 +15,8 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from data_pipelines.episode import CAMERAS, Episode
 from data_pipelines.sources.records import RecordWriter
-from data_pipelines.sources.rlds import INCOMPLETE_PREFIX
 from data_pipelines.windows import TOLERANCE
+from mimic_video.atomic import atomically
 from mimic_video.transforms import resize_images
 
 VERSION = "1.0.0"
@@ -85,14 +83,10 @@ def write_rlds(
         raise ValueError(f"file_format is {file_format!r}; expected array_record or tfrecord")
     if not splits:
         raise ValueError(f"dataset {path} needs at least one split")
-    partial = path.parent / f"{INCOMPLETE_PREFIX}{uuid.uuid4().hex[:6]}_{VERSION}"
-    partial.mkdir(parents=True)
-    try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomically(path) as partial:
+        partial.mkdir()
         _write(partial, name, splits, control_hz, image_size, jpeg_quality, description, file_format)
-        partial.rename(path)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
     return path
 
 

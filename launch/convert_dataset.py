@@ -1,7 +1,7 @@
 """Converts a prepared RLDS dataset between TFRecord and ArrayRecord, with fewer cameras, other images and shorter records.
 
     python launch/convert_dataset.py --source=/data/bridge_orig/1.0.0 --out=/data/converted --dataset=bridge_orig \\
-        --cameras=primary --image_size=480,640 --chunk_steps=64
+        --camera=primary --image_size=480x640 --chunk_steps=64
     python launch/convert_dataset.py --source=/data/converted/bridge_orig/1.0.0 --out=/data/tfrecord --format=tfrecord
 
 writes OUT/NAME/VERSION, which plain tfds reads. What is not an image is kept bit for bit, so a dataset of the registry is read by
@@ -14,10 +14,10 @@ again, and loses no window at their borders.
 """
 
 import os
-import sys
 from typing import Any
 
-from absl import app, flags, logging
+import experiment
+from absl import flags
 
 from data_pipelines.episode import CAMERAS
 from data_pipelines.oxe import registry
@@ -28,22 +28,11 @@ _SOURCE = flags.DEFINE_string("source", None, "Prepared dataset, .../NAME/VERSIO
 _OUT = flags.DEFINE_string("out", None, "Folder that holds one folder per dataset", required=True)
 _FORMAT: flags.FlagHolder[Any] = flags.DEFINE_enum("format", "array_record", ["array_record", "tfrecord"], "Format to write")
 _DATASET = flags.DEFINE_string("dataset", None, "Entry of the registry, if the dataset has not our own layout")
-_CAMERAS = flags.DEFINE_list("cameras", None, "Images to keep: primary, secondary, wrist, or keys of observation")
-_IMAGE_SIZE = flags.DEFINE_list("image_size", None, "HEIGHT,WIDTH in pixels to resize to")
+_CAMERAS = flags.DEFINE_multi_string("camera", None, "Image to keep: primary, secondary, wrist, or a key; all by default")
+_IMAGE_SIZE = experiment.define_size("image_size", None, "Size to resize to; as recorded by default")
 _QUALITY = flags.DEFINE_integer("jpeg_quality", None, "Encode images anew with this quality", lower_bound=1, upper_bound=100)
 _CHUNK = flags.DEFINE_integer("chunk_steps", None, "Longest record, in steps; without it episodes stay whole", lower_bound=1)
 _WORKERS = flags.DEFINE_integer("workers", os.cpu_count() or 1, "Processes", lower_bound=1)
-
-
-def image_size() -> tuple[int, int] | None:
-    """Raises ValueError unless --image_size is two numbers."""
-    if _IMAGE_SIZE.value is None:
-        return None
-    try:
-        height, width = map(int, _IMAGE_SIZE.value)
-    except ValueError as error:
-        raise ValueError(f"--image_size is {','.join(_IMAGE_SIZE.value)}; expected HEIGHT,WIDTH") from error
-    return height, width
 
 
 def camera_keys(spec: registry.DatasetSpec | None) -> tuple[str, ...] | None:
@@ -53,16 +42,16 @@ def camera_keys(spec: registry.DatasetSpec | None) -> tuple[str, ...] | None:
     roles = {camera: getattr(spec, camera) if spec else f"image_{camera}" for camera in CAMERAS}
     for camera in _CAMERAS.value:
         if roles.get(camera, camera) is None:
-            raise ValueError(f"--cameras names {camera}, which '{_DATASET.value}' has not got")
+            raise ValueError(f"--camera={camera} is one that '{_DATASET.value}' has not got")
     return tuple(roles.get(camera, camera) for camera in _CAMERAS.value)
 
 
-def convert() -> None:
+def main() -> None:
     spec = registry.find(_DATASET.value) if _DATASET.value else None
     conversion = Conversion(
         file_format=_FORMAT.value,
         cameras=camera_keys(spec),
-        image_size=image_size(),
+        image_size=_IMAGE_SIZE.value,
         jpeg_quality=_QUALITY.value,
         chunk_steps=_CHUNK.value,
     )
@@ -80,16 +69,9 @@ def convert() -> None:
         if spec is None and "image_primary" not in dataset.features["steps"]["observation"]:
             print(records)
         else:
-            print(f"{records}, {len(RldsSource(path, split, spec=spec, image_size=image_size()))} episodes")  # builds the index
-
-
-def main(_: list[str]) -> None:
-    logging.set_verbosity(logging.WARNING)
-    try:
-        convert()
-    except (DatasetError, FileExistsError, ValueError) as error:
-        sys.exit(f"error: {error}")
+            source = RldsSource(path, split, spec=spec, image_size=_IMAGE_SIZE.value)  # builds the index
+            print(f"{records}, {len(source)} episodes")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    experiment.run(main, (DatasetError, FileExistsError, ValueError), config=False, compilation_cache=None)

@@ -34,7 +34,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory", required=True)
 _EXPERT = flags.DEFINE_bool("expert", False, "Evaluate the scripted expert instead of a policy")
 _RECORDED = flags.DEFINE_integer("recorded", 4, "Episodes per task, or video samples, kept as GIF", lower_bound=0)
 
-_DATASET = flags.DEFINE_string("dataset", None, "Of a run on several datasets, the one to evaluate on, by name")
+_DATASET = flags.DEFINE_string("dataset", None, "Of a run on several datasets, the one to evaluate on, by its name")
 
 _VIDEO_SAMPLES = 16
 

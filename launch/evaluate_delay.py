@@ -33,7 +33,7 @@ _DELAYS = flags.DEFINE_list("delays", "0,100,200,300", "Delays in milliseconds, 
 _STRATEGIES: flags.FlagHolder[Any] = flags.DEFINE_multi_enum(
     "strategy", STRATEGIES, STRATEGIES, "A strategy to evaluate; may be repeated"
 )
-_DATASET = flags.DEFINE_string("dataset", None, "Of a run on several datasets, the robot to drive, by its dataset's name")
+_EMBODIMENT = flags.DEFINE_string("embodiment", None, "Robot to drive, by its name, if the policy knows several")
 
 
 def delays_in_steps(control_hz: float) -> dict[float, int]:
@@ -51,7 +51,7 @@ def main(given: ExperimentConfig) -> None:
     run, start = run_path(_WORKDIR.value), time.perf_counter()
     config = dataclasses.replace(directory.read_config(run), policy=given.policy, evaluation=given.evaluation)
     delays = delays_in_steps(config.data.control_hz)
-    policy = Policy.load(run, config, _DATASET.value)
+    policy = Policy.load(run, config, _EMBODIMENT.value)
     rows = evaluate_delays(policy, factories(config, policy.embodiment.cameras), config, _STRATEGIES.value, delays)
     values = {
         "rows": rows,

@@ -11,26 +11,24 @@ process. With --connections=episodes there is one connection for each, with the 
 import functools
 import json
 import pathlib
-import sys
 import time
 
-from absl import app, flags
-from ml_collections import config_flags
+import experiment
+from absl import flags
 
-from mimic_video.config import ConfigError, ExperimentConfig, experiment_from
+from mimic_video.config import ExperimentConfig
 from mimic_video.evaluation.rollouts import success_lines, summary
 from mimic_video.evaluation.served import run_served
 from mimic_video.evaluation.simulators import factories
 from mimic_video_client import PolicyClient, RequestRefused
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, e.g. configs/quickstart.py:action")
 _SERVER = flags.DEFINE_string("server", None, "ws://HOST:PORT", required=True)
 _TOKEN = flags.DEFINE_string("token", None, "The server's secret")
 _OUT = flags.DEFINE_string("out", None, "Directory to write to", required=True)
 _CONNECTIONS = flags.DEFINE_enum("connections", "one", ["one", "episodes"], "For all episodes, or for each")
 
 
-def evaluate(config: ExperimentConfig) -> None:
+def main(config: ExperimentConfig) -> None:
     connect, start = functools.partial(PolicyClient, _SERVER.value, _TOKEN.value, timeout=600.0), time.perf_counter()
     values = summary(run_served(connect, factories(config), config, _CONNECTIONS.value == "episodes"))
     out = pathlib.Path(_OUT.value)
@@ -39,13 +37,5 @@ def evaluate(config: ExperimentConfig) -> None:
     print("\n".join(success_lines(values["success"])))
 
 
-def main(_: list[str]) -> None:
-    try:
-        evaluate(experiment_from(_CONFIG.value.to_dict()))
-    except (ConfigError, RequestRefused, ConnectionError, TimeoutError) as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    experiment.run(main, (RequestRefused, ConnectionError, TimeoutError), compilation_cache=None)

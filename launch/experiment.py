@@ -1,34 +1,116 @@
-"""The `--config=FILE.py[:ARG] [--config.FIELD=VALUE ...]` of every launch script."""
+"""How every launch script starts and ends: its flags, --help and --show_config, what is logged, where compiled programs are kept.
+
+Names of flags are those of docs/commands.md in every script.
+"""
 
 import contextlib
 import pathlib
 import sys
 from collections.abc import Callable
+from typing import Any
 
-import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mimic_video.cache import keep_compiled_programs
-from mimic_video.config import ConfigError, ExperimentConfig, experiment_from, field_paths, unknown_field_message
+from mimic_video.config import (
+    ConfigError,
+    ExperimentConfig,
+    describe,
+    experiment_from,
+    field_paths,
+    unknown_field_message,
+    value_at,
+)
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, e.g. configs/quickstart.py:action")
-_CACHE = flags.DEFINE_bool("compilation_cache", True, "Keep compiled programs in JAX_COMPILATION_CACHE_DIR, or the user's cache")
+flags.disclaim_key_flags()  # flags that are defined here belong to the script that runs: its --help shows them
+
+
+class SizeParser(flags.ArgumentParser):
+    """'480x640' → (height, width)."""
+
+    syntactic_help = "HEIGHTxWIDTH in pixels"
+
+    def parse(self, argument: str | tuple[int, int]) -> tuple[int, int]:
+        if isinstance(argument, tuple):
+            return argument
+        height, _, width = argument.partition("x")
+        if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+            raise ValueError("expected HEIGHTxWIDTH in pixels, such as 480x640")
+        return int(height), int(width)
+
+
+class _SizeSerializer(flags.ArgumentSerializer):
+    def serialize(self, value: tuple[int, int]) -> str:
+        return "x".join(map(str, value))
+
+
+def define_size(name: str, default: tuple[int, int] | None, help: str) -> flags.FlagHolder[Any]:
+    """A flag whose value is (height, width)."""
+    return flags.DEFINE(SizeParser(), name, default, help, serializer=_SizeSerializer())
 
 
 def run(
-    main: Callable[[ExperimentConfig], None],
+    main: Callable[..., None],
     expected_errors: tuple[type[Exception], ...] = (),
     inside: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    *,
+    config: bool = True,
+    compilation_cache: bool | None = True,
 ) -> None:
-    """Parses the command line and calls `main` with the experiment, inside of a context.
+    """Parses the command line and calls `main`, inside of a context.
 
     A mistake of the user's, that is a ConfigError or one of `expected_errors`, ends the script with its message and exit
     code 1; anything else keeps its traceback.
+
+    Args:
+        config: whether the script has --config; then `main` is called with the experiment, else without arguments.
+        compilation_cache: whether compiled programs are kept if the flag does not say so; None for a script that compiles none.
     """
     mistakes: tuple[type[Exception], ...] = (ConfigError, *expected_errors)
+    if config:
+        _define_config(flags.FLAGS)
+        flags.DEFINE_bool(
+            "show_config", False, "Print every field of the configuration with its value, default and comment; then end"
+        )
+        _check_config(sys.argv[1:])
+        if any(argument.lstrip("-") in ("show_config", "show_config=true") for argument in sys.argv[1:]):
+            sys.exit(_show_config())
+        flags.mark_flag_as_required("config")
+    if compilation_cache is not None:
+        flags.DEFINE_bool(
+            "compilation_cache", compilation_cache, "Keep compiled programs in JAX_COMPILATION_CACHE_DIR, or the user's cache"
+        )
+    logging.set_verbosity(logging.WARNING)  # orbax, JAX and websockets narrate
+
+    def start(arguments: list[str]) -> None:
+        if arguments[1:]:
+            sys.exit(f"error: '{arguments[1]}' is no flag; expected --NAME=VALUE, as --help shows")
+        if compilation_cache is not None:
+            _keep_compiled_programs()
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(inside())
+                main(*([experiment_from(flags.FLAGS.config.to_dict())] if config else []))
+            except mistakes as error:
+                sys.exit(f"error: {error}")
+
+    app.run(start)
+
+
+def _define_config(values: flags.FlagValues) -> None:
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Experiment, FILE.py[:ARG], such as configs/quickstart.py:action. --config.FIELD=VALUE sets one of its fields, which "
+        "--show_config lists and mimic_video/config.py describes",
+        flag_values=values,
+    )
+
+
+def _check_config(arguments: list[str]) -> None:
+    """Ends the script for a file that is missing, or a field that there is not."""
     known = field_paths(ExperimentConfig)
-    for argument in sys.argv[1:]:
+    for argument in arguments:
         name, _, value = argument.lstrip("-").partition("=")
         if name == "config":
             file = pathlib.Path(value.split(":")[0])
@@ -37,19 +119,37 @@ def run(
             sys.path.append(str(file.parent.resolve()))  # for what an experiment imports that stands beside it
         if name.startswith("config.") and name.removeprefix("config.") not in known:
             sys.exit(f"error: {unknown_field_message(name.removeprefix('config.'), known)}")
-    flags.mark_flag_as_required("config")
-    logging.set_verbosity(logging.WARNING)  # orbax and JAX narrate
 
-    def start(_: list[str]) -> None:
-        if not _CACHE.value:
-            jax.config.update("jax_enable_compilation_cache", False)
-        else:
-            keep_compiled_programs()
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(inside())
-                main(experiment_from(_CONFIG.value.to_dict()))
-            except mistakes as error:
-                sys.exit(f"error: {error}")
 
-    app.run(start)
+def _show_config() -> str | None:
+    """Prints the configuration; the other flags of the script need not be given. Returns the message of an error."""
+    values = flags.FlagValues()
+    _define_config(values)
+    values(sys.argv, known_only=True)
+    if values.config is None:
+        return "error: --show_config needs --config, the experiment to show"
+    try:
+        print(config_table(experiment_from(values.config.to_dict())))
+    except ConfigError as error:
+        return f"error: {error}"
+    return None
+
+
+def config_table(config: ExperimentConfig) -> str:
+    """A line for each field: its name, value, default and comment."""
+    rows = [("field", "value", "default", "comment")]
+    for field in describe(ExperimentConfig):
+        rows.append((field.path, repr(value_at(config, field.path)), repr(field.default), field.help))
+    widths = [max(len(row[0]) for row in rows), 24, 16, 0]  # a longer value moves what is behind it
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _keep_compiled_programs() -> None:
+    import jax  # only here: evaluate_served.py runs where there is none
+
+    from mimic_video.cache import keep_compiled_programs
+
+    if flags.FLAGS.compilation_cache:
+        keep_compiled_programs()
+    else:
+        jax.config.update("jax_enable_compilation_cache", False)

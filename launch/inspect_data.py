@@ -1,210 +1,39 @@
 """What a dataset is, and what its registered entry makes of it: schema, layouts, sample windows, action histograms.
 
-    python launch/inspect_data.py fractal20220817_data
-    python launch/inspect_data.py fractal20220817_data --directory=/data/fractal20220817_data/0.1.0
-    python launch/inspect_data.py runs/quickstart/data/demonstrations/1.0.0
-    python launch/inspect_data.py oxe_magic_soup --directory=/data
+    python launch/inspect_data.py --dataset=fractal20220817_data
+    python launch/inspect_data.py --dataset=fractal20220817_data --source=/data/fractal20220817_data/0.1.0
+    python launch/inspect_data.py --source=runs/quickstart/data/demonstrations/1.0.0
+    python launch/inspect_data.py --dataset=oxe_magic_soup --source=/data
 
-NAME is a registered dataset or a mixture; a folder stands for the dataset in it. With --directory, the prepared version's folder,
-the dataset's features are checked against its entry and `windows.png` and `actions.png` are written to --out. Of a mixture
---directory is the folder that holds its datasets, for their shares of samples. --robot registers a dataset of your own first.
+--dataset is a registered dataset or a mixture; by default it is named as the folder --source is. With --source, the prepared
+version's folder, the dataset's features are checked against its entry and `windows.png` and `actions.png` are written to --out.
+Of a mixture --source is the folder that holds its datasets, for their shares of samples. --register runs a Python file first,
+which registers a dataset of your own.
 """
 
 import pathlib
-import re
 import runpy
-import sys
-from collections.abc import Sequence
 
-import numpy as np
-from absl import app, flags
-from PIL import Image
+import experiment
+from absl import flags
 
-from data_pipelines.episode import Episode
-from data_pipelines.oxe import registry
-from data_pipelines.oxe.mixtures import MIXTURES, check_mixture, effective_weights, find_mixture
-from data_pipelines.oxe.spec import DatasetSpec, check_schema, expected_features, flatten_features
-from data_pipelines.oxe.spec import nearest as nearest_name
-from data_pipelines.sources.rlds import RldsSource, open_dataset
-from data_pipelines.windows import nearest, video_times
-from mimic_video.config import DataConfig
+from data_pipelines.inspection import Inspection, inspect
 
-_DIRECTORY = flags.DEFINE_string("directory", None, "Prepared dataset, .../NAME/VERSION; of a mixture, the folder of NAMEs")
+_DATASET = flags.DEFINE_string("dataset", None, "Dataset of the registry, or mixture, by name; by default that of the folder")
+_SOURCE = flags.DEFINE_string("source", None, "Prepared dataset, .../NAME/VERSION; of a mixture, the folder of NAMEs")
 _SPLIT = flags.DEFINE_string("split", "train", "Split to read")
 _OUT = flags.DEFINE_string("out", "runs/inspect", "Folder for the pictures")
 _EPISODES = flags.DEFINE_integer("episodes", 100, "Episodes, spread over the split, that histograms are of", lower_bound=1)
 _SAMPLES = flags.DEFINE_integer("samples", 4, "Windows to draw", lower_bound=1)
-_ROBOT = flags.DEFINE_string("robot", None, "Python file that registers a dataset, such as configs/my_robot.py")
-
-_COLUMNS = 8  # frames of a window that are drawn
-_HEIGHT = 96  # pixels of a frame
-_BINS = 60
+_REGISTER = flags.DEFINE_string("register", None, "Python file that registers a dataset, such as configs/my_robot.py")
 
 
-def describe(spec: DatasetSpec) -> str:
-    """An entry of the registry in words."""
-    lines = [
-        f"dataset {spec.name}",
-        f"  robot        {spec.robot or 'one of its own'}",
-        f"  rate         {spec.control_hz:g} Hz",
-        f"  cameras      {', '.join(f'{camera}: {key}' for camera, key in spec.cameras.items())}",
-        f"  instruction  {spec.language_path}",
-        f"  proprio      {spec.proprio or 'none'}",
-        f"  actions      {spec.actions or 'none'}",
-        f"  serves       {'stages 1 and 2' if spec.labelled else 'stage 1 only'}",
-    ]
-    return "\n".join(lines + ([f"  notes        {spec.notes}"] if spec.notes else []))
+def main() -> None:
+    if _REGISTER.value:
+        runpy.run_path(_REGISTER.value)
+    source = pathlib.Path(_SOURCE.value) if _SOURCE.value else None
+    inspect(_DATASET.value, source, Inspection(_SPLIT.value, pathlib.Path(_OUT.value), _EPISODES.value, _SAMPLES.value))
 
 
-def print_schema(directory: pathlib.Path, spec: DatasetSpec | None) -> None:
-    """Every feature that is there, beside what is expected of it. Raises SchemaError as `check_schema`."""
-    features = flatten_features(open_dataset(directory).features)
-    expected = expected_features(spec) if spec else {}
-    width = max(map(len, features))
-    print(f"features of {directory}")
-    for path, feature in sorted(features.items()):
-        print(f"  {path:{width}}  {feature}" + (f"; expected {expected[path]}" if path in expected else ""))
-    if spec:
-        check_schema(features, spec)
-
-
-def draw_windows(source: Sequence[Episode], count: int) -> tuple[Image.Image, list[str]]:
-    """A strip of frames for every camera of `count` windows of the published length, and a line of text for each strip."""
-    config, strips, captions = DataConfig(), [], []
-    for number in spread(len(source), count):
-        episode = source[number]
-        anchor = len(episode) // 2
-        times = video_times(episode.timestamps[anchor], config)
-        times = times[np.linspace(0, len(times) - 1, _COLUMNS).round().astype(int)]
-        steps, rows = np.unique(nearest(episode.timestamps, times), return_inverse=True)
-        for camera, frames in episode.cameras.items():
-            pictures = [thumbnail(frame) for frame in frames.take(steps.tolist())]
-            strips.append(np.concatenate([pictures[row] for row in rows], axis=1))
-            first, last = times[[0, -1]] - episode.timestamps[anchor]
-            captions.append(
-                f"episode {number}, {camera}, {first:+.1f} to {last:+.1f} s around step {anchor} of {len(episode)}: "
-                f"{episode.instruction!r}"
-            )
-    width = max(strip.shape[1] for strip in strips)
-    return Image.fromarray(np.concatenate([np.pad(s, ((0, 2), (0, width - s.shape[1]), (0, 0))) for s in strips])), captions
-
-
-def thumbnail(frame: np.ndarray) -> np.ndarray:
-    """uint8 RGB (H, W, 3) → (`_HEIGHT`, ..., 3)."""
-    height, width = frame.shape[:2]
-    size = max(1, round(width * _HEIGHT / height)), _HEIGHT
-    return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BILINEAR))
-
-
-def plot_histograms(actions: np.ndarray, labels: Sequence[str], path: pathlib.Path) -> None:
-    """Writes one histogram per dimension of actions (n, m)."""
-    try:
-        from matplotlib.figure import Figure  # without pyplot: the caller's backend is left alone
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("histograms need matplotlib: pip install -e '.[report]'") from error
-    columns = min(5, actions.shape[1])
-    rows = -(-actions.shape[1] // columns)
-    figure = Figure(figsize=(3 * columns, 2 * rows), layout="constrained")
-    for i, axes in enumerate(np.ravel(figure.subplots(rows, columns, squeeze=False))):
-        if i >= actions.shape[1]:
-            axes.axis("off")
-            continue
-        axes.hist(actions[:, i], bins=_BINS)
-        axes.set_title(labels[i], fontsize=8)
-        axes.tick_params(labelsize=7)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-
-
-def inspect_dataset(directory: pathlib.Path, spec: DatasetSpec | None, out: pathlib.Path) -> None:
-    """Schema, windows and histograms of a prepared dataset; without an entry it is read as one of our own layout."""
-    print_schema(directory, spec)
-    source = RldsSource(directory, _SPLIT.value, spec=spec) if spec else RldsSource(directory, _SPLIT.value)
-    print(f"{source.name}: {len(source)} episodes")
-    out.mkdir(parents=True, exist_ok=True)
-    picture, captions = draw_windows(source, _SAMPLES.value)
-    picture.save(out / "windows.png")
-    print(f"wrote {out / 'windows.png'}; its rows are", *captions, sep="\n  ")
-
-    actions = [
-        episode.actions for number in spread(len(source), _EPISODES.value) if (episode := source[number]).actions is not None
-    ]
-    if not actions:
-        print("no actions: no histograms")
-        return
-    values = np.concatenate(actions)
-    labels = spec.actions.dimensions if spec and spec.actions else [f"action {i}" for i in range(values.shape[1])]
-    plot_histograms(values, labels, out / "actions.png")
-    print(f"wrote {out / 'actions.png'}: {len(values)} steps of {len(actions)} episodes")
-    width = max(map(len, labels))
-    print(f"  {'':{width}}  {'minimum':>10} {'mean':>10} {'maximum':>10}")
-    for label, column in zip(labels, values.T, strict=True):
-        print(f"  {label:{width}}  {column.min():10.4f} {column.mean():10.4f} {column.max():10.4f}")
-
-
-def inspect_mixture(name: str, root: pathlib.Path | None) -> None:
-    """Weights of a mixture and, with the folder of its datasets, the shares of samples that they come to."""
-    weights = find_mixture(name)
-    check_mixture(weights)
-    sizes: dict[str, int] = {}
-    for dataset in weights:
-        versions = sorted(root.glob(f"{dataset}/*/features.json")) if root else []
-        if versions:
-            source = RldsSource(versions[-1].parent, _SPLIT.value, spec=registry.find(dataset))
-            sizes[dataset] = sum(len(episode) for episode in source)
-    here = {dataset: weight for dataset, weight in weights.items() if dataset in sizes}
-    shares = effective_weights(here, sizes) if here else {}
-    what = f"weights, steps and shares of samples; {len(here)} of its {len(weights)} datasets are here" if root else "weights"
-    print(f"mixture {name}: {what}")
-    width = max(map(len, weights))
-    for dataset, weight in weights.items():
-        spec = registry.find(dataset)
-        cells = [f"{dataset:{width}}", f"{weight:8.4f}"]
-        if root:
-            cells += [f"{sizes[dataset]:12,d}", f"{shares[dataset]:8.4f}"] if dataset in sizes else [f"{'not here':>12}", " " * 8]
-        print(" ", *cells, spec.action_layout if spec.labelled else "stage 1 only")
-
-
-def spread(length: int, count: int) -> list[int]:
-    """At most `count` different indices, evenly over 0 to length − 1."""
-    return np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(int)).tolist()
-
-
-def dataset_name(directory: pathlib.Path) -> str:
-    """The folder's name, or that of the one above if it is a version such as 1.0.0."""
-    return directory.parent.name if re.fullmatch(r"\d+\.\d+\.\d+", directory.name) else directory.name
-
-
-def run(name: str) -> None:
-    if _ROBOT.value:
-        runpy.run_path(_ROBOT.value)
-    directory = pathlib.Path(_DIRECTORY.value) if _DIRECTORY.value else None
-    known, mixed = name in registry.names(), name in MIXTURES
-    if not known and not mixed and pathlib.Path(name).is_dir():
-        directory, name = pathlib.Path(name), dataset_name(pathlib.Path(name).resolve())
-        spec = registry.find(name) if name in registry.names() else None
-        print(describe(spec) if spec else f"dataset {name}: not registered; read as one of our own layout")
-        inspect_dataset(directory, spec, pathlib.Path(_OUT.value) / name)
-        return
-    if not known and not mixed:
-        raise ValueError(f"no dataset, mixture or folder '{name}'{nearest_name(name, [*registry.names(), *MIXTURES])}")
-    prepared = directory is not None and (directory / "features.json").is_file()
-    if known:
-        spec = registry.find(name)
-        print(describe(spec))
-        if directory and (prepared or not mixed):
-            inspect_dataset(directory, spec, pathlib.Path(_OUT.value) / name)
-    if mixed and not prepared:
-        inspect_mixture(name, directory)
-
-
-def main(arguments: list[str]) -> None:
-    if len(arguments) != 2:
-        sys.exit("error: expected one NAME or directory; see --help")
-    try:
-        run(arguments[1])
-    except (ValueError, OSError, ModuleNotFoundError) as error:  # DatasetError and SchemaError are ValueErrors
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    app.run(main)
+if __name__ == "__main__":  # DatasetError and SchemaError are ValueErrors
+    experiment.run(main, (ValueError, OSError, ModuleNotFoundError), config=False, compilation_cache=None)

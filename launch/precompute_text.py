@@ -20,7 +20,7 @@ from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.models.text import T5TextEncoder
 
 _PROMPTS = flags.DEFINE_string("prompts", None, "UTF-8 file of further prompts, one per line; blank lines are skipped")
-_BATCH = flags.DEFINE_integer("batch", 32, "Prompts that are encoded at once", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Prompts that are encoded at once", lower_bound=1)
 _DEVICE = flags.DEFINE_string("device", "cpu", "PyTorch device of the text model, e.g. cuda")
 
 
@@ -50,8 +50,8 @@ def main(config: ExperimentConfig) -> None:
     cached = len(prompts) - len(missing)
     print(f"{len(prompts)} prompts: {cached} are in {config.text.cache}, {len(missing)} to embed", flush=True)
     with tqdm(total=len(missing), unit="prompt", disable=not missing) as progress:
-        for first in range(0, len(missing), _BATCH.value):
-            batch = missing[first : first + _BATCH.value]
+        for first in range(0, len(missing), _BATCH_SIZE.value):
+            batch = missing[first : first + _BATCH_SIZE.value]
             encoder.add(batch)
             progress.update(len(batch))
     print(f"embedded {len(missing)} prompts in {time.perf_counter() - start:.0f} s")

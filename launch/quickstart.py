@@ -1,10 +1,10 @@
 """From expert demonstrations to a policy that acts: every phase of the quickstart, in one command.
 
-    python launch/quickstart.py [--workdir=runs/quickstart]
+    python launch/quickstart.py [--out=runs/quickstart]
 
 Collects Meta-World demonstrations, trains the video backbone, trains action decoders on it and, as an ablation, on an
 untrained backbone, evaluates them on unseen seeds beside the scripted expert, and writes `results.json` and `report.html`
-into the work directory. Every phase is a command that is printed and can be run by itself. Interrupted at any point, the
+into the folder --out. Every phase is a command that is printed and can be run by itself. Interrupted at any point, the
 same command continues: finished phases are kept and training resumes from its last checkpoint.
 """
 
@@ -16,12 +16,13 @@ import subprocess
 import sys
 import time
 
-from absl import app, flags
+import experiment
+from absl import flags
 
 from mimic_video.evaluation.rollouts import wilson_interval
 from mimic_video.runs.directory import write_json
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written; runs/quickstart, or runs/smoke, unless given")
+_OUT = flags.DEFINE_string("out", None, "Where everything is written; runs/quickstart, or runs/smoke, unless given")
 _SMOKE = flags.DEFINE_bool("smoke", False, "A few steps of every phase, to see that all of them run; no policy comes of it")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -82,10 +83,10 @@ def phases(work: pathlib.Path, smoke: bool) -> list[Phase]:
             result.append(Phase(f"act in the simulator ({name})", 30, script("evaluate", "action", run, **start)))
     result.append(Phase("act in the simulator (scripted expert)", 10, script("evaluate", "action", work / "expert", "--expert")))
     policies = [
-        f"--policy={backbone} backbone=" + ",".join(str(policy_run(work, backbone, seed)) for seed in seeds(smoke))
+        f"--policy_run={backbone} backbone=" + ",".join(str(policy_run(work, backbone, seed)) for seed in seeds(smoke))
         for backbone in BACKBONES
     ]
-    places = [f"--out={work / 'report.html'}", f"--video={work / 'video'}", f"--expert={work / 'expert'}"]
+    places = [f"--out={work / 'report.html'}", f"--video_run={work / 'video'}", f"--expert_run={work / 'expert'}"]
     result.append(Phase("write the report", 3, ["launch/report.py", *places, *policies]))
     return result
 
@@ -149,9 +150,9 @@ def summarise(work: pathlib.Path, smoke: bool) -> dict:
     }
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     smoke = _SMOKE.value
-    work = pathlib.Path(_WORKDIR.value or ("runs/smoke" if smoke else "runs/quickstart")).absolute()
+    work = pathlib.Path(_OUT.value or ("runs/smoke" if smoke else "runs/quickstart")).absolute()
     work.mkdir(parents=True, exist_ok=True)
     run_phases(work, smoke)
     results = summarise(work, smoke)
@@ -165,4 +166,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    experiment.run(main, config=False, compilation_cache=None)

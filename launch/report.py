@@ -1,26 +1,25 @@
 """Writes one HTML page about evaluated runs; its plots also go to `figures/` beside it.
 
-    python launch/report.py --out=runs/quickstart/report.html --video=runs/quickstart/video \\
-        --policy='trained backbone=runs/quickstart/action' --policy='untrained backbone=runs/quickstart/action_scratch' \\
-        --expert=runs/quickstart/expert
+    python launch/report.py --out=runs/quickstart/report.html --video_run=runs/quickstart/video \\
+        --policy_run='trained backbone=runs/quickstart/action' \\
+        --policy_run='untrained backbone=runs/quickstart/action_scratch' --expert_run=runs/quickstart/expert
 
-A --policy is LABEL=DIR, or LABEL=DIR,DIR,... for several training seeds; the first is compared with each of the others.
+A --policy_run is LABEL=DIR, or LABEL=DIR,DIR,... for several training seeds; the first is compared with each of the others.
 """
 
 import pathlib
-import sys
 
-from absl import app, flags
+import experiment
+from absl import flags
 
-from mimic_video.config import ConfigError
 from mimic_video.evaluation.report import write_report
 from mimic_video.runs.storage import RunError, local_path
 
 _OUT = flags.DEFINE_string("out", None, "HTML file to write", required=True)
 _TITLE = flags.DEFINE_string("title", "Video-action model: report", "Heading of the page")
-_VIDEO = flags.DEFINE_string("video", None, "Evaluated run directory of stage `video`", required=True)
-_POLICIES = flags.DEFINE_multi_string("policy", None, "LABEL=DIR[,DIR...]: evaluated runs of stage `action`", required=True)
-_EXPERT = flags.DEFINE_string("expert", None, "Directory with the scripted expert's evaluation.json")
+_VIDEO = flags.DEFINE_string("video_run", None, "Evaluated run directory of stage `video`", required=True)
+_POLICIES = flags.DEFINE_multi_string("policy_run", None, "LABEL=DIR[,DIR...]: evaluated runs of stage `action`", required=True)
+_EXPERT = flags.DEFINE_string("expert_run", None, "Directory with the scripted expert's evaluation.json")
 
 
 def parse_policies(arguments: list[str]) -> dict[str, list[pathlib.Path]]:
@@ -30,28 +29,24 @@ def parse_policies(arguments: list[str]) -> dict[str, list[pathlib.Path]]:
         label, equals, directories = argument.partition("=")
         runs = [local_path(directory) for directory in directories.split(",") if directory]
         if not (label and equals and runs):
-            raise ValueError(f"--policy={argument!r} is not of the form LABEL=DIR[,DIR...]")
+            raise ValueError(f"--policy_run={argument!r} is not of the form LABEL=DIR[,DIR...]")
         if label in policies:
-            raise ValueError(f"--policy names {label!r} twice; give its runs as one comma-separated list")
+            raise ValueError(f"--policy_run names {label!r} twice; give its runs as one comma-separated list")
         policies[label] = runs
     return policies
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     out, expert = pathlib.Path(_OUT.value), _EXPERT.value
-    try:
-        policies = parse_policies(_POLICIES.value)
-        write_report(
-            out,
-            title=_TITLE.value,
-            video_run=local_path(_VIDEO.value),
-            policies=policies,
-            expert=local_path(expert) if expert else None,
-        )
-    except (ValueError, RunError, ConfigError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    write_report(
+        out,
+        title=_TITLE.value,
+        video_run=local_path(_VIDEO.value),
+        policies=parse_policies(_POLICIES.value),
+        expert=local_path(expert) if expert else None,
+    )
     print(f"wrote {out}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    experiment.run(main, (ValueError, RunError, ModuleNotFoundError), config=False, compilation_cache=None)

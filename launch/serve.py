@@ -10,21 +10,17 @@ There is no encryption: across networks that others use, put a proxy with TLS in
 
 import asyncio
 import os
-import signal
-import sys
 
-from absl import app, flags, logging
+import experiment
+from absl import flags, logging
 
-from mimic_video.cache import keep_compiled_programs
-from mimic_video.config import ConfigError
-from mimic_video.policy.observations import PolicyLayout
 from mimic_video.policy.policy import Policy
-from mimic_video.policy.server import PolicyServer, ServerOptions
+from mimic_video.policy.server import ServerOptions, parse_renames, serve_until_stopped
 from mimic_video.runs.storage import RunError
 
 _DEFAULTS = ServerOptions()
 _POLICY = flags.DEFINE_string("policy", None, "Bundle of launch/export.py, or run directory of stage `action`", required=True)
-_EMBODIMENT = flags.DEFINE_string("embodiment", None, "Robot to drive, by the name of its dataset, if the policy knows several")
+_EMBODIMENT = flags.DEFINE_string("embodiment", None, "Robot to drive, by its name, if the policy knows several")
 _HOST = flags.DEFINE_string("host", _DEFAULTS.host, "Address to listen at; 0.0.0.0 for all of this machine's")
 _PORT = flags.DEFINE_integer("port", _DEFAULTS.port, "Port to listen at; 0 for a free one")
 _TOKEN = flags.DEFINE_string("token", None, "Secret that clients have to send; MIMIC_VIDEO_TOKEN unless given")
@@ -35,53 +31,22 @@ _DEADLINE = flags.DEFINE_float("deadline", _DEFAULTS.deadline, "Seconds that a r
 _RENAMES = flags.DEFINE_multi_string("rename", [], "NAME=KNOWN: a field of the robots' observations; NAME= leaves it out")
 
 
-def parse_renames(arguments: list[str]) -> dict[str, str]:
-    """NAME=KNOWN arguments. Raises ValueError for another form, or a name that comes twice."""
-    renames: dict[str, str] = {}
-    for argument in arguments:
-        name, equals, known = argument.partition("=")
-        if not (name and equals):
-            raise ValueError(f"--rename={argument!r} is not of the form NAME=KNOWN")
-        if name in renames:
-            raise ValueError(f"--rename names {name!r} twice")
-        renames[name] = known
-    return renames
-
-
-async def serve(policy: Policy, options: ServerOptions) -> None:
-    """Serves until SIGTERM or SIGINT, then drains."""
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    async with PolicyServer(policy, PolicyLayout.of(policy), options) as server:
-        print(f"serving {policy.embodiment.name!r} at ws://{options.host}:{server.port}", flush=True)
-        await stop.wait()
-        print("draining: no new requests", flush=True)
-        await server.drain()
-
-
-def main(_: list[str]) -> None:
-    logging.set_verbosity(logging.WARNING)  # orbax, JAX and websockets narrate
-    keep_compiled_programs()
-    token = os.environ.get("MIMIC_VIDEO_TOKEN", "") if _TOKEN.value is None else _TOKEN.value
-    try:
-        options = ServerOptions(
-            host=_HOST.value,
-            port=_PORT.value,
-            token=token,
-            batch_sizes=tuple(_BATCH_SIZES.value),
-            max_queue=_MAX_QUEUE.value,
-            max_message_bytes=_MAX_MESSAGE.value * 2**20,
-            deadline=_DEADLINE.value,
-            renames=parse_renames(_RENAMES.value),
-        )
-        policy = Policy.load(_POLICY.value, embodiment=_EMBODIMENT.value)
-    except (ValueError, RunError, ConfigError) as error:
-        sys.exit(f"error: {error}")
-    if not token and options.host not in ("127.0.0.1", "::1", "localhost"):
+def main() -> None:
+    options = ServerOptions(
+        host=_HOST.value,
+        port=_PORT.value,
+        token=os.environ.get("MIMIC_VIDEO_TOKEN", "") if _TOKEN.value is None else _TOKEN.value,
+        batch_sizes=tuple(_BATCH_SIZES.value),
+        max_queue=_MAX_QUEUE.value,
+        max_message_bytes=_MAX_MESSAGE.value * 2**20,
+        deadline=_DEADLINE.value,
+        renames=parse_renames(_RENAMES.value),
+    )
+    policy = Policy.load(_POLICY.value, embodiment=_EMBODIMENT.value)
+    if not options.token and options.host not in ("127.0.0.1", "::1", "localhost"):
         logging.warning("no --token: anybody who reaches %s:%d may use the policy", options.host, options.port)
-    asyncio.run(serve(policy, options))
+    asyncio.run(serve_until_stopped(policy, options))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    experiment.run(main, (ValueError, RunError), config=False)

@@ -8,6 +8,7 @@ depends on ml_collections and an invalid experiment cannot travel further than t
 import dataclasses
 import difflib
 import functools
+import importlib.util
 import math
 import typing
 from collections.abc import Callable, Mapping
@@ -464,17 +465,8 @@ class ExperimentConfig:
 
     def __post_init__(self):
         _require(self.seed >= 0, "seed", self.seed, "zero or more")
-        BACKBONES[self.backbone.kind], TEXT_ENCODERS[self.text.kind]  # raise ConfigError for names that nothing has
-        data, tokenizer = self.data, self.tokenizer.network
-        group, (_, rows, columns) = tokenizer.time_stride, self.backbone.patch
-        past, future, groups = data.past_frames, data.future_frames, f"a multiple of {group} (groups of the tokenizer)"
-        _require((past - 1) % group == 0, "data.past_frames", past, f"1 + {groups}")
-        _require(future % group == 0, "data.future_frames", future, groups)
-        for size, patch in zip(data.image_size, (rows, columns), strict=True):
-            pixels = tokenizer.stride * patch
-            _require(
-                size > 0 and size % pixels == 0, "data.image_size", data.image_size, f"multiples of {pixels} pixels (a token)"
-            )
+        if importlib.util.find_spec("jax") is not None:  # beside a simulator there is none, and nothing is computed
+            self._require_networks()
         _require(
             not self.data.latents or bool(self.backbone_run),
             "data.latents",
@@ -510,6 +502,20 @@ class ExperimentConfig:
             f"less than data.action_horizon={self.data.action_horizon}, so that there is "
             f"something left to execute while policy.strategy={self.policy.strategy!r} plans",
         )
+
+    def _require_networks(self) -> None:
+        """Checks that the named networks are there, and that windows fit them."""
+        BACKBONES[self.backbone.kind], TEXT_ENCODERS[self.text.kind]  # raise ConfigError for names that nothing has
+        data, tokenizer = self.data, self.tokenizer.network
+        group, (_, rows, columns) = tokenizer.time_stride, self.backbone.patch
+        past, future, groups = data.past_frames, data.future_frames, f"a multiple of {group} (groups of the tokenizer)"
+        _require((past - 1) % group == 0, "data.past_frames", past, f"1 + {groups}")
+        _require(future % group == 0, "data.future_frames", future, groups)
+        for size, patch in zip(data.image_size, (rows, columns), strict=True):
+            pixels = tokenizer.stride * patch
+            _require(
+                size > 0 and size % pixels == 0, "data.image_size", data.image_size, f"multiples of {pixels} pixels (a token)"
+            )
 
     @property
     def past_latents(self) -> int:

@@ -1,10 +1,10 @@
 """A robot driven by a policy server: an example to start from, and a dry run that needs no robot.
 
-    python -m mimic_video_client.robot_loop --server=ws://HOST:8000 --task='open the drawer' \\
-        --actions=targets --max-step=0.05 --excess=error --dry-run
-    python -m mimic_video_client.robot_loop ... --robot=my_package.my_robot:make_robot --robot-hz=50
+    python -m mimic_video_client.robot_loop --server=ws://HOST:8000 --prompt='open the drawer' \\
+        --actions=targets --max_step=0.05 --excess=error --dry_run
+    python -m mimic_video_client.robot_loop ... --robot=my_package.my_robot:make_robot --robot_hz=50
 
-`make_robot()` returns a `Robot`. With --dry-run its actions are printed instead of executed; without --robot, pictures and state
+`make_robot()` returns a `Robot`. With --dry_run its actions are printed instead of executed; without --robot, pictures and state
 are made up, too. The loop plans, executes `execute_steps` of the chunk, and plans again; the robot holds still while it waits for
 a plan. A server on another machine needs `--token`, or MIMIC_VIDEO_TOKEN, if it was started with one.
 """
@@ -162,27 +162,32 @@ def _numbers(text: str) -> np.ndarray:
     return np.array([float(number) for number in text.split(",")])
 
 
-def main(arguments: list[str] | None = None) -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Drives a robot by a policy server.")
     parser.add_argument("--server", required=True, help="ws://HOST:PORT")
     parser.add_argument("--token", default=os.environ.get("MIMIC_VIDEO_TOKEN"), help="the server's secret")
-    parser.add_argument("--task", required=True, help="instruction")
+    parser.add_argument("--prompt", required=True, help="instruction")
     parser.add_argument("--actions", required=True, choices=("targets", "displacements"), help="what the policy's actions are")
-    parser.add_argument("--max-step", required=True, type=_numbers, help="limit of one command: a number, or LIMIT,LIMIT,...")
+    parser.add_argument("--max_step", required=True, type=_numbers, help="limit of one command: a number, or LIMIT,LIMIT,...")
     parser.add_argument("--excess", required=True, choices=("error", "limit"), help="what to do with a command beyond it")
     parser.add_argument("--robot", help="MODULE:FUNCTION that returns the robot")
-    parser.add_argument("--robot-hz", type=float, default=0.0, help="commands per second; the policy's rate unless given")
+    parser.add_argument("--robot_hz", type=float, default=0.0, help="commands per second; the policy's rate unless given")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of the episode")
-    parser.add_argument("--dry-run", action="store_true", help="print actions instead of executing them")
+    parser.add_argument("--dry_run", action="store_true", help="print actions instead of executing them")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = make_parser()
     options = parser.parse_args(arguments)
     if not (options.robot or options.dry_run):
-        parser.error("expected --robot=MODULE:FUNCTION, or --dry-run")
+        parser.error("expected --robot=MODULE:FUNCTION, or --dry_run")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     settings = LoopSettings(options.actions, options.max_step, options.excess, options.robot_hz)
     try:
         with PolicyClient(options.server, options.token) as client:
             robot = make_robot(options.robot) if options.robot else MadeUpRobot(client.metadata)
-            run_robot(client, DryRun(robot) if options.dry_run else robot, options.task, settings, options.seconds)
+            run_robot(client, DryRun(robot) if options.dry_run else robot, options.prompt, settings, options.seconds)
     except (ServerUnavailable, RequestRefused, ActionTooFar, ConnectionError, TimeoutError, ValueError) as error:
         sys.exit(f"error: {error}")
 

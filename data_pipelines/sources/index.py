@@ -30,6 +30,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from data_pipelines.sources.records import DatasetError, Feature, TfRecordFile, is_remote, open_records, parse_example
+from mimic_video.atomic import atomically
 from mimic_video.cache import user_cache
 
 FOLDER = ".mimic_video_index"  # inside the dataset, where that can be written
@@ -217,8 +218,8 @@ def open_index(
             _log.info("indexing %d records in %d shards of %s", sum(shard.records for shard in shards), len(shards), name)
             parts = root / f"{key}.parts"
             _index_shards(shards, file_format, columns, parts)
-            _merge(parts, shards, columns, root / f"{key}.building")
-            os.replace(root / f"{key}.building", root / key)
+            with atomically(root / key) as building:
+                _merge(parts, shards, columns, building)
             shutil.rmtree(parts)
     return root / key
 
@@ -302,10 +303,9 @@ def _index_shard(shard: Shard, file_format: str, columns: Sequence[Column], part
             arrays[_file_name(column.path, "ends")] = np.cumsum([len(value) for value in encoded])
         elif column.kind != "count":
             arrays[_file_name(column.path)] = (np.concatenate if column.kind == "steps" else np.stack)(values)
-    partial = part.with_suffix(".partial.npz")
     arrays |= {"records.npy": records, "errors.json": np.array(json.dumps(errors))}
-    np.savez(partial, allow_pickle=False, **arrays)
-    os.replace(partial, part)
+    with atomically(part) as partial, partial.open("wb") as whole:
+        np.savez(whole, allow_pickle=False, **arrays)
 
 
 def _absent(column: Column) -> Any:

@@ -20,11 +20,11 @@ from data_pipelines import buffers
 from data_pipelines.episode import CAMERAS, ActionLayout, Episode, Frames
 from data_pipelines.sources.index import Column, Index, Shard, cache_directories, open_index
 from data_pipelines.sources.records import DatasetError, RecordFiles, file_sizes, is_remote, parse_example, read_file
+from mimic_video.atomic import INCOMPLETE
 from mimic_video.transforms import resize_images
 
 __all__ = ["CONTINUES", "DatasetError", "DatasetLayout", "RldsSource", "open_dataset"]
 
-INCOMPLETE_PREFIX = "incomplete."  # of a dataset directory that is still being written, as tfds names them
 CONTINUES = "episode_metadata/continues"  # flag of a record whose steps follow those of the record before it
 CONTROL_HZ = "episode_metadata/control_hz"
 ACTION_LAYOUT = "episode_metadata/action_layout"
@@ -359,10 +359,10 @@ def open_dataset(directory: str | os.PathLike) -> Dataset:
     if is_remote(directory):
         return _open_remote(os.fspath(directory).rstrip("/"))
     directory = Path(directory)
-    if directory.name.startswith(INCOMPLETE_PREFIX):
+    if directory.name.startswith(INCOMPLETE):
         raise DatasetError(f"{directory} is a half-written dataset: its writer did not finish")
     if not directory.is_dir():
-        halves = sorted(str(path) for path in directory.parent.glob(f"{INCOMPLETE_PREFIX}*_{directory.name}"))
+        halves = sorted(str(path) for path in directory.parent.glob(f"{INCOMPLETE}*_{directory.name}*"))
         hint = f"; it was half-written ({', '.join(halves)}): its writer is still running or did not finish" if halves else ""
         raise DatasetError(f"dataset directory {directory} does not exist{hint}")
     return _open(str(directory), _metadata(str(directory), str(directory) + os.sep), directory)

@@ -471,15 +471,15 @@ def _provenance(arms: Mapping[str, list[_Run]], video: _Run, expert: Path | None
         commands.append(["python", "launch/evaluate.py", *common, *changed])
     if expert is not None:
         commands.append(["python", "launch/evaluate.py", "--config=EXPERIMENT.py:action", f"--workdir={expert}", "--expert"])
-    labels = [f"--policy={label}={','.join(str(run.path) for run in group)}" for label, group in arms.items()]
+    labels = [f"--policy_run={label}={','.join(str(run.path) for run in group)}" for label, group in arms.items()]
     commands.append(
         [
             "python",
             "launch/report.py",
             f"--out={path}",
-            f"--video={video.path}",
+            f"--video_run={video.path}",
             *labels,
-            *([] if expert is None else [f"--expert={expert}"]),
+            *([] if expert is None else [f"--expert_run={expert}"]),
         ]
     )
     details = [

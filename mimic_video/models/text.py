@@ -2,10 +2,8 @@
 
 import hashlib
 import json
-import os
 import re
 import threading
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +12,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float
 
+from mimic_video.atomic import atomically
 from mimic_video.config import ConfigError, TextConfig
 from mimic_video.models.protocols import TextEncoder
 from mimic_video.registry import TEXT_ENCODERS
@@ -181,13 +180,8 @@ class FeatureCache:
     def __setitem__(self, prompt: str, features: Float[np.ndarray, "n width"]) -> None:
         path = self._path(prompt)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-        try:
-            with partial.open("wb") as file:
-                np.savez(file, prompt=np.array(prompt), features=np.asarray(features, np.float32))
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with atomically(path) as partial, partial.open("wb") as file:
+            np.savez(file, prompt=np.array(prompt), features=np.asarray(features, np.float32))
 
     def prompts(self) -> list[str]:
         """All that there are features of. Raises DamagedEntryError for a file that cannot be read."""

@@ -15,10 +15,7 @@ import concurrent.futures
 import contextlib
 import hashlib
 import json
-import os
 import pathlib
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -29,6 +26,7 @@ from etils import epath
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Float
 
+from mimic_video.atomic import atomically
 from mimic_video.config import ConfigError, ExperimentConfig, TextConfig, to_dict
 from mimic_video.embodiments import Embodiment
 from mimic_video.models.protocols import TextEncoder
@@ -100,15 +98,12 @@ def new_bundle(out: pathlib.Path, step: int) -> Iterator[pathlib.Path]:
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise BundleError(f"{out} exists; a bundle goes to a directory of its own")
-    partial = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
-    partial.mkdir(parents=True)
-    try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomically(out) as partial:
+        partial.mkdir()
         yield partial
         files = {name: {"sha256": digest, "bytes": (partial / name).stat().st_size} for name, digest in _digests(partial).items()}
         write_json(partial / _MANIFEST, {"format": FORMAT, "version": VERSION, "step": step, "files": files})
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # nothing, if it has been moved
 
 
 def write_policy(

@@ -8,8 +8,9 @@ import dataclasses
 import hmac
 import http
 import logging
+import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from websockets.asyncio.server import Server, ServerConnection, serve
@@ -19,6 +20,7 @@ from websockets.http11 import Response
 
 from mimic_video.policy.batching import Batcher, Planner, RequestError
 from mimic_video.policy.observations import BadRequest, PolicyLayout, Request, Session
+from mimic_video.policy.policy import Policy
 from mimic_video.policy.server_metrics import ServerMetrics
 from mimic_video_client import protocol
 
@@ -223,3 +225,28 @@ class PolicyServer:
                 "server_timing": timing,
             }
         )
+
+
+def parse_renames(arguments: Sequence[str]) -> dict[str, str]:
+    """`ServerOptions.renames` of NAME=KNOWN. Raises ValueError for another form, or a name that comes twice."""
+    renames: dict[str, str] = {}
+    for argument in arguments:
+        name, equals, known = argument.partition("=")
+        if not (name and equals):
+            raise ValueError(f"--rename={argument!r} is not of the form NAME=KNOWN")
+        if name in renames:
+            raise ValueError(f"--rename names {name!r} twice")
+        renames[name] = known
+    return renames
+
+
+async def serve_until_stopped(policy: Policy, options: ServerOptions) -> None:
+    """Serves until SIGTERM or SIGINT, then drains."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with PolicyServer(policy, PolicyLayout.of(policy), options) as server:
+        print(f"serving {policy.embodiment.name!r} at ws://{options.host}:{server.port}", flush=True)
+        await stop.wait()
+        print("draining: no new requests", flush=True)
+        await server.drain()

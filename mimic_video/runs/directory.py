@@ -26,6 +26,7 @@ import jax
 from absl import logging
 from etils import epath
 
+from mimic_video.atomic import atomically
 from mimic_video.config import (
     ConfigError,
     ExperimentConfig,
@@ -124,10 +125,9 @@ def require_same_model(trained: ExperimentConfig, wanted: ExperimentConfig, run:
 
 def write_json(path: epath.Path, value: Any) -> None:
     """Writes JSON so that the file is whole or absent."""
-    partial = path if in_bucket(path) else path.with_name(path.name + ".partial")  # an object is never there in part
-    partial.write_text(json.dumps(value, indent=2))
-    if partial != path:
-        partial.replace(path)
+    # An object in a bucket is never there in part.
+    with contextlib.nullcontext(path) if in_bucket(path) else atomically(path) as partial:
+        partial.write_text(json.dumps(value, indent=2))
 
 
 def require_empty(run: epath.Path) -> None:

@@ -15,6 +15,7 @@ from etils import epath
 from jaxtyping import Array, Float, UInt8
 from tensorboardX import SummaryWriter
 
+from mimic_video.atomic import atomically
 from mimic_video.config import ConfigError, ExperimentConfig, to_dict
 from mimic_video.runs.directory import read_metrics
 from mimic_video.runs.storage import Spool, in_bucket
@@ -71,9 +72,8 @@ class MetricWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.jsonl"
         kept = [record for record in read_metrics(run) if record["step"] <= start_step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        partial.replace(path)
+        with atomically(path) as partial:
+            partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self._wandb = _wandb_run(run, config) if config.train.wandb_project else None
         self._file = path.open("a")
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step + 1 if start_step else None)

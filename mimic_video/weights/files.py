@@ -13,13 +13,13 @@ import pathlib
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from mimic_video.atomic import atomically
 from mimic_video.weights.published import IGNORED, LazyTensor, WeightsError
 
 _SAFETENSORS = {
@@ -79,7 +79,7 @@ def write_safetensors(path: str | os.PathLike, shapes: Mapping[str, Any], tensor
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)  # so that the data are aligned
     expected = iter(header.items())
-    with _whole_file(path) as partial, partial.open("wb") as file:
+    with atomically(path) as partial, partial.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name, array in tensors:
             wanted = next(expected, None)
@@ -99,19 +99,8 @@ def write_pt(path: str | os.PathLike, tensors: Iterable[tuple[str, np.ndarray]])
     for name, array in tensors:
         raw = torch.from_numpy(np.array(array, order="C").reshape(-1).view(np.uint8))
         state[name] = raw.view(getattr(torch, array.dtype.name)).reshape(array.shape)
-    with _whole_file(path) as partial:
+    with atomically(path) as partial:
         torch.save(state, partial)
-
-
-@contextmanager
-def _whole_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    path = pathlib.Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # Safetensors: a length, a JSON header of that length, the tensors' bytes.

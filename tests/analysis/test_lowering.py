@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mimic_video.analysis import aot
+from mimic_video.analysis import aot, forms
 from mimic_video.config import ConfigError, MeshConfig
 from mimic_video.models import attention as module
 from mimic_video.models.attention import attention
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "launch"))
-import forms
+from shipped import EXPERIMENTS, all_shipped, shipped
 
 H100, A100, T4 = (9, 0), (8, 0), (7, 5)
 
@@ -38,10 +38,10 @@ def gradient(q, k, v, mask=None):
 
 
 @pytest.mark.full_size
-@pytest.mark.parametrize("name", forms.EXPERIMENTS)
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_a_step_of_every_experiment_lowers_for_a_gpu(name):
     """As shipped, on one device; its attention is cuDNN's, forward and backward."""
-    config = forms.shipped(name)
+    config = shipped(name)
     train = dataclasses.replace(config.train, batch_size=config.train.micro_batches)
     data = config.data if name.startswith("quickstart") else dataclasses.replace(config.data, latents="x")
     config = dataclasses.replace(config, train=train, data=data, backbone_run="x")
@@ -64,13 +64,13 @@ def test_a_step_of_every_experiment_lowers_for_a_gpu(name):
 )
 def test_a_step_on_two_gpus_lowers(name, changes):
     """Two that share every sample's tokens, or its parameters, or nothing; the batch in parts where the experiment has parts."""
-    config = dataclasses.replace(forms.narrow(forms.shipped(name)), **changes)
+    config = dataclasses.replace(forms.narrow(shipped(name)), **changes)
     train = dataclasses.replace(config.train, batch_size=2 * config.train.batch_size)
     lowered = aot.lower_for_gpu(*aot.step_program(dataclasses.replace(config, train=train), jax.devices()[:2]), H100)
     assert lowered.flash["forward"] >= 4 and lowered.flash["backward"] == 2
 
 
-STEPS = {name: config for name, config in forms.step_forms() if name not in forms.EXPERIMENTS}
+STEPS = {name: config for name, config in forms.step_forms(all_shipped()) if name not in EXPERIMENTS}
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -79,14 +79,14 @@ def test_a_step_of_every_form_lowers(name):
     assert (lowered.flash["backward"] == 2) == ("float32" not in name)
 
 
-POLICIES = {name: rest for name, *rest in forms.policy_forms(forms.shipped("published:bridge"))}
+POLICIES = {name: rest for name, *rest in forms.policy_forms(shipped("published:bridge"))}
 
 
 @pytest.mark.parametrize("experiment", ["published:bridge", pytest.param("published:libero", marks=pytest.mark.full_size)])
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_policy_of_every_form_lowers(name, experiment):
     """At the published size; 61 tokens of LIBERO's chunks are odd, and so are Bridge's 17 with a robot's own."""
-    config, arguments = next(rest for other, *rest in forms.policy_forms(forms.shipped(experiment)) if other == name)
+    config, arguments = next(rest for other, *rest in forms.policy_forms(shipped(experiment)) if other == name)
     lowered = aot.lower_for_gpu(*aot.policy_program(config, jax.devices()[0], **arguments), H100)
     if "float32" in name:
         assert lowered.flash == {"forward": 0, "backward": 0}

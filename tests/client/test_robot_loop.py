@@ -106,12 +106,12 @@ def test_rates_that_do_not_fit():
 
 
 def test_a_dry_run_from_the_command_line(capsys):
-    common = ["--task=a", "--actions=displacements", "--max-step=1e9,1e9,1e9,1e9,1e9", "--excess=error"]
+    common = ["--prompt=a", "--actions=displacements", "--max_step=1e9,1e9,1e9,1e9,1e9", "--excess=error"]
     with serving(Recorder()) as running:
-        main([f"--server=ws://{running.address}", *common, "--dry-run", "--seconds=0.3"])
+        main([f"--server=ws://{running.address}", *common, "--dry_run", "--seconds=0.3"])
         assert capsys.readouterr().out.count("would do [") == 3
         with pytest.raises(SystemExit, match="error: --robot=no_such_module:make: expected MODULE:FUNCTION, but No module named"):
             main([f"--server=ws://{running.address}", *common, "--robot=no_such_module:make"])
     with pytest.raises(SystemExit):
         main(["--server=ws://127.0.0.1:1", *common])
-    assert "expected --robot=MODULE:FUNCTION, or --dry-run" in capsys.readouterr().err
+    assert "expected --robot=MODULE:FUNCTION, or --dry_run" in capsys.readouterr().err

@@ -20,7 +20,6 @@ def launch(monkeypatch, capfd):
         before, path = set(flags.FLAGS), str(LAUNCH / f"{script}.py")
         monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
         monkeypatch.syspath_prepend(str(LAUNCH))
-        monkeypatch.delitem(sys.modules, "experiment", raising=False)
         try:
             with pytest.raises(SystemExit) as exit:
                 runpy.run_path(path, run_name="__main__")

@@ -37,21 +37,28 @@ def test_an_unknown_benchmark(launch):
     assert "there is no benchmark 'trainin'; expected training, draws, policy or cold_start" in launch("benchmark", "trainin")
 
 
-def test_what_reads_data_is_not_needed():
+@pytest.mark.parametrize(
+    ("script", "argument", "message"),
+    [("benchmark", "cold_start", "error: --policy is missing"), ("gpu_report", "--parts=speed", "error: --parts has speed")],
+)
+def test_what_reads_data_is_not_needed(script, argument, message):
     code = (
-        "import runpy, sys; sys.modules['grain'] = sys.modules['tensorflow_datasets'] = None; sys.path.insert(0, 'launch')\n"
-        "sys.argv = ['launch/benchmark.py', 'cold_start']; runpy.run_path(sys.argv[0], run_name='__main__')"
+        "import runpy, sys\n"
+        "for name in ('grain', 'tensorflow_datasets', 'tensorflow', 'data_pipelines', 'websockets', 'diffusers'):\n"
+        "    sys.modules[name] = None\n"
+        f"sys.path.insert(0, 'launch'); sys.argv = ['launch/{script}.py', '{argument}']\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert "error: --policy is missing" in ended.stderr
+    assert message in ended.stderr
 
 
 @pytest.mark.reference
 def test_a_policy_by_stages_and_beside_pytorch(launch, config_file):
     """Whose chunk is the same, so that the times are of the same work."""
     config = tiny.experiment(backbone={"num_heads": 1})  # diffusers' positions need heads of more than eight
-    arguments = ("--image=32x32", "--batch=2", "--repeats=2", "--reference=torch")
+    arguments = ("--image_size=32x32", "--batch_size=2", "--repeats=2", "--reference=torch")
     result = json.loads(launch("benchmark", "policy", f"--config={config_file(config)}", *arguments))
     assert result["image_size"] == [32, 32] and result["batch"] == 2 and result["note"].startswith("on CPU")
     stages = result["stages"]
@@ -61,8 +68,10 @@ def test_a_policy_by_stages_and_beside_pytorch(launch, config_file):
     assert result["total_gflops"] == pytest.approx(counted, abs=0.002)
     assert result["torch"]["chunk_error_over_std"] < 1e-4
     assert all(result["torch"][kind]["p50_ms"] > 0 for kind in ("video", "recomputed", "cached"))
-    error = launch("benchmark", "policy", f"--config={config_file(SMALL)}", "--image=large")
-    assert "--image=large is no size; expected one like 480x640" in error
+    error = launch("benchmark", "policy", f"--config={config_file(SMALL)}", "--image_size=large")
+    assert "flag --image_size=large: expected HEIGHTxWIDTH in pixels, such as 480x640" in error
+    error = launch("benchmark", "policy", f"--config={config_file(SMALL)}", "--batch_size=1", "--batch_size=2")
+    assert "error: --batch_size is given 2 times; `policy` measures one" in error
 
 
 def test_a_policy_that_does_not_start(launch, tmp_path):

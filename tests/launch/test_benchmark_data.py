@@ -4,11 +4,11 @@ import pytest
 
 pytestmark = pytest.mark.reference
 
-SMALL = ("--recorded=64x80", "--episodes=2", "--windows=16")
+SMALL = ("--recorded_size=64x80", "--episodes=2", "--windows=16")
 
 
 def test_every_reader_and_memory_in_one_line(launch):
-    lines = launch("benchmark_data", *SMALL, "--size=32x48", "--memory_windows=80", "--memory_frames=32x48").splitlines()
+    lines = launch("benchmark_data", *SMALL, "--image_size=32x48", "--memory_windows=80", "--memory_size=32x48").splitlines()
     result = json.loads(lines[-1])
     assert len(lines) == 1 and result["workers"] == 0 and result["size"] == [32, 48]
     for other in ("opencv", "opencv_pillow", "tfdata"):

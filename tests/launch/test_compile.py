@@ -42,7 +42,14 @@ def test_mistakes_are_told_apart_from_what_does_not_fit(launch, config_file):
 
 def test_a_policy(launch, config_file, tmp_path):
     out = tmp_path / "report.json"
-    printed = launch("compile", f"--config={config_file(tiny.experiment())}", "--topology=v6e:1x1", "--policy=2", f"--out={out}")
+    printed = launch(
+        "compile",
+        f"--config={config_file(tiny.experiment())}",
+        "--topology=v6e:1x1",
+        "--program=policy",
+        "--batch_size=2",
+        f"--out={out}",
+    )
     report = json.loads(out.read_text())
     assert printed.startswith("fits 1 chips of v6e:1x1: ") and "a policy's plan for 2 robots of 6 tokens" in printed
     assert report["fits"] and report["program"] == "policy" and report["batch_size"] == 2 and report["chips"] == 1
@@ -57,7 +64,7 @@ def test_what_is_known_of_a_gpu(launch, config_file, tmp_path):
     largest = [each["bytes"] for each in report["largest_arrays"]]
     assert largest == sorted(largest, reverse=True) and report["argument_bytes_per_chip"] > 0
 
-    policy = launch("compile", f"--config={config}", "--platform=cuda", "--capability=7.5", "--policy=1", f"--out={out}")
+    policy = launch("compile", f"--config={config}", "--platform=cuda", "--capability=7.5", "--program=policy", f"--out={out}")
     assert "a policy's plan for 1 robots of 6 tokens" in policy and "attention by XLA: cudnn does not take compute cap" in policy
     assert json.loads(out.read_text())["attention"]["cudnn"] == {"forward": 0, "backward": 0}
 
@@ -69,5 +76,7 @@ def test_what_is_missing_is_named(launch, config_file):
     assert "error: --capability=nine is no compute capability; expected one like 9.0" in wrong
     wrong = launch("compile", f"--config={config}", "--platform=cuda", "--topology=v5e:2x2")
     assert "error: --topology is given, which says nothing for --platform=cuda" in wrong
-    wrong = launch("compile", f"--config={config}", "--platform=cuda", "--policy=1", "--devices=2")
-    assert "error: --devices is given, which says nothing for --platform=cuda --policy, which is for one chip" in wrong
+    wrong = launch("compile", f"--config={config}", "--topology=v5e:2x2", "--batch_size=2")
+    assert "error: --batch_size is given, which says nothing for --program=step" in wrong
+    wrong = launch("compile", f"--config={config}", "--platform=cuda", "--program=policy", "--devices=2")
+    assert "error: --devices is given, which says nothing for --program=policy, which is for one chip" in wrong

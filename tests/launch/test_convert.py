@@ -92,7 +92,11 @@ def convert(launch, tmp_path, config_file):
 
     def run(source, *arguments, config=ACTION, stage="action"):
         return launch(
-            "convert", f"--config={config_file(config)}:{stage}", f"--source={source}", f"--out={tmp_path / 'run'}", *arguments
+            "convert",
+            f"--config={config_file(config)}:{stage}",
+            f"--source={source}",
+            f"--workdir={tmp_path / 'run'}",
+            *arguments,
         )
 
     return run
@@ -141,7 +145,7 @@ def test_a_policy_from_published_files(convert, source, tmp_path, tensors, stati
 def test_a_run_as_published_files(convert, launch, source, tmp_path, tensors, statistics, form):
     convert(source, *PATTERNS)
     out = tmp_path / "export"
-    launch("convert", f"--run={tmp_path / 'run'}", f"--out={out}", f"--format={form}", "--robot=bridge")
+    launch("convert", f"--workdir={tmp_path / 'run'}", f"--out={out}", f"--format={form}", "--published_keys=bridge")
     tokenizer = "tokenizer.pth" if form == "pt" else "tokenizer.safetensors"
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*.*")) == sorted(
         [
@@ -161,7 +165,7 @@ def test_a_run_as_published_files(convert, launch, source, tmp_path, tensors, st
 def test_an_export_in_float32_with_our_own_statistics_comes_back(convert, launch, source, tmp_path, tensors):
     convert(source, *PATTERNS)
     (tmp_path / "run").rename(tmp_path / "first")
-    launch("convert", f"--run={tmp_path / 'first'}", f"--out={tmp_path / 'export'}", "--precision=float32")
+    launch("convert", f"--workdir={tmp_path / 'first'}", f"--out={tmp_path / 'export'}", "--precision=float32")
     wide = {part: {name: np.float32(value) for name, value in values.items()} for part, values in tensors.items()}
     backbone = safetensors.numpy.load_file(tmp_path / "export" / "video_backbone" / "first.safetensors")
     assert_same(backbone, {f"net.{name}": value for name, value in wide["backbone"].items()})
@@ -326,12 +330,14 @@ def test_sources_that_are_not_there(convert, tmp_path, monkeypatch):
 
 def test_a_folder_of_the_name_run_is_no_request_to_export(launch, config_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    message = launch("convert", f"--config={config_file(ACTION)}", "--source", "run", f"--out={tmp_path / 'out'}")
+    message = launch("convert", f"--config={config_file(ACTION)}", "--source", "run", f"--workdir={tmp_path / 'out'}")
     assert message == "error: stage 'action' needs --decoder and --statistics"  # of the other direction
 
 
 def test_exports_that_are_refused(convert, launch, source, tmp_path):
-    assert_refused(launch("convert", f"--run={tmp_path / 'none'}", f"--out={tmp_path / 'export'}"), "none is not a run directory")
+    assert_refused(
+        launch("convert", f"--workdir={tmp_path / 'none'}", f"--out={tmp_path / 'export'}"), "none is not a run directory"
+    )
     assert not (tmp_path / "none").exists()
     other = {"action_dim": 4, "proprio_dim": 10}
     config = tiny.experiment(decoder=other)
@@ -342,7 +348,8 @@ def test_exports_that_are_refused(convert, launch, source, tmp_path):
     robot = Embodiment("narrow", 0, statistics, {"action": (), "proprio": ()})
     checkpoints.save_converted(tmp_path / "narrow", config, tiny.params(config), {"narrow": robot})
     assert_refused(
-        launch("convert", f"--run={tmp_path / 'narrow'}", f"--out={tmp_path / 'export'}", "--robot=bridge"), r"\(1, 4\)"
+        launch("convert", f"--workdir={tmp_path / 'narrow'}", f"--out={tmp_path / 'export'}", "--published_keys=bridge"),
+        r"\(1, 4\)",
     )
 
 

@@ -71,8 +71,8 @@ def test_own_datasets(launch, own, tmp_path):
         f"--out={tmp_path / 'out'}",
         "--format=tfrecord",
         "--workers=1",
-        "--cameras=primary",
-        "--image_size=8,10",
+        "--camera=primary",
+        "--image_size=8x10",
         "--chunk_steps=4",
     )
     path = tmp_path / "out" / "tiny" / "1.0.0"
@@ -91,7 +91,7 @@ def test_datasets_of_the_registry(launch, bridge, tmp_path):
         f"--source={bridge}",
         f"--out={tmp_path / 'out'}",
         "--dataset=bridge_orig",
-        "--cameras=primary",
+        "--camera=primary",
         "--workers=2",
     )
     assert "train: 2 records, 2 episodes" in output
@@ -106,13 +106,13 @@ def test_datasets_of_the_registry(launch, bridge, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--cameras=top"], "has no image 'steps/observation/top'"),
-        (["--cameras=wrist"], "has no image 'steps/observation/image_wrist'"),
-        (["--image_size=8"], "--image_size is 8; expected HEIGHT,WIDTH"),
-        (["--image_size=8,x"], "--image_size is 8,x; expected HEIGHT,WIDTH"),
-        (["--image_size=8,0"], r"image_size is \(8, 0\)"),
+        (["--camera=top"], "has no image 'steps/observation/top'"),
+        (["--camera=wrist"], "has no image 'steps/observation/image_wrist'"),
+        (["--image_size=8"], "--image_size=8: expected HEIGHTxWIDTH"),
+        (["--image_size=8xx"], "--image_size=8xx: expected HEIGHTxWIDTH"),
+        (["--image_size=8x0"], "--image_size=8x0: expected HEIGHTxWIDTH"),
         (["--dataset=bridge_orgi"], "no dataset 'bridge_orgi' is registered; the nearest are .*'bridge_orig'"),
-        (["--dataset=bridge_orig", "--cameras=wrist"], "--cameras names wrist, which 'bridge_orig' has not got"),
+        (["--dataset=bridge_orig", "--camera=wrist"], "--camera=wrist is one that 'bridge_orig' has not got"),
         (["--source=nowhere"], "dataset directory nowhere does not exist"),
         (["--format=riegeli"], "riegeli"),
     ],

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import tiny
+from absl import flags
 
 ROOT = pathlib.Path(__file__).parents[2]
 COMPILING = """
@@ -47,3 +48,45 @@ def test_compiled_programs_are_kept_unless_switched_off(config_file, tmp_path):
     assert [process.communicate(timeout=120)[0].strip() for process in processes] == ["5"] * 3
     assert list((user / "mimic_video" / "xla").iterdir()) and list(own.iterdir())
     assert not (tmp_path / "unused").exists() and not off.exists()
+
+
+@pytest.fixture
+def experiment(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    import experiment
+
+    return experiment
+
+
+def test_sizes_are_height_and_width(experiment):
+    values = flags.FlagValues()
+    flags.DEFINE(experiment.SizeParser(), "image_size", (48, 64), "", values)
+    values(["script"])
+    assert values.image_size == (48, 64)
+    values(["script", "--image_size=480x640"])
+    assert values.image_size == (480, 640)
+    for wrong in ("480", "480,640", "480x", "x640", "-480x640", "480x0", "480x640x3"):
+        with pytest.raises(flags.IllegalFlagValueError, match=f"--image_size={wrong}: expected HEIGHTxWIDTH in pixels"):
+            values(["script", f"--image_size={wrong}"])
+
+
+SCRIPT = """
+import sys, experiment
+
+def main():
+    raise {{"expected": RuntimeError, "other": KeyError}}[{kind!r}]("what is wrong")
+
+experiment.run(main, (RuntimeError,), config=False, compilation_cache=None)
+"""
+
+
+@pytest.mark.parametrize("kind", ["expected", "other"])
+def test_a_mistake_is_a_line_and_anything_else_keeps_its_traceback(kind):
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'launch'}"}
+    command = [sys.executable, "-c", SCRIPT.format(kind=kind)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1
+    if kind == "expected":
+        assert ended.stderr == "error: what is wrong\n"
+    else:
+        assert "Traceback" in ended.stderr and "KeyError" in ended.stderr

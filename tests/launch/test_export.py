@@ -111,7 +111,7 @@ def test_an_exported_policy_plans_as_the_run_does(launch, run, inputs, tmp_path)
     (tmp_path / "prompts.txt").write_text(f"{INSTRUCTION}\n\nclose it\n")
     said = launch(
         "export",
-        f"--checkpoint={run}",
+        f"--workdir={run}",
         f"--out={tmp_path / 'bundle'}",
         "--stablehlo=cpu,cuda,tpu",
         "--safetensors",
@@ -135,7 +135,7 @@ def test_an_exported_policy_plans_as_the_run_does(launch, run, inputs, tmp_path)
 @pytest.mark.training
 def test_bfloat16_is_as_near_as_its_rounding(launch, run, tmp_path):
     """Of a policy with random weights in units of the actions' deviations; bfloat16 has eight bits."""
-    launch("export", f"--checkpoint={run}", f"--out={tmp_path / 'bundle'}", "--precision=bfloat16")
+    launch("export", f"--workdir={run}", f"--out={tmp_path / 'bundle'}", "--precision=bfloat16")
     policy, exact = Policy.load(tmp_path / "bundle"), Policy.load(run)
     assert policy.config.precision == "bfloat16" and policy.params["backbone"]["patch_proj"]["kernel"].dtype == jnp.bfloat16
     difference = policy(IMAGES, PROPRIO, [INSTRUCTION]) - exact(IMAGES, PROPRIO, [INSTRUCTION])
@@ -145,7 +145,7 @@ def test_bfloat16_is_as_near_as_its_rounding(launch, run, tmp_path):
 @pytest.mark.training
 def test_weights_of_eight_bits(launch, run, inputs, tmp_path):
     """The bundle and its program are to the bit what a run makes of its weights if configured so, and near the exact policy."""
-    launch("export", f"--checkpoint={run}", f"--out={tmp_path / 'bundle'}", "--weights=int8", "--stablehlo=cpu")
+    launch("export", f"--workdir={run}", f"--out={tmp_path / 'bundle'}", "--weights=int8", "--stablehlo=cpu")
     config = dataclasses.replace(CONFIG, policy=dataclasses.replace(CONFIG.policy, weights="int8"))
     expected, exact = Policy.load(run, config)(IMAGES, PROPRIO, [INSTRUCTION]), Policy.load(run)(IMAGES, PROPRIO, [INSTRUCTION])
     for script in (IN_PROCESS, STABLEHLO):
@@ -156,11 +156,11 @@ def test_weights_of_eight_bits(launch, run, inputs, tmp_path):
 
 def test_what_cannot_be_exported(launch, run, tmp_path):
     out = f"--out={tmp_path / 'bundle'}"
-    assert "is not a run directory" in launch("export", f"--checkpoint={tmp_path}", out)
-    assert "has gpu; expected" in launch("export", f"--checkpoint={run}", out, "--stablehlo=gpu")
+    assert "is not a run directory" in launch("export", f"--workdir={tmp_path}", out)
+    assert "has gpu; expected" in launch("export", f"--workdir={run}", out, "--stablehlo=gpu")
     (tmp_path / "prompts.txt").write_text("one two three four five\n")
-    assert "has 5 words; text.rows is 4" in launch("export", f"--checkpoint={run}", out, f"--prompts={tmp_path / 'prompts.txt'}")
-    assert f"--prompts={tmp_path} cannot be read" in launch("export", f"--checkpoint={run}", out, f"--prompts={tmp_path}")
+    assert "has 5 words; text.rows is 4" in launch("export", f"--workdir={run}", out, f"--prompts={tmp_path / 'prompts.txt'}")
+    assert f"--prompts={tmp_path} cannot be read" in launch("export", f"--workdir={run}", out, f"--prompts={tmp_path}")
     (tmp_path / "bundle").write_text("")
-    assert "bundle exists" in launch("export", f"--checkpoint={run}", out)
+    assert "bundle exists" in launch("export", f"--workdir={run}", out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "prompts.txt"]  # nothing half-written is left

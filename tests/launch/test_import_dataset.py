@@ -15,7 +15,7 @@ MOVES = np.tile([0.5, 0, 0, 0, 0, 0.1, -1.0], (5, 1))
 def convert(launch, tmp_path):
     """Runs the command with --out=tmp_path/out; returns what it printed, or its message where it failed."""
     return lambda kind, source, *more: launch(
-        "import_dataset", f"--format={kind}", f"--source={source}", f"--out={tmp_path / 'out'}", *more
+        "import_dataset", f"--source_format={kind}", f"--source={source}", f"--out={tmp_path / 'out'}", *more
     )
 
 
@@ -44,7 +44,7 @@ def test_lerobot(convert, read, tmp_path, version):
 
 
 def test_plain_tfds_reads_it(convert, tmp_path):
-    convert("lerobot", write_lerobot(tmp_path / "demo", "v3.0"), "--image_size=24,32", "--name=named")
+    convert("lerobot", write_lerobot(tmp_path / "demo", "v3.0"), "--image_size=24x32", "--dataset=named")
     (record, *_) = tfds.builder_from_directory(tmp_path / "out" / "named" / "1.0.0").as_data_source("train")
     steps = list(record["steps"])
     assert len(steps) == 9 and steps[3]["observation"]["image_wrist"].shape == (24, 32, 3)
@@ -69,7 +69,7 @@ def test_bridge_is_resampled_to_its_nominal_rate(convert, read, tmp_path):
     jitter = [100, 100.2, 100.35, 100.62, 100.8, 101.01]  # from the second on: 0, 0.15, 0.42, 0.6, 0.81 s
     write_bridge(tmp_path / "raw", changes={"time_stamp": jitter})
     write_bridge(tmp_path / "raw", "b/pick_lmdb")
-    output = convert("bridge", tmp_path / "raw", "--name=bridge", "--default_instruction=go")
+    output = convert("bridge", tmp_path / "raw", "--dataset=bridge", "--default_instruction=go")
     assert "1 episodes of 5 steps in train, at 5 steps a second, actions of the layout 'pose'" in output
     assert "left out 1 because it is part of an LMDB copy" in output
     episode = read("bridge")[0]
@@ -100,7 +100,7 @@ def test_commanded_steps_keep_their_rate(convert, tmp_path):
 
 def test_held_out_episodes(convert, read, tmp_path):
     directory = write_lerobot(tmp_path / "demo", "v2.1", (3,) * 10, cameras=(TOP,))
-    output = convert("lerobot", directory, "--validation=0.3", "--file_format=tfrecord")
+    output = convert("lerobot", directory, "--validation_share=0.3", "--format=tfrecord")
     assert "7 episodes of 21 steps in train, 3 episodes of 9 steps in val" in output
     chosen = {split: [int(episode.proprio[0, 0]) // 100 for episode in read("demo", split)] for split in ("train", "val")}
     assert chosen["val"] == sorted(np.random.default_rng(42).choice(10, 3, replace=False).tolist())
@@ -153,20 +153,23 @@ def test_nothing_remains(convert, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--format=lerobot", "--source=nowhere"], "no meta/info.json"),
-        (["--format=lerobot", "--camera=top"], "--camera=top; expected ROLE=KEY"),
-        (["--format=lerobot", "--camera=primary=a", "--camera=primary=b"], "names a role twice"),
-        (["--format=lerobot", "--camera=primary=a"], f"no camera feature 'a' for the role 'primary'; it has {TOP}, {WRIST}"),
-        (["--format=lerobot", "--action_layout=pose"], "of a pose layout are of width 3"),
-        (["--format=lerobot", "--upside_down"], "--upside_down does not apply to --format=lerobot"),
-        (["--format=libero", "--state=x"], "--state does not apply to --format=libero"),
-        (["--format=libero"], "not an HDF5 file nor a folder with any"),
-        (["--format=bridge"], "no usable **/raw/traj_group*/traj*"),
-        (["--format=lerobot", "--image_size=480"], "--image_size=480; expected HEIGHT,WIDTH"),
-        (["--format=lerobot", "--image_size=480,x"], "--image_size=480,x; expected HEIGHT,WIDTH"),
-        (["--format=lerobot", "--control_hz=-1"], "--control_hz=-1.0; expected a positive rate"),
-        (["--format=lerobot", "--name=My Data"], "'My Data' is no name"),
-        (["--format=zarr"], "lerobot|libero|bridge"),
+        (["--source_format=lerobot", "--source=nowhere"], "no meta/info.json"),
+        (["--source_format=lerobot", "--camera=top"], "--camera=top; expected ROLE=KEY"),
+        (["--source_format=lerobot", "--camera=primary=a", "--camera=primary=b"], "names a role twice"),
+        (
+            ["--source_format=lerobot", "--camera=primary=a"],
+            f"no camera feature 'a' for the role 'primary'; it has {TOP}, {WRIST}",
+        ),
+        (["--source_format=lerobot", "--action_layout=pose"], "of a pose layout are of width 3"),
+        (["--source_format=lerobot", "--upside_down"], "--upside_down does not apply to --source_format=lerobot"),
+        (["--source_format=libero", "--state=x"], "--state does not apply to --source_format=libero"),
+        (["--source_format=libero"], "not an HDF5 file nor a folder with any"),
+        (["--source_format=bridge"], "no usable **/raw/traj_group*/traj*"),
+        (["--source_format=lerobot", "--image_size=480"], "--image_size=480: expected HEIGHTxWIDTH"),
+        (["--source_format=lerobot", "--image_size=480xx"], "--image_size=480xx: expected HEIGHTxWIDTH"),
+        (["--source_format=lerobot", "--control_hz=-1"], "control_hz is -1.0; expected a positive rate"),
+        (["--source_format=lerobot", "--dataset=My Data"], "'My Data' is no name"),
+        (["--source_format=zarr"], "lerobot|libero|bridge"),
     ],
 )
 def test_the_message_names_the_mistake(launch, tmp_path, arguments, message):

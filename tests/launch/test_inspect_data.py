@@ -73,17 +73,17 @@ def lines(output, start):
 
 
 def test_entry_of_the_registry(launch):
-    output = launch("inspect_data", "kuka")
+    output = launch("inspect_data", "--dataset=kuka")
     assert lines(output, "rate") == ["rate 10 Hz"]
     assert lines(output, "actions") == ["actions delta (10): Δposition 3 [m] | rotation 6 [rot6d rows] | gripper 1 [1 = open]"]
     assert lines(output, "serves") == ["serves stages 1 and 2"]
-    assert lines(launch("inspect_data", "roboturk"), "serves") == ["serves stage 1 only"]
+    assert lines(launch("inspect_data", "--dataset=roboturk"), "serves") == ["serves stage 1 only"]
 
 
 @pytest.mark.parametrize("by_name", [True, False])
 def test_dataset_on_disk(launch, tmp_path, by_name):
     directory = write_bridge(tmp_path)
-    where = ("bridge_orig", f"--directory={directory}") if by_name else (directory,)
+    where = ("--dataset=bridge_orig", f"--source={directory}") if by_name else (f"--source={directory}",)
     output = launch("inspect_data", *where, f"--out={tmp_path / 'out'}", "--samples=1")
     assert lines(output, "steps/action") == ["steps/action tensor float32 (7,); expected numbers of shape (7,)"]
     assert lines(output, "episode 0, primary") == ["episode 0, primary, -0.8 to +11.2 s around step 3 of 6: 'task 0'"]
@@ -98,7 +98,7 @@ def test_dataset_on_disk(launch, tmp_path, by_name):
 @pytest.mark.parametrize(("name", "cameras"), [("bridge_orig", 2), ("droid", 3)])
 def test_datasets_with_all_of_their_published_features(launch, tmp_path, name, cameras):
     directory = oxe_schemas.write(tmp_path, name, "array_record", episodes=3)
-    output = launch("inspect_data", name, f"--directory={directory}", f"--out={tmp_path / 'out'}", "--samples=2")
+    output = launch("inspect_data", f"--dataset={name}", f"--source={directory}", f"--out={tmp_path / 'out'}", "--samples=2")
     for path in oxe_schemas.SCHEMAS[name]:
         assert lines(output, f"{path} "), path
     assert len(lines(output, "episode 0, ")) == len(lines(output, "episode 2, ")) == cameras
@@ -114,7 +114,7 @@ def test_datasets_with_all_of_their_published_features(launch, tmp_path, name, c
 
 def test_features_that_differ(launch, tmp_path):
     directory = write_bridge(tmp_path, action_dim=8)
-    output = launch("inspect_data", "bridge_orig", f"--directory={directory}", f"--out={tmp_path / 'out'}")
+    output = launch("inspect_data", "--dataset=bridge_orig", f"--source={directory}", f"--out={tmp_path / 'out'}")
     assert "'steps/action' is tensor float32 (8,); expected numbers of shape (7,)" in output and output.startswith("error: ")
     assert not (tmp_path / "out").exists()
 
@@ -131,7 +131,7 @@ def test_our_own_layout(launch, tmp_path, labelled):
         values if labelled else None,
     )
     directory = write_rlds(tmp_path, "mine", {"train": [episode]}, control_hz=5.0, image_size=(16, 16), description="")
-    output = launch("inspect_data", directory, f"--out={tmp_path / 'out'}")
+    output = launch("inspect_data", f"--source={directory}", f"--out={tmp_path / 'out'}")
     assert "dataset mine: not registered" in output
     assert (lines(output, "action 0") == ["action 0 0.0000 2.5000 5.0000"]) is labelled
     assert ("no actions" in output) is not labelled
@@ -141,20 +141,21 @@ def test_our_own_layout(launch, tmp_path, labelled):
 
 def test_mixture(launch, tmp_path):
     write_bridge(tmp_path, episodes=3)
-    output = launch("inspect_data", "bridge_rt_1", f"--directory={tmp_path}")
+    output = launch("inspect_data", "--dataset=bridge_rt_1", f"--source={tmp_path}")
     assert lines(output, "bridge_orig") == [f"bridge_orig 1.0000 {3 * STEPS} 1.0000 pose"]
     assert lines(output, "fractal") == ["fractal20220817_data 1.0000 not here delta"]
-    assert lines(launch("inspect_data", "rtx"), "toto") == ["toto 1.0000 delta"]
+    assert lines(launch("inspect_data", "--dataset=rtx"), "toto") == ["toto 1.0000 delta"]
 
 
 def test_a_robot_of_ones_own(launch, monkeypatch):
     monkeypatch.setattr(registry, "_registry", dict(registry._registry))
-    output = launch("inspect_data", "my_robot", f"--robot={TEMPLATE}")
+    output = launch("inspect_data", "--dataset=my_robot", f"--register={TEMPLATE}")
     assert lines(output, "cameras") == ["cameras primary: image, wrist: wrist_image"]
 
 
 def test_errors(launch, tmp_path):
     nothing = tmp_path / "none"
-    assert "no dataset, mixture or folder 'magic_soop'; the nearest is 'oxe_magic_soup'" in launch("inspect_data", "magic_soop")
-    assert f"dataset directory {nothing} does not exist" in launch("inspect_data", "kuka", f"--directory={nothing}")
-    assert "expected one NAME" in launch("inspect_data")
+    assert "no dataset or mixture 'magic_soop'; the nearest is 'oxe_magic_soup'" in launch("inspect_data", "--dataset=magic_soop")
+    assert f"dataset directory {nothing} does not exist" in launch("inspect_data", "--dataset=kuka", f"--source={nothing}")
+    assert "there is nothing to inspect; expected --dataset=NAME, --source=DIRECTORY, or both" in launch("inspect_data")
+    assert "error: 'kuka' is no flag; expected --NAME=VALUE" in launch("inspect_data", "kuka")

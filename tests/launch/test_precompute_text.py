@@ -55,7 +55,7 @@ def prompts_in(cache):
 def test_instructions_of_every_split_and_lines_of_a_file(precompute, model, tmp_path):
     lines = ["pick up the carrot", "", "  put the pot left ", "pick up the carrot", "hebe das Möhrchen auf"]
     (tmp_path / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
-    output = precompute(f"--prompts={tmp_path / 'prompts.txt'}", "--batch=2")
+    output = precompute(f"--prompts={tmp_path / 'prompts.txt'}", "--batch_size=2")
     assert re.search(r"5 prompts: 0 are in .*cache, 5 to embed\n", output) and "embedded 5 prompts in" in output
     prompts = ["do task 0", "do task 1", "hebe das Möhrchen auf", "pick up the carrot", "put the pot left"]
     assert prompts_in(tmp_path / "cache") == prompts

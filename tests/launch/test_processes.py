@@ -153,4 +153,4 @@ def test_two_processes_train_and_continue_in_a_bucket(launch, experiment_file, t
         np.testing.assert_allclose(*[[record["loss"] for record in each] for each in records], rtol=5e-7)
         params = [checkpoints.load_params(each, "stored")[0] for each in (run, tmp_path / "run")]
         chex.assert_trees_all_close(*params, rtol=1e-7, atol=1e-6)
-        assert f"step {STEPS} of {run}" in launch("export", f"--checkpoint={run}", f"--out={tmp_path / 'policy'}")
+        assert f"step {STEPS} of {run}" in launch("export", f"--workdir={run}", f"--out={tmp_path / 'policy'}")

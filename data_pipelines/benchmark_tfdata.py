@@ -1,6 +1,6 @@
-"""The part of benchmark_data.py that needs TensorFlow: windows of frames by plain tfds and tf.data.
+"""The part of the benchmark that needs TensorFlow: windows of frames by plain tfds and tf.data.
 
-    python launch/benchmark_tfdata.py DIRECTORY FRAMES HEIGHT WIDTH BATCH THREADS
+    python -m data_pipelines.benchmark_tfdata DIRECTORY FRAMES HEIGHT WIDTH BATCH THREADS
 
 For every number of windows read from stdin, that many are made and their frames per second printed.
 """

@@ -1,45 +1,15 @@
-"""Every form that the programs of this repository have: steps of the shipped experiments, and a policy's plans."""
+"""Every form that the programs of this package have: steps of experiments, and a policy's plans."""
 
 import dataclasses
-import importlib.util
-import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
 
 from mimic_video.analysis.aot import widest_robot
-from mimic_video.config import ExperimentConfig, MeshConfig, experiment_from
+from mimic_video.config import ExperimentConfig
 from mimic_video.models.layers import Remat
 from mimic_video.transforms import compute_statistics
-
-CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
-EXPERIMENTS = (  # all that are shipped, but for pods that differ in nothing but the mesh and the batch
-    "published:bridge",
-    "published:libero",
-    "published:bridge_video",
-    "published:libero_video",
-    "published:cosmos",
-    "published:cosmos_14b",
-    "pretrain:video_v5e",
-    "pretrain:action_v5e",
-    "small:half_video",
-    "small:half_action",
-    "small:colab_video",
-    "small:colab_action",
-    "quickstart:video",
-    "quickstart:action",
-)
-
-
-def shipped(name: str) -> ExperimentConfig:
-    """The experiment of a configuration file and its argument, on one device."""
-    file, _, argument = name.partition(":")
-    spec = importlib.util.spec_from_file_location(file, CONFIGS / f"{file}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return dataclasses.replace(experiment_from(module.get_config(argument).to_dict()), mesh=MeshConfig())
 
 
 def narrow(config: ExperimentConfig) -> ExperimentConfig:
@@ -107,11 +77,11 @@ def policy_forms(config: ExperimentConfig) -> Iterator[tuple[str, ExperimentConf
     yield "a narrower robot, real-time chunking", robots, {"batch": 2, "continuing": True, "robot": narrower}
 
 
-def step_forms() -> Iterator[tuple[str, ExperimentConfig]]:
+def step_forms(shipped: Mapping[str, ExperimentConfig]) -> Iterator[tuple[str, ExperimentConfig]]:
     """(name, narrow experiment) of a step of every shipped experiment, and of what none of them has."""
-    for name in EXPERIMENTS:
-        yield name, narrow(shipped(name))
-    bridge, video = narrow(shipped("published:bridge")), narrow(shipped("published:bridge_video"))
+    for name, config in shipped.items():
+        yield name, narrow(config)
+    bridge, video = narrow(shipped["published:bridge"]), narrow(shipped["published:bridge_video"])
     yield "action, from frames", dataclasses.replace(bridge, data=dataclasses.replace(bridge.data, latents=""))
     yield "eight draws", dataclasses.replace(bridge, train=dataclasses.replace(bridge.train, action_draws=8))
     yield "two robots", dataclasses.replace(bridge, decoder=dataclasses.replace(bridge.decoder, embodiments=2))

@@ -1,4 +1,4 @@
-"""Latency of a policy, and how fast one starts; run by launch/benchmark.py."""
+"""Latency of a policy, and how fast one starts."""
 
 import dataclasses
 import json
@@ -12,18 +12,18 @@ from typing import Any
 
 import jax
 import numpy as np
-import torch_reference
 
+from mimic_video.analysis import torch_reference
 from mimic_video.analysis.aot import widest_robot
 from mimic_video.analysis.policy_flops import policy_flops
-from mimic_video.config import ConfigError, ExperimentConfig
+from mimic_video.config import ExperimentConfig
 from mimic_video.policy.latency import measure
 from mimic_video.policy.policy import Policy
 from mimic_video.runs.storage import RunError
 from mimic_video.training.flops import video_tokens
 from mimic_video.vam import VideoActionModel
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 START = """
 import json, sys, time
 from mimic_video.cache import keep_compiled_programs
@@ -35,15 +35,6 @@ times["loaded"] = time.time()
 policy.warm_up()
 print(json.dumps(times | {"acted": time.time()}))
 """
-
-
-def parse_size(image: str) -> tuple[int, int]:
-    """(height, width) of '480x640'."""
-    try:
-        height, width = map(int, image.split("x"))
-    except ValueError as error:
-        raise ConfigError(f"--image={image} is no size; expected one like 480x640") from error
-    return height, width
 
 
 def random_policy(config: ExperimentConfig) -> Policy:
