@@ -1,0 +1,41 @@
+"""What a run starts from, as far as it needs no other run; tests of commands start from those."""
+
+import chex
+import numpy as np
+import pytest
+import tiny
+
+from mimic_video.config import ConfigError
+from mimic_video.runs import directory
+from mimic_video.training import start
+
+CONFIG = tiny.experiment()
+
+
+def test_a_run_keeps_the_robots_that_it_started_with(tmp_path):
+    computed = tiny.Data(CONFIG).robots()
+    found = start.find_robots(tmp_path, lambda: computed)
+    assert list(found) == ["tiny"] and list(directory.load_embodiments(tmp_path)) == ["tiny"]
+
+    def again():
+        pytest.fail("statistics are computed again")
+
+    chex.assert_trees_all_equal(
+        vars(start.find_robots(tmp_path, again)["tiny"].statistics["action"]), vars(found["tiny"].statistics["action"])
+    )
+
+
+def test_a_tokenizer_is_fitted_to_the_cameras_that_windows_have():
+    frames = tiny.batch(CONFIG, 6)["video"]
+    alone = start.fit_tokenizer(CONFIG, [{"video": video} for video in frames])
+    both = tiny.experiment(data={"cameras": ("primary", "wrist")}, backbone={"views": 2})
+    black = np.zeros_like(frames[0])
+    pairs = [(frames[0], frames[1]), (frames[2], black), (frames[3], frames[4]), (frames[5], black)]
+    samples = [{"video": np.concatenate(pair, axis=1), "view_mask": np.array([True, pair[1] is not black])} for pair in pairs]
+    chex.assert_trees_all_equal(start.fit_tokenizer(both, samples), alone)
+
+
+def test_a_tokenizer_that_is_not_fitted_comes_from_a_run():
+    with pytest.raises(ConfigError, match="'backbone_run' is empty; expected a run with the weights of the Wan tokenizer"):
+        start.require_backbone(tiny.experiment(tokenizer={"kind": "wan"}))
+    start.require_backbone(CONFIG)
