@@ -36,27 +36,16 @@ Measure = Callable[[int], float]  # windows to read → frames per second
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is measured.
-
-    Attributes:
-        recorded_size: (height, width) of recorded frames.
-        image_size: of windows.
-        episodes: of 100 frames.
-        windows: that each reader reads.
-        workers: the loader's processes; 0 is threads.
-        format: of the dataset.
-        memory_windows: to watch memory over; 0 leaves it out.
-        memory_size: (height, width) of those.
-    """
+    """What is measured."""
 
     recorded_size: Size
-    image_size: Size
-    episodes: int
-    windows: int
-    workers: int
+    image_size: Size  # of windows
+    episodes: int  # of 100 frames
+    windows: int  # that each reader reads
+    workers: int  # the loader's processes; 0 is threads
     format: FileFormat
-    memory_windows: int
-    memory_size: Size
+    memory_windows: int  # to watch memory over; 0 leaves it out
+    memory_size: Size  # of their frames
 
 
 class WholeWindows(WindowDataset):

@@ -97,19 +97,12 @@ def plot_histograms(actions: np.ndarray, labels: Sequence[str], path: pathlib.Pa
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What is looked at, and where pictures go.
-
-    Attributes:
-        split: that is read.
-        out: folder that has one folder per dataset.
-        episodes: spread over the split, that histograms are of.
-        samples: windows that are drawn.
-    """
+    """What is looked at, and where pictures go."""
 
     split: str
-    out: pathlib.Path
-    episodes: int
-    samples: int
+    out: pathlib.Path  # holds one folder per dataset
+    episodes: int  # spread over the split, that histograms are of
+    samples: int  # windows that are drawn
 
 
 def inspect_dataset(directory: pathlib.Path, name: str, spec: DatasetSpec | None, options: Inspection) -> None:

@@ -55,17 +55,11 @@ def known_text(config: ExperimentConfig, prompts: Sequence[str]) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """StableHLO programs of a bundle.
-
-    Attributes:
-        platforms: that they are written for.
-        batch: robots of a program.
-        embodiment: robot that they drive, if the policy knows several.
-    """
+    """StableHLO programs of a bundle."""
 
     platforms: Sequence[Platform] = ()
-    batch: int = 1
-    embodiment: str | None = None
+    batch: int = 1  # robots of a program
+    embodiment: str | None = None  # robot that they drive, if the policy knows several
 
     def __post_init__(self):
         if unknown := set(self.platforms) - set(PLATFORMS):

@@ -30,16 +30,11 @@ from mimic_video.weights.wan_names import DIFFUSERS_VAE_NAMES, WAN_VAE_NAMES
 
 @dataclasses.dataclass(frozen=True)
 class Patterns:
-    """Which files of a source in the published layout hold what; each matches one, relative to the source.
-
-    Attributes:
-        backbone: None for a source in diffusers' format.
-        decoder, statistics: for stage `action`.
-    """
+    """Which files of a source in the published layout hold what; each matches one, relative to the source."""
 
     tokenizer: str
-    backbone: str | None
-    decoder: str | None
+    backbone: str | None  # None for a source in diffusers' format
+    decoder: str | None  # this and the next for stage `action`
     statistics: str | None
 
 
