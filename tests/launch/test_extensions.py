@@ -94,7 +94,7 @@ def test_parts_of_ones_own_are_trained_evaluated_and_exported(launch, folder):
     assert list(directory.load_embodiments(runs["action"])) == ["point"]
     assert "left: " in launch("evaluate", f"--config={folder / 'action.py'}", f"--workdir={runs['action']}")
     assert len(json.loads((runs["action"] / "evaluation.json").read_text())["episodes"]) == 2
-    launch("export", f"--checkpoint={runs['action']}", f"--out={folder / 'bundle'}")
+    launch("export", f"--workdir={runs['action']}", f"--out={folder / 'bundle'}")
 
     random = np.random.default_rng(1)
     observation = random.integers(0, 256, (1, 3, *SIZE, 3), np.uint8), np.zeros((1, 3), np.float32), ["move left"]

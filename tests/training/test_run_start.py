@@ -12,10 +12,13 @@ from mimic_video.training import start
 CONFIG = tiny.experiment()
 
 
-def test_a_run_keeps_the_robots_that_it_started_with(tmp_path):
+def test_a_run_keeps_the_robots_that_it_was_trained_with(tmp_path, monkeypatch):
     computed = tiny.Data(CONFIG).robots()
-    found = start.find_robots(tmp_path, lambda: computed)
-    assert list(found) == ["tiny"] and list(directory.load_embodiments(tmp_path)) == ["tiny"]
+    for _ in range(2):  # computed anew until there is a checkpoint
+        (tmp_path / "embodiments.json").unlink(missing_ok=True)
+        found = start.find_robots(tmp_path, lambda: computed)
+        assert list(found) == ["tiny"] and list(directory.load_embodiments(tmp_path)) == ["tiny"]
+    monkeypatch.setattr(start.checkpoints, "has_checkpoint", lambda run: True)
 
     def again():
         pytest.fail("statistics are computed again")
@@ -26,16 +29,16 @@ def test_a_run_keeps_the_robots_that_it_started_with(tmp_path):
 
 
 def test_a_tokenizer_is_fitted_to_the_cameras_that_windows_have():
-    frames = tiny.batch(CONFIG, 6)["video"]
+    frames = tiny.batch(CONFIG, 6).observation.video
     alone = start.fit_tokenizer(CONFIG, [{"video": video} for video in frames])
-    both = tiny.experiment(data={"cameras": ("primary", "wrist")}, backbone={"views": 2})
+    both = tiny.experiment(data={"cameras": ("primary", "wrist")})
     black = np.zeros_like(frames[0])
     pairs = [(frames[0], frames[1]), (frames[2], black), (frames[3], frames[4]), (frames[5], black)]
-    samples = [{"video": np.concatenate(pair, axis=1), "view_mask": np.array([True, pair[1] is not black])} for pair in pairs]
+    samples = [{"video": np.concatenate(pair), "view_mask": np.array([True, pair[1] is not black])} for pair in pairs]
     chex.assert_trees_all_equal(start.fit_tokenizer(both, samples), alone)
 
 
-def test_a_tokenizer_that_is_not_fitted_comes_from_a_run():
-    with pytest.raises(ConfigError, match="'backbone_run' is empty; expected a run with the weights of the Wan tokenizer"):
-        start.require_backbone(tiny.experiment(tokenizer={"kind": "wan"}))
-    start.require_backbone(CONFIG)
+def test_a_tokenizer_that_is_not_fitted_comes_from_a_run(tmp_path):
+    with pytest.raises(ConfigError, match="'backbone_run' is empty; expected a run with the weights of the tokenizer 'wan'"):
+        start.require_backbone(tiny.experiment(tokenizer={"kind": "wan"}), tmp_path)
+    start.require_backbone(CONFIG, tmp_path)
