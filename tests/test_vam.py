@@ -1,4 +1,5 @@
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,9 @@ import pytest
 import tiny
 
 from mimic_video.flow.inpainting import prefix_weights
+from mimic_video.models.action_decoder import ActionDecoder
 from mimic_video.models.protocols import VideoInputs
+from mimic_video.models.video_dit import VideoDiT
 from mimic_video.vam import Conditioning, Prefix, VideoActionModel
 
 KEY = jax.random.key(7)
@@ -49,6 +52,14 @@ def noise_of(asked, latents):
     """The noise in a recorded input, solved from x_τ = (1−τ)x₀ + τε; meaningless where frames were given clean."""
     time = np.asarray(asked.times)[:, None, :, None, None, None]
     return (np.asarray(asked.latents) - (1 - time) * latents) / time
+
+
+@pytest.mark.parametrize("part", [VideoActionModel, VideoDiT, ActionDecoder])
+def test_no_method_takes_more_than_five_arguments(part):
+    methods = {name: method for name, method in vars(part).items() if inspect.isfunction(method) and not name.startswith("_")}
+    methods |= {"__call__": part.__call__} if "__call__" in vars(part) else {}
+    counts = {name: len(inspect.signature(method).parameters) - 1 for name, method in methods.items()}  # but self
+    assert counts and max(counts.values()) <= 5, counts
 
 
 # Video loss.

@@ -14,6 +14,7 @@ import pytest
 import tensorflow_datasets as tfds
 import tiny
 
+from data_pipelines.oxe import registry
 from mimic_video.config import to_dict
 from mimic_video.policy.policy import Policy
 from mimic_video.registry import BACKBONES, SIMULATORS, TOKENIZERS
@@ -48,8 +49,8 @@ def test_each_is_short(name):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder with those files, which are not imported yet, and the recordings of the robot."""
-    for registry in (BACKBONES, SIMULATORS, TOKENIZERS):
-        monkeypatch.setattr(registry, "_parts", dict(registry._parts))
+    for parts in (BACKBONES, SIMULATORS, TOKENIZERS):
+        monkeypatch.setattr(parts, "_parts", dict(parts._parts))
     for name in OWN:
         monkeypatch.delitem(sys.modules, name, raising=False)
         shutil.copy(HERE / f"{name}.py", tmp_path)
@@ -83,6 +84,20 @@ def write_experiment(folder, stage, **fields):
         + f"\nimport ml_collections\n\n\ndef get_config():\n    return ml_collections.ConfigDict({values!r})\n"
     )
     return path
+
+
+def test_the_template_of_a_dataset_is_imported_as_its_text_says(launch, folder, monkeypatch):
+    """An experiment beside a copy of it; there is no such recording here."""
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
+    monkeypatch.delitem(sys.modules, "my_robot", raising=False)
+    shutil.copy(HERE.parent / "configs" / "my_robot.py", folder)
+    values = to_dict(tiny.experiment())
+    values["data"] |= {"action_dataset": "my_robot", "root": str(folder)}
+    (folder / "mine.py").write_text(
+        f"import ml_collections\nimport my_robot\n\ndef get_config():\n    return ml_collections.ConfigDict({values!r})\n"
+    )
+    error = launch("train", f"--config={folder / 'mine.py'}", f"--workdir={folder / 'run'}")
+    assert "my_robot" in error and str(folder) in error and "registered" not in error
 
 
 @pytest.mark.training
