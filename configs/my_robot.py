@@ -2,9 +2,9 @@
 
     python launch/inspect_data.py --dataset=my_robot --register=configs/my_robot.py --source=/data/my_robot/1.0.0
 
-That names every feature that is missing or has another shape, and draws windows and action histograms. For training, put it beside
-your experiment's file, which says `import my_robot`. Features are RLDS paths below `steps/`; data_pipelines/oxe/standardise.py has
-all parts of layouts and encodings of rotations, and data_pipelines/oxe/registry.py has entries to copy from.
+That names every feature that is missing or has another shape, and draws windows and action histograms. For training, put it
+beside your experiment's file, which says `import my_robot`. Features are RLDS paths below `steps/`; all parts of layouts and
+encodings of rotations are in data_pipelines/oxe/standardise.py, and entries to copy from in data_pipelines/oxe/registry.py.
 """
 
 from data_pipelines.oxe.registry import register
