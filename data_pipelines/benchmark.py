@@ -211,7 +211,7 @@ def measure_memory(source: RldsSource, config: DataConfig, settings: Settings) -
 
 
 def resident_bytes() -> int:
-    """Of this process and its children, shared pages counted once each.
+    """Memory of this process and its children, shared pages counted once each.
 
     Pages of mapped files do not count: the kernel takes them back, and a share of libraries falls to other processes that run.
     """

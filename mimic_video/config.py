@@ -6,7 +6,6 @@ depends on ml_collections and an invalid experiment cannot travel further than t
 """
 
 import dataclasses
-import difflib
 import functools
 import importlib.util
 import math
@@ -15,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 from mimic_video.errors import ConfigError as ConfigError
+from mimic_video.errors import nearest
 from mimic_video.registry import BACKBONES, TEXT_ENCODERS, TOKENIZERS
 
 
@@ -399,7 +399,7 @@ class PolicyConfig:
     stop_step: int = free(0, "video denoising steps before the hidden state is read; 0 is one partial forward on pure noise")
     stop_time: float = free(0.0, "video flow time τ_v at which it is read instead, in (0, 1]; 0 for `stop_step`")
     action_steps: int = free(10, "Euler steps of the action flow")
-    strategy: Strategy = free("receding_horizon", "when to plan, and what a plan continues; see `policy.execution`")
+    strategy: Strategy = free("receding_horizon", "when to plan, and what a plan continues; see `policy.strategies`")
     execute_steps: int = free(5, "actions executed before planning again; all if open_loop, one if temporal_ensembling")
     ensemble_decay: float = free(0.01, "temporal_ensembling: w in weights exp(-w·i) of predictions, the oldest being i = 0")
     guidance_clip: float = free(5.0, "real_time_chunking: bound β on the guidance towards actions that are already committed")
@@ -617,8 +617,7 @@ def unknown_field_message(path: str, known: list[str]) -> str:
     """The error text for a misspelt dotted field, or one that nobody sets any more."""
     if path in _DERIVED:
         return f"unknown config field '{path}'; leave it out: it follows from {_DERIVED[path][0]}"
-    nearest = difflib.get_close_matches(path, known, n=1, cutoff=0.0)
-    return f"unknown config field '{path}'; did you mean '{nearest[0]}'?"
+    return f"unknown config field '{path}'; did you mean '{nearest(path, known)}'?"
 
 
 def _build(config_class: Any, values: Mapping[str, Any], path: str) -> Any:

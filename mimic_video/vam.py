@@ -361,8 +361,7 @@ class VideoActionModel:
     # Internals. Mathematics is float32, networks run in the configured precision.
 
     def _draw_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
-        """Of what noise is drawn: a window's latents with the rows of its views one above the other, which are put in their
-        places by `_views`, and actions."""
+        """Shapes of noise as it is drawn: latents with views one above the other, which `_views` parts; actions."""
         data, (frames, rows, *rest) = self.config.data, self.config.latent_shape
         return {
             "video": (batch, frames, data.views * rows, *rest),

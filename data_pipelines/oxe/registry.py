@@ -784,7 +784,7 @@ def find(name: str) -> DatasetSpec:
 
 
 def names() -> tuple[str, ...]:
-    """Of all datasets, in the order of their registration."""
+    """The names of all datasets, in the order of their registration."""
     return tuple(_registry)
 
 

@@ -1,7 +1,6 @@
 """What is known about one dataset, as plain data; and whether a dataset on disk is what was declared."""
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ import numpy as np
 
 from data_pipelines.episode import CAMERAS, ActionLayout
 from data_pipelines.oxe.standardise import Layout, parse
+from mimic_video import errors
 
 _EPISODE = "episode_metadata/"
 
@@ -18,7 +18,7 @@ class SchemaError(ValueError):
     """A dataset whose features are not what its entry declares. The message names each of them."""
 
 
-class Feature(NamedTuple):
+class DeclaredFeature(NamedTuple):
     """One feature of a dataset: `kind` is "image", "text" or "tensor"; None in a shape is a size that varies."""
 
     kind: str
@@ -129,7 +129,7 @@ class DatasetSpec:
         return values[0], values[1]
 
 
-def flatten_features(tree: Any, prefix: str = "") -> dict[str, Feature]:
+def flatten_features(tree: Any, prefix: str = "") -> dict[str, DeclaredFeature]:
     """The features of a tfds feature tree by path; steps are entered as if they were a dictionary."""
     node = getattr(tree, "feature", tree)
     if hasattr(node, "items"):
@@ -137,10 +137,10 @@ def flatten_features(tree: Any, prefix: str = "") -> dict[str, Feature]:
         return {path: feature for child in children for path, feature in child.items()}
     dtype = np.dtype(node.np_dtype)
     kind = {"Image": "image", "Text": "text"}.get(type(node).__name__, "text" if dtype.kind in "OSU" else "tensor")
-    return {prefix: Feature(kind, tuple(node.shape), dtype.name)}
+    return {prefix: DeclaredFeature(kind, tuple(node.shape), dtype.name)}
 
 
-def check_schema(features: Mapping[str, Feature], spec: DatasetSpec) -> None:
+def check_schema(features: Mapping[str, DeclaredFeature], spec: DatasetSpec) -> None:
     """Checks a dataset's features against its entry, before anything is read.
 
     Args:
@@ -165,8 +165,8 @@ def expected_features(spec: DatasetSpec) -> dict[str, str]:
     return {path: expected for path, (expected, _) in _expectations(spec).items()}
 
 
-def _expectations(spec: DatasetSpec) -> dict[str, tuple[str, Callable[[Feature], bool]]]:
-    expectations: dict[str, tuple[str, Callable[[Feature], bool]]] = {}
+def _expectations(spec: DatasetSpec) -> dict[str, tuple[str, Callable[[DeclaredFeature], bool]]]:
+    expectations: dict[str, tuple[str, Callable[[DeclaredFeature], bool]]] = {}
     for camera, key in spec.cameras.items():
         expectations[f"steps/observation/{key}"] = (f"the {camera} camera, an image uint8 (height, width, 3)", _is_rgb)
     expectations[spec.language_path] = ("the instruction, text or its bytes as integers", _is_instruction)
@@ -175,19 +175,19 @@ def _expectations(spec: DatasetSpec) -> dict[str, tuple[str, Callable[[Feature],
     return expectations
 
 
-def _is_rgb(feature: Feature) -> bool:
+def _is_rgb(feature: DeclaredFeature) -> bool:
     return feature.kind == "image" and feature.dtype == "uint8" and len(feature.shape) == 3 and feature.shape[-1] == 3
 
 
-def _has_shape(feature: Feature, shape: tuple[int, ...]) -> bool:
+def _has_shape(feature: DeclaredFeature, shape: tuple[int, ...]) -> bool:
     return feature.kind == "tensor" and feature.shape == shape
 
 
-def _is_instruction(feature: Feature) -> bool:
+def _is_instruction(feature: DeclaredFeature) -> bool:
     return feature.kind == "text" or (feature.kind == "tensor" and len(feature.shape) == 1 and "int" in feature.dtype)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of an error message: what of `known` is most like a name that is not among them."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
-    return f"; the nearest is '{matches[0]}'" if matches else "; there are none"
+    names = list(known)
+    return f"; the nearest is '{errors.nearest(name, names)}'" if names else "; there are none"

@@ -172,7 +172,7 @@ def parse(reference: str) -> tuple[str, int, int]:
 # Parts of layouts.
 
 
-class Part(Protocol):
+class LayoutPart(Protocol):
     """Some dimensions of a layout: a name and a unit for people, a width, what it reads, and its values."""
 
     @property
@@ -342,7 +342,7 @@ class Layout:
     """
 
     kind: ActionLayout
-    parts: tuple[Part, ...]
+    parts: tuple[LayoutPart, ...]
 
     def __post_init__(self):
         if self.kind not in ("pose", "delta", "vector"):
@@ -387,17 +387,17 @@ class Layout:
         return set(zip([0, *ends], ends, strict=False))
 
 
-def pose(*parts: Part) -> Layout:
+def pose(*parts: LayoutPart) -> Layout:
     """Absolute poses in the base frame."""
     return Layout("pose", parts)
 
 
-def delta(*parts: Part) -> Layout:
+def delta(*parts: LayoutPart) -> Layout:
     """Commanded steps."""
     return Layout("delta", parts)
 
 
-def vector(*parts: Part) -> Layout:
+def vector(*parts: LayoutPart) -> Layout:
     """Declared dimensions of any other meaning."""
     return Layout("vector", parts)
 

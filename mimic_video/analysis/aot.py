@@ -189,7 +189,7 @@ def compile_program(function: MeshFunction, arguments: tuple[Any, ...], chip: Ch
 
 
 def bytes_per_chip(tree: Any) -> int:
-    """Of arrays, or of shapes with their shardings."""
+    """Bytes that arrays, or shapes with their shardings, take on one chip."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 

@@ -40,7 +40,11 @@ def _program(config: ExperimentConfig, devices: list[jax.Device], robots: int) -
 
 
 def tpu_report(config: ExperimentConfig, topology: str, slices: int, robots: int) -> dict[str, Any]:
-    """Of a program for TPUs: the step or, of some `robots`, the policy on one chip. Raises TopologyError for an unknown one."""
+    """The report of a program for TPUs: the step or, for some `robots`, the policy on one chip.
+
+    Raises:
+        TopologyError: for a topology that is not known.
+    """
     devices = aot.topology_devices(topology, slices)
     if robots:
         devices = devices[:1]
@@ -68,7 +72,7 @@ def tpu_report(config: ExperimentConfig, topology: str, slices: int, robots: int
 
 
 def gpu_report(config: ExperimentConfig, devices: int, capability: str, robots: int) -> dict[str, Any]:
-    """Of a program for GPUs: the step or, of some `robots`, the policy on one."""
+    """The report of a program for GPUs: the step or, for some `robots`, the policy on one."""
     try:
         major, minor = map(int, capability.split("."))
     except ValueError as error:

@@ -76,7 +76,7 @@ def share_of_forms(shipped: Mapping[str, ExperimentConfig], number: int, of: int
     """A line with the seconds of each form's first run, or what it said if it failed."""
 
     def filled(shape: Any) -> Any:
-        """Of nothing in particular, and nothing that is zero."""
+        """Arrays of nothing in particular, and nothing that is zero."""
         return jnp.full(shape.shape, 0.02 if jnp.issubdtype(shape.dtype, jnp.floating) else 1, shape.dtype)
 
     def result(make: Callable[[], Any]) -> float | str:
@@ -227,7 +227,7 @@ def training(config: ExperimentConfig) -> dict[str, Any]:
 
 
 def profile(policy: ExperimentConfig, step: ExperimentConfig) -> dict[str, Any]:
-    """Of every kernel's name, up to numbers, the share of all kernels' time."""
+    """The share of all kernels' time that each kernel's name, up to numbers, has."""
     chunks = _kernels(functools.partial(random_policy(policy), *_nothing(policy)))
     call, _ = training_benchmark.random_step(step)
     return {"policy": chunks, "full step": _kernels(call), "device": jax.devices()[0].device_kind}

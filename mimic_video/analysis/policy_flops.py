@@ -13,7 +13,7 @@ from mimic_video.training.flops import products
 
 @dataclasses.dataclass(frozen=True)
 class PolicyFlops:
-    """Of one robot's action chunk, by the policy's stages.
+    """Operations of one robot's action chunk, by the policy's stages.
 
     Attributes:
         encode: of the observed frames.
@@ -33,7 +33,7 @@ class PolicyFlops:
 
 
 def policy_flops(config: ExperimentConfig) -> PolicyFlops:
-    """Of a chunk as `config.policy` samples it, from a trace of the policy's program. No array is made."""
+    """Operations of a chunk as `config.policy` samples it, from a trace of the policy's program. No array is made."""
     program = PolicyProgram(config, widest_robot(config))
     params = jax.eval_shape(program.parameters, program.vam.shapes)
     with assuming(PAPER):

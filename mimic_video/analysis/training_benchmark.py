@@ -66,7 +66,7 @@ def random_step(config: ExperimentConfig) -> tuple[Callable[[], Any], float]:
 
 
 def step_times(config: ExperimentConfig, product_rate: float, repeats: int) -> dict[str, Any]:
-    """Of training steps on one random batch."""
+    """Times of training steps on one random batch."""
     call, compiling = random_step(config)
     result: dict[str, Any] = {"compile_s": round(compiling, 2)}
     result |= percentiles(call, repeats)

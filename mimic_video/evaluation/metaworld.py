@@ -3,7 +3,6 @@
 import atexit
 import ctypes.util
 import dataclasses
-import difflib
 import os
 import sys
 import warnings
@@ -11,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mimic_video.config import ConfigError
+from mimic_video.errors import ConfigError, nearest
 from mimic_video.evaluation.environment import Observation, checked_action
 from mimic_video.evaluation.simulators import EnvironmentSettings
 
@@ -111,8 +110,7 @@ class MetaworldFactory:
 
     def __post_init__(self):
         if self.task not in INSTRUCTIONS:
-            nearest = difflib.get_close_matches(self.task, INSTRUCTIONS, n=1, cutoff=0.0)
-            raise ConfigError(f"unknown Meta-World task '{self.task}'; did you mean '{nearest[0]}'?")
+            raise ConfigError(f"unknown Meta-World task '{self.task}'; did you mean '{nearest(self.task, INSTRUCTIONS)}'?")
         if min(self.image_size) < 1:
             raise ConfigError(f"image_size is {self.image_size}; expected a positive height and width")
         if self.layout not in _WIDTHS:

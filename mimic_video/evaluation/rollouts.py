@@ -15,8 +15,8 @@ from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.evaluation.environment import EnvironmentFactory, EnvironmentPool, Observation, views
 from mimic_video.evaluation.simulators import ExpertFactory, with_expert
 from mimic_video.media import write_video
-from mimic_video.policy.execution import Executor, SimulatedDelay, make_strategy
 from mimic_video.policy.history import FrameHistory
+from mimic_video.policy.strategies import Executor, SimulatedDelay, make_strategy
 from mimic_video.transforms import resize_images
 
 _log = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def evaluated_tasks(config: ExperimentConfig) -> tuple[str, ...]:
 
 
 def evaluated_seeds(config: ExperimentConfig) -> range:
-    """Of every task."""
+    """The seeds of every task's episodes."""
     return range(config.evaluation.first_seed, config.evaluation.first_seed + config.evaluation.episodes_per_task)
 
 

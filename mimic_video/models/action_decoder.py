@@ -63,7 +63,7 @@ PROPRIO_TIME = 1e-3  # the flow time that proprioception tokens carry
 BILINEAR_BIAS = 0.382050174
 
 
-def time_features(times: Float[Array, "*b"], width: int) -> Float[Array, "*b {width}"]:
+def fourier_features(times: Float[Array, "*b"], width: int) -> Float[Array, "*b {width}"]:
     """[sin | cos] of flow times with width/2 periods from 0.004 to 4, geometrically spaced (SPEC 6.2).
 
     The shortest period makes 250 cycles over the unit interval: a float32 product would lose the phase's low digits.
@@ -125,8 +125,8 @@ class PairTimeEmbedding(nnx.Module):
     ) -> tuple[Float[Array, "n s r"], Float[Array, "n s w"]]:
         """Normalised embedding (n, s, rank) and the modulation term shared by all blocks (n, s, 3·width)."""
         width = self.action_proj.in_features
-        action = silu(self.action_proj(time_features(times, width).astype(dtype)))
-        video = silu(self.video_proj(time_features(video_time[:, None], width).astype(dtype)))
+        action = silu(self.action_proj(fourier_features(times, width).astype(dtype)))
+        video = silu(self.video_proj(fourier_features(video_time[:, None], width).astype(dtype)))
         video_rank = each_chunk(self.video_rank(video), len(action))
         assert self.action_rank.bias is not None and self.video_rank.bias is not None
         z = self.action_rank(action) * video_rank - self.action_rank.bias[...] * self.video_rank.bias[...]

@@ -54,7 +54,7 @@ def platform() -> str:
 
 
 def compute_capability() -> Capability | None:
-    """Of this process's GPUs; None if that is not known, and for GPUs that have none."""
+    """The compute capability of this process's GPUs; None if that is not known, and for GPUs that have none."""
     assumed = _ASSUMED.get()
     return assumed[1] if assumed else _own_capability()
 

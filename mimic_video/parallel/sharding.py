@@ -128,7 +128,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def _longest_dimension(leaf: Any, mesh: Mesh) -> PartitionSpec:
-    """Of an array that no rule names: its longest dimension that can be split is, if it is large."""
+    """The partition of an array that no rule names: along its longest dimension that can be split, if it is large."""
     fitting = [axis for axis, size in enumerate(leaf.shape) if size % mesh.shape["fsdp"] == 0]
     if math.prod(leaf.shape) < _LARGE or not fitting:
         return PartitionSpec()

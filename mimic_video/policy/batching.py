@@ -20,7 +20,7 @@ from mimic_video_client import protocol
 _log = logging.getLogger(__name__)
 
 
-class Planner(Protocol):
+class Plan(Protocol):
     """A `Policy`, or anything called like one."""
 
     def __call__(
@@ -75,7 +75,7 @@ class Batcher:
 
     def __init__(
         self,
-        plan: Planner,
+        plan: Plan,
         layout: PolicyLayout,
         batch_sizes: Sequence[int],
         max_queue: int,

@@ -57,7 +57,7 @@ def measure(policy: Policy, batch: int = 1, repeats: int = 30, image_size: tuple
 
 
 def percentiles(call: Callable[[], Any], repeats: int) -> dict[str, float]:
-    """Of the calls after a first one, in milliseconds."""
+    """Percentiles of the calls after a first one, in milliseconds."""
     jax.block_until_ready(call())
     times = []
     for _ in range(repeats):

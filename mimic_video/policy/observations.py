@@ -1,7 +1,6 @@
 """What clients of the server may send: observations under the names of several robot stacks, checked and resampled in time."""
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, UInt8
 
+from mimic_video.errors import nearest
 from mimic_video.policy.history import FrameHistory
 from mimic_video.policy.policy import Policy
 from mimic_video.transforms import resize_images
@@ -159,9 +159,8 @@ class Session:
         known = [*_FIELDS, *(f"images.{camera}" for camera in self._layout.cameras)]
         for name in fields:
             if name not in known:
-                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
                 raise BadRequest(
-                    f"unknown field '{name[:80]}'; expected {', '.join(known)} (did you mean '{nearest}'? the "
+                    f"unknown field '{name[:80]}'; expected {', '.join(known)} (did you mean '{nearest(name, known)}'? the "
                     "server's --rename maps a robot's names to these, or leaves them out)"
                 )
 

@@ -16,8 +16,8 @@ from mimic_video.flow.inpainting import prefix_weights
 from mimic_video.models.protocols import TextEncoder
 from mimic_video.models.text import make_text_encoder
 from mimic_video.policy import bundle
-from mimic_video.policy.execution import Committed
 from mimic_video.policy.program import PolicyProgram
+from mimic_video.policy.strategies import Committed
 from mimic_video.runs import checkpoints, directory
 from mimic_video.runs.storage import RunError, local_path, run_path
 from mimic_video.transforms import resize_images, stack_views
@@ -94,7 +94,7 @@ class Policy:
             instructions: one per robot.
             query: counts the plans of an episode, so that their noise differs (unless it is the published one).
             committed: actions that the chunks have to continue (real-time chunking); None for none. Where actions are poses as
-                seen from the current hand, so are these: `execution.in_base_frame` sees to it.
+                seen from the current hand, so are these: `strategies.in_base_frame` sees to it.
 
         Raises:
             ValueError: naming the argument, if a shape or dtype is not one that the policy can use.

@@ -39,7 +39,7 @@ class PolicyProgram:
         return {**self.vam.policy_params(params), "normalizers": scales}
 
     def input_shapes(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Of what a call takes after the parameters, for `batch` robots."""
+        """Shapes of what a call takes after the parameters, for `batch` robots."""
         config, data = self.vam.config, self.vam.config.data
         return {
             "images": jax.ShapeDtypeStruct((batch, len(data.cameras), data.past_frames, *data.image_size, 3), jnp.uint8),
@@ -49,7 +49,7 @@ class PolicyProgram:
         }
 
     def prefix_shapes(self, batch: int) -> Prefix:
-        """Of what chunks have to continue."""
+        """Shapes of what chunks have to continue."""
         chunk = (batch, self.vam.config.data.action_horizon, self._decoder.action_dim)
         return Prefix(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (chunk, chunk[:2])))  # type: ignore[arg-type]
 

@@ -18,7 +18,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response
 
-from mimic_video.policy.batching import Batcher, Planner, RequestError
+from mimic_video.policy.batching import Batcher, Plan, RequestError
 from mimic_video.policy.observations import BadRequest, PolicyLayout, Request, Session
 from mimic_video.policy.policy import Policy
 from mimic_video.policy.server_metrics import ServerMetrics
@@ -76,7 +76,7 @@ class PolicyServer:
         metrics: what `/metrics` shows.
     """
 
-    def __init__(self, plan: Planner, layout: PolicyLayout, options: ServerOptions):
+    def __init__(self, plan: Plan, layout: PolicyLayout, options: ServerOptions):
         self._layout, self._options = layout, options
         self.port = options.port
         self.metrics = ServerMetrics(options.batch_sizes)

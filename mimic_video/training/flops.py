@@ -25,7 +25,7 @@ _AGAIN = "rematted_computation"  # the scope in which `jax.checkpoint` computes 
 
 @dataclasses.dataclass(frozen=True)
 class StepFlops:
-    """Of one optimisation step over the whole batch, by what they are spent on.
+    """Operations of one optimisation step over the whole batch, by what they are spent on.
 
     Attributes:
         tokenizer: encoding frames; zero if the latents were precomputed. No part of `model`: it is no part of the models.
@@ -46,7 +46,7 @@ class StepFlops:
 
 
 def step_flops(vam: VideoActionModel) -> StepFlops:
-    """Of one optimisation step of a model's stage: of the gradient of its loss, traced for one sample. No array is made."""
+    """Operations of an optimisation step of a model's stage: of the gradient of its loss, traced for one sample."""
     config = vam.config
 
     def loss(trained: Params, frozen: Params, batch: Batch) -> Float[Array, ""]:

@@ -45,7 +45,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 
 class SpikeState(NamedTuple):
-    """Of `skip_spikes`: the recent average of gradient norms, 0 at first, and how many steps were skipped so far."""
+    """The state of `skip_spikes`: the recent average of gradient norms, 0 at first, and how many steps were skipped so far."""
 
     average: Float[Array, ""]
     skipped: Int[Array, ""]

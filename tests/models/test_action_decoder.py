@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from mimic_video.config import ActionDecoderConfig
-from mimic_video.models.action_decoder import ActionConditioning, ActionDecoder, Embedder, embedder_widths, time_features
+from mimic_video.models.action_decoder import ActionConditioning, ActionDecoder, Embedder, embedder_widths, fourier_features
 
 CONFIG = ActionDecoderConfig(
     width=16,
@@ -112,7 +112,7 @@ def test_time_features_are_as_exact_as_in_float64(width, compiled):
     ).astype(np.float32)
     periods = 0.004 * 1000.0 ** (np.arange(width // 2) / (width // 2 - 1))
     angles = 2 * np.pi * times.astype(np.float64)[:, None] / periods
-    function = jax.jit(time_features, static_argnums=1) if compiled else time_features
+    function = jax.jit(fourier_features, static_argnums=1) if compiled else fourier_features
     features = function(jnp.asarray(times), width)
     np.testing.assert_allclose(features, np.concatenate([np.sin(angles), np.cos(angles)], -1), atol=1e-5)
 

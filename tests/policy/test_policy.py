@@ -9,8 +9,8 @@ from mimic_video.batch import Observation
 from mimic_video.config import ConfigError
 from mimic_video.embodiments import Embodiment
 from mimic_video.policy import program
-from mimic_video.policy.execution import Committed
 from mimic_video.policy.policy import Policy
+from mimic_video.policy.strategies import Committed
 from mimic_video.runs import checkpoints, directory
 from mimic_video.stages import split_params
 from mimic_video.training.steps import make_state

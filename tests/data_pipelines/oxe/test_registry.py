@@ -8,7 +8,7 @@ import tensorflow_datasets as tfds
 from declared import STEPS, make_columns, parts
 
 from data_pipelines.oxe import registry
-from data_pipelines.oxe.spec import DatasetSpec, Feature, SchemaError, check_schema, expected_features, flatten_features
+from data_pipelines.oxe.spec import DatasetSpec, DeclaredFeature, SchemaError, check_schema, expected_features, flatten_features
 from data_pipelines.oxe.standardise import Gripper, LastCommand, Turn, Values, delta, parse, pose, vector
 
 TEMPLATE = pathlib.Path(__file__).parents[3] / "configs" / "my_robot.py"
@@ -274,9 +274,9 @@ def test_the_template(monkeypatch):
 
 
 def features_of(spec):
-    features = {f"steps/observation/{key}": Feature("image", (64, 64, 3), "uint8") for key in spec.cameras.values()}
-    features[spec.language_path] = Feature("text", (), "object")
-    return features | {f"steps/{path}": Feature("tensor", shape, "float32") for path, shape in spec.features.items()}
+    features = {f"steps/observation/{key}": DeclaredFeature("image", (64, 64, 3), "uint8") for key in spec.cameras.values()}
+    features[spec.language_path] = DeclaredFeature("text", (), "object")
+    return features | {f"steps/{path}": DeclaredFeature("tensor", shape, "float32") for path, shape in spec.features.items()}
 
 
 @pytest.mark.parametrize("name", registry.names())
@@ -294,10 +294,10 @@ def test_schema_names_everything_that_is_wrong():
     spec = registry.find("bridge_orig")
     features = features_of(spec)
     features["steps/observation/image_9"] = features.pop("steps/observation/image_0")
-    features["steps/observation/image_1"] = Feature("image", (256, 256, 1), "uint8")
-    features["steps/action"] = Feature("tensor", (8,), "float32")
+    features["steps/observation/image_1"] = DeclaredFeature("image", (256, 256, 1), "uint8")
+    features["steps/action"] = DeclaredFeature("tensor", (8,), "float32")
     features["steps/observation/stat"] = features.pop("steps/observation/state")
-    features["steps/language_instruction"] = Feature("tensor", (512,), "float32")
+    features["steps/language_instruction"] = DeclaredFeature("tensor", (512,), "float32")
     with pytest.raises(SchemaError) as error:
         check_schema(features, spec)
     assert str(error.value).splitlines() == [
@@ -326,17 +326,17 @@ def test_features_of_a_tfds_tree():
         }
     )
     assert flatten_features(tree) == {
-        "episode_metadata/task": Feature("text", (), "object"),
-        "steps/action/open_gripper": Feature("tensor", (), "bool"),
-        "steps/action/future/xyz": Feature("tensor", (30,), "float32"),
-        "steps/observation/image": Feature("image", (8, 16, 3), "uint8"),
-        "steps/observation/instruction": Feature("text", (), "object"),
+        "episode_metadata/task": DeclaredFeature("text", (), "object"),
+        "steps/action/open_gripper": DeclaredFeature("tensor", (), "bool"),
+        "steps/action/future/xyz": DeclaredFeature("tensor", (30,), "float32"),
+        "steps/observation/image": DeclaredFeature("image", (8, 16, 3), "uint8"),
+        "steps/observation/instruction": DeclaredFeature("text", (), "object"),
     }
 
 
 def test_instructions_may_be_as_bytes_or_of_the_episode():
     spec = registry.find("language_table")
-    check_schema(features_of(spec) | {spec.language_path: Feature("tensor", (512,), "int32")}, spec)
+    check_schema(features_of(spec) | {spec.language_path: DeclaredFeature("tensor", (512,), "int32")}, spec)
     spec = dataclasses.replace(ROBOT, language="episode_metadata/task")
     assert spec.language_path == "episode_metadata/task"
     check_schema(features_of(spec), spec)

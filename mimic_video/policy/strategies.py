@@ -281,7 +281,7 @@ def control_loop(step: Callable[[], None], control_hz: float, steps: int) -> int
 
 
 def in_base_frame(plan: Callable[..., Chunk]) -> Callable[..., Chunk]:
-    """Of a plan of poses as seen from the current hand, one of poses in the base frame (SPEC 9.2), also those to be continued.
+    """Turns a plan of poses as seen from the current hand into one of poses in the base frame (SPEC 9.2), committed ones too.
 
     Proprioception has to be the current pose vector, as in training.
     """

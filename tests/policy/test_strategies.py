@@ -6,8 +6,8 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from mimic_video.config import ConfigError, PolicyConfig, experiment_from
-from mimic_video.policy import execution
-from mimic_video.policy.execution import (
+from mimic_video.policy import strategies
+from mimic_video.policy.strategies import (
     Committed,
     Executor,
     SimulatedDelay,
@@ -200,7 +200,7 @@ class Clock:
 
 def test_a_late_step_is_counted_and_no_later_one_is_rushed(monkeypatch):
     clock, starts = Clock(), []
-    monkeypatch.setattr(execution, "time", clock)
+    monkeypatch.setattr(strategies, "time", clock)
 
     def step():
         starts.append(clock.now)
