@@ -1,7 +1,9 @@
 import importlib.metadata
 import pathlib
+import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -31,3 +33,17 @@ def test_the_version_is_the_one_installed_and_in_the_changelog():
 @pytest.mark.parametrize("package", ["mimic_video", "mimic_video_client", "data_pipelines"])
 def test_type_checkers_see_the_types(package):
     assert (ROOT / package / "py.typed").is_file()
+
+
+def test_every_place_names_the_same_stages_of_tests():
+    """The markers, what leaves out their modules, continuous integration here and at GitHub."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["markers"]
+    stages = [marker.partition(":")[0] for marker in settings][1:]  # after "slow", which all of them are
+    listed = {
+        "tests/conftest.py": r"STAGES = \((.*)\)",
+        ".ci/run": r"for stage in (.*); do",
+        ".github/workflows/tests.yml": r"stage: \[(.*)\]",
+    }
+    for file, pattern in listed.items():
+        (names,) = re.findall(pattern, (ROOT / file).read_text())
+        assert re.findall(r"\w+", names) == stages, file
