@@ -33,7 +33,7 @@ COSMOS_14B = {
 def test_settings_of_a_larger_backbone():
     config = video_dit_config(COSMOS_14B, hidden_block=25)
     assert (config.width, config.num_blocks, config.num_heads, config.hidden_block) == (5120, 36, 40, 25)
-    assert config.rope_ratio == (20 / 24, 2.0, 2.0) and config.patch == (1, 2, 2) and config.latent_channels == 16
+    assert config.rope_ratio == (20 / 24, 2.0, 2.0) and config.patch == (1, 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,7 @@ def test_settings_of_a_larger_backbone():
         ({"use_crossattn_projection": True}, "'use_crossattn_projection' is True; only False"),
         ({"concat_padding_mask": False}, "'concat_padding_mask' is False; only True"),
         ({"in_channels": 16}, "'in_channels' is 16; only 17"),
+        ({"out_channels": 48, "in_channels": 49}, "'out_channels' is 48; only 16"),
         ({"img_context_dim_in": 1152}, "'img_context_dim_in' is 1152"),
         ({"controlnet_block_every_n": 7}, "'controlnet_block_every_n' is 7"),
         (
