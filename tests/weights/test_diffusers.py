@@ -43,6 +43,7 @@ def test_settings_of_a_larger_backbone():
         ({"use_crossattn_projection": True}, "'use_crossattn_projection' is True; only False"),
         ({"concat_padding_mask": False}, "'concat_padding_mask' is False; only True"),
         ({"in_channels": 16}, "'in_channels' is 16; only 17"),
+        ({"out_channels": 48, "in_channels": 49}, "'out_channels' is 48; only 16"),
         ({"img_context_dim_in": 1152}, "'img_context_dim_in' is 1152"),
         ({"controlnet_block_every_n": 7}, "'controlnet_block_every_n' is 7"),
         (
