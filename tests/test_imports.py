@@ -1,6 +1,8 @@
 """Which package imports which: the table of docs/design.md, held against the code."""
 
 import ast
+import functools
+import gc
 import graphlib
 import re
 from collections.abc import Iterator
@@ -32,12 +34,18 @@ def package(module: str) -> str:
     return f"{first}.{rest[0]}" if first == "mimic_video" and rest else first
 
 
+@functools.cache
 def modules() -> dict[str, ast.Module]:
+    """Every module's tree. CPython up to 3.12 fails to make one if a garbage collection meanwhile runs Python code."""
     paths = [path for name in PACKAGES for path in sorted((ROOT / name).rglob("*.py"))]
-    return {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): ast.parse(path.read_text())
-        for path in paths
-    }
+    gc.disable()
+    try:
+        return {
+            ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): ast.parse(path.read_text())
+            for path in paths
+        }
+    finally:
+        gc.enable()
 
 
 def imports(tree: ast.Module, known: dict[str, ast.Module]) -> Iterator[str]:
