@@ -139,9 +139,9 @@ class Policy:
         if video.dtype != np.uint8:
             raise ValueError(f"policy input 'images' has dtype {video.dtype}; expected uint8")
         expected: tuple[int, ...] = (batch, len(data.cameras), data.past_frames, *data.image_size, 3)
-        if len(data.cameras) == 1 and video.ndim == 5:
+        if len(data.cameras) == 1 and video.ndim != len(expected):
             expected = (batch, *expected[2:])
-            if video.shape[-1] == 3 and min(video.shape) > 0:
+            if video.ndim == len(expected) and video.shape[-1] == 3 and min(video.shape) > 0:
                 video = resize_images(video, data.image_size)
         for name, value, shape in (("images", video, expected), ("proprio", proprio, (batch, self.embodiment.proprio_dim))):
             if value.shape != shape:

@@ -70,7 +70,7 @@ def stream(path, config, *, skip_broken=False, workers=0):
 
 def anchors(batches, count):
     """Which windows there are in so many batches, as 100 · episode + step."""
-    return {int(value) for _ in range(count) for value in next(batches)["proprio"][:, 0, 0]}
+    return {int(value) for _ in range(count) for value in next(batches).observation.proprio[:, 0, 0]}
 
 
 def expected_anchors(episodes):

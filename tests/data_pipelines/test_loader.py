@@ -192,7 +192,8 @@ def test_robots_of_different_widths_share_batches(parts):
 def test_datasets_may_be_of_one_robot(parts):
     decoder, same = dataclasses.replace(DECODER, embodiments=4), [dataclasses.replace(part, embodiment=3) for part in parts]
     for batch in mixed_batches(same, 4, decoder=decoder):
-        assert batch["embodiment"].dtype == np.int32 and (batch["embodiment"] == 3).all()
+        robots = batch.observation.embodiment
+        assert robots.dtype == np.int32 and (robots == 3).all()
 
 
 def test_each_robot_has_its_own_normaliser(parts, config):

@@ -96,7 +96,7 @@ def test_its_expert_is_the_ceiling_and_demonstrates(own):
         np.testing.assert_allclose(np.diff(episode.timestamps), 0.1)
         environment = factory()
         environment.reset(seed=seed)
-        np.testing.assert_allclose(episode.actions[0], np.clip((environment.goal - environment.position) / 0.1, -1, 1), rtol=1e-6)
+        np.testing.assert_allclose(episode.actions[0], np.clip(([-0.5, 0] - environment.position) / 0.1, -1, 1), rtol=1e-6)
     at_goal = np.abs(episodes[0].proprio[:, :2] - [-0.5, 0]).max(1) < 0.05  # seed 0 has no noise
     assert np.flatnonzero(at_goal).tolist() == list(range(len(at_goal) - STEPS_AFTER_SUCCESS, len(at_goal)))
 

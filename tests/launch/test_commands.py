@@ -74,7 +74,7 @@ def test_show_config_lists_every_field(launch):
     text = launch("train", f"--config={ROOT / 'configs' / 'quickstart.py'}:action", "--show_config", "--config.seed=7")
     lines = {line.split()[0]: line for line in text.splitlines()}
     assert lines["field"].split() == ["field", "value", "default", "comment"]
-    assert re.fullmatch(r"seed +7 +0", lines["seed"])
+    assert re.fullmatch(r"seed +7 +0 +of initial parameters, .*", lines["seed"])
     assert re.fullmatch(r"data.image_size +\(64, 64\) +\(480, 640\) +height, width in pixels, as .*", lines["data.image_size"])
     assert re.fullmatch(r"policy.stop_step +0 +0 +video denoising steps .*", lines["policy.stop_step"])
     assert list(lines) == ["field", *field_paths(ExperimentConfig)]

@@ -7,6 +7,7 @@ import tiny
 
 from configs import published
 from mimic_video.config import experiment_from
+from mimic_video.models.protocols import VideoInputs
 from mimic_video.models.quantization import Int8Kernel, cast, dequantized, quantized
 
 
@@ -30,10 +31,11 @@ def test_a_network_computes_as_with_the_weights_that_its_integers_stand_for():
     vam = tiny.model(config)
     exact = {"backbone": tiny.params(config)["backbone"]}
     kept = vam.policy_params(exact)
-    latents, times, text = np.ones((1, 3, 4, 4, 16), np.float32), np.full((1, 3), 0.5, np.float32), np.ones((1, 4, 8), np.float32)
+    latents, times, text = jnp.ones((1, 1, 3, 4, 4, 16)), jnp.full((1, 3), 0.5), jnp.ones((1, 4, 8))
+    inputs = VideoInputs(latents, times, text, jnp.zeros((1, 3)))
 
     def velocity(params):
-        return jax.jit(lambda params: vam.module("backbone", params)(latents, times, text, jnp.zeros((1, 3))))(params)
+        return jax.jit(lambda params: vam.module("backbone", params)(inputs))(params)
 
     plain = {"backbone": dequantized(kept["backbone"], jnp.float32)}
     np.testing.assert_allclose(velocity(kept), velocity(plain), rtol=1e-5, atol=1e-6)

@@ -255,7 +255,7 @@ def test_cameras_by_name():
     both = Policy(config, params, dataclasses.replace(ROBOT, cameras=("primary", "wrist")))
     one, (images, *rest) = Policy(config, params, ROBOT), observation()
     cameras = {"primary": images, "wrist": 255 - images}
-    stacked = np.concatenate([images, 255 - images], axis=2)
+    stacked = np.stack([images, 255 - images], axis=1)
     plan = both(cameras, *rest)
     np.testing.assert_array_equal(both(stacked, *rest), plan)
     without = one({"primary": images}, *rest)
@@ -269,5 +269,5 @@ def test_cameras_by_name():
     )
     with pytest.raises(ValueError, match=r"'images' has shapes .* expected one and the same but for height and width"):
         both(cameras | {"wrist": images[:, :4]}, *rest)
-    with pytest.raises(ValueError, match=r"'images' has shape .*; expected \(2, 5, 32, 32, 3\)"):
+    with pytest.raises(ValueError, match=r"'images' has shape .*; expected \(2, 2, 5, 16, 32, 3\)"):
         both(images, *rest)
