@@ -33,7 +33,7 @@ ROBOT = Embodiment(
     },
     {"action": (), "proprio": ()},
 )
-IMAGES = np.random.default_rng(2).integers(0, 256, (1, 5, *tiny.SIZE, 3), np.uint8)
+IMAGES = np.random.default_rng(2).integers(0, 256, (1, 1, 5, *tiny.SIZE, 3), np.uint8)
 PROPRIO, INSTRUCTION = np.array([[0.5, 1.5, -1.0]], np.float32), "open the drawer"
 
 

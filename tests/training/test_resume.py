@@ -1,6 +1,5 @@
 """A training run that was stopped or killed ends, after the same command again, with the same bits as one that was not."""
 
-import itertools
 import json
 import os
 import pathlib
@@ -226,13 +225,7 @@ def test_a_run_without_a_checkpoint_starts_again_on_the_frozen_parameters_it_kep
 def test_a_run_that_is_given_more_steps_is_one_that_had_them(tmp_path, first, second):
     def train(run, steps, settings):
         config = tiny.experiment(train={"steps": steps, "checkpoint_every": 100} | settings)
-        return loop.train(
-            config,
-            tmp_path / run,
-            init=lambda mesh: tiny.params(config),
-            batches=lambda step: (tiny.batch(config, 8, seed) for seed in itertools.count(step)),
-            data=lambda step: {"next_step": step},
-        )
+        return loop.train(config, tmp_path / run, tiny.Data(config))
 
     assert int(train("grown", 2, first).step) == 2
     grown, whole = train("grown", 4, second), train("whole", 4, second)
