@@ -22,12 +22,12 @@ EXTRAS = {
     # Meta-World pins the MuJoCo that works with it, but forgets packaging.
     "sim": ["metaworld==3.1.1", "packaging"],
     "report": ["matplotlib"],
-    # Published weights: .pt files, and repositories. Safetensors files need nothing.
+    # Published weights: .pt files, and repositories. Safetensors files need neither.
     "convert": ["torch", "huggingface-hub"],
     # T5 features of instructions; sentencepiece and protobuf for models that come without a tokenizer.json.
     "text": ["torch", "transformers>=5", "sentencepiece", "protobuf"],
     "video": ["av"],  # MP4
-    "serve": ["msgpack>=1.0.5", "websockets>=16"],  # the policy server, and mimic_video_client
+    "serve": ["msgpack>=1.0.5", "prometheus-client", "websockets>=16"],  # the policy server, and mimic_video_client
     "gcs": ["gcsfs"],  # run directories in Google Cloud Storage
     "wandb": ["wandb"],  # metrics there, too
     "tpu": ["jax[tpu]>=0.10"],
@@ -44,7 +44,6 @@ EXTRAS["test"] = [
     "pytest",
     "pytest-xdist",  # most tests compile, on one core
     "ruff",
-    "safetensors",
 ]
 EXTRAS["test-all"] = [
     *(package for extra in ("test", "sim", "convert", "text", "wandb", "compile") for package in EXTRAS[extra]),
@@ -76,6 +75,7 @@ setup(
         "optax>=0.2.6",  # optimizers and schedules
         "orbax-checkpoint>=0.11.30",  # checkpoints of sharded arrays, by many hosts
         "pillow",  # JPEG frames, resizing, GIFs
+        "safetensors>=0.8",  # weights; the first with bfloat16 in NumPy that this was tried with
         "scipy",  # rotations
         "tensorboardX",  # TensorBoard files without TensorFlow
         "tqdm",

@@ -170,7 +170,7 @@ class Batcher:
                 batch[0].answer.set_exception(failure)
             return
         planned = time.monotonic() - start
-        self._metrics.robots.add(len(actions))
+        self._metrics.robots.observe(len(actions))
         first = 0
         for waiting in batch:
             count = len(waiting.request.state)

@@ -82,6 +82,7 @@ class PolicyServer:
         self.metrics = ServerMetrics(options.batch_sizes)
         self._batcher = Batcher(plan, layout, options.batch_sizes, options.max_queue, options.deadline, self.metrics)
         self._draining = False
+        self._connections = 0
         self._busy = 0  # messages that are not answered yet
         self._idle = asyncio.Event()
         self._idle.set()
@@ -123,16 +124,17 @@ class PolicyServer:
             status = http.HTTPStatus.SERVICE_UNAVAILABLE if self._draining else http.HTTPStatus.OK
             return connection.respond(status, "draining\n" if self._draining else "ok\n")
         if path == "/metrics":
-            self.metrics.queue_depth = self._batcher.waiting
+            self.metrics.connections.set(self._connections)
+            self.metrics.queue_depth.set(self._batcher.waiting)
             response = connection.respond(http.HTTPStatus.OK, self.metrics.text())
             del response.headers["Content-Type"]
             response.headers["Content-Type"] = "text/plain; version=0.0.4; charset=utf-8"
             return response
         if self._options.token and not self._authorised(request):
-            self.metrics.errors["unauthorised"] += 1
+            self.metrics.errors.labels("unauthorised").inc()
             return connection.respond(http.HTTPStatus.UNAUTHORIZED, "expected the header 'Authorization: Bearer TOKEN'\n")
-        if self._draining or self.metrics.connections >= self._options.max_connections:
-            self.metrics.errors["refused"] += 1
+        if self._draining or self._connections >= self._options.max_connections:
+            self.metrics.errors.labels("refused").inc()
             why = "is shutting down" if self._draining else f"has {self._options.max_connections} connections already"
             return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, f"the policy server {why}\n")
         return None
@@ -156,7 +158,7 @@ class PolicyServer:
 
     async def _handle(self, connection: ServerConnection) -> None:
         """One connection: the metadata, then an answer to every message, in order."""
-        self.metrics.connections += 1
+        self._connections += 1
         session = Session(self._layout, self._options.renames, max(self._options.batch_sizes))
         try:
             await self._send(connection, protocol.pack(self._metadata()))
@@ -171,21 +173,21 @@ class PolicyServer:
                         self._idle.set()
         except ConnectionClosed as closed:
             if closed.sent and closed.sent.code == _TOO_LARGE:
-                self.metrics.errors["too_large"] += 1
+                self.metrics.errors.labels("too_large").inc()
             _log.info("connection to %s ended: %s", connection.remote_address, closed)
         finally:
-            self.metrics.connections -= 1
+            self._connections -= 1
 
     async def _send(self, connection: ServerConnection, data: bytes | str) -> None:
         try:
             async with asyncio.timeout(_SEND_SECONDS):
                 await connection.send(data)
         except TimeoutError:
-            self.metrics.errors["slow_reader"] += 1
+            self.metrics.errors.labels("slow_reader").inc()
             connection.transport.abort()
 
     async def _answer(self, connection: ServerConnection, session: Session, message: bytes | str) -> bytes | str:
-        self.metrics.requests += 1
+        self.metrics.requests.inc()
         arrived = time.monotonic()
         try:
             if self._draining:
@@ -199,7 +201,7 @@ class PolicyServer:
             return await self._plan(connection, request, arrived)
         except (RequestError, BadRequest, protocol.ProtocolError) as error:
             kind = error.kind if isinstance(error, RequestError) else protocol.BAD_REQUEST
-            self.metrics.errors[kind] += 1
+            self.metrics.errors.labels(kind).inc()
             return protocol.error_text(kind, str(error))
 
     async def _plan(self, connection: ServerConnection, request: Request, arrived: float) -> bytes:
@@ -214,8 +216,8 @@ class PolicyServer:
             planning.cancel()
             gone.cancel()
         total = time.monotonic() - arrived
-        self.metrics.answers += 1
-        self.metrics.latency.add(total)
+        self.metrics.answers.inc()
+        self.metrics.latency.observe(total)
         timing = {"queue_ms": 1e3 * answer.waited, "infer_ms": 1e3 * answer.planned, "total_ms": 1e3 * total}
         return protocol.pack(
             {

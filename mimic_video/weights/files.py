@@ -18,6 +18,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from mimic_video.atomic import atomically
 from mimic_video.weights.published import IGNORED, LazyTensor, WeightsError
@@ -35,7 +36,6 @@ _SAFETENSORS = {
     "BOOL": np.bool_,
 }
 _SAFETENSORS_NAMES = {np.dtype(dtype): name for name, dtype in _SAFETENSORS.items()}
-_HEADER_LIMIT = 100_000_000  # bytes, the format's own
 _MAPPED_LIMIT = 256 * 2**20  # bytes of a memory-mapped file that may become resident
 
 
@@ -63,6 +63,8 @@ def open_tensors(path: str | os.PathLike) -> dict[str, LazyTensor]:
 
 def write_safetensors(path: str | os.PathLike, shapes: Mapping[str, Any], tensors: Iterable[tuple[str, np.ndarray]]) -> None:
     """Writes a safetensors file that appears whole or not at all.
+
+    The library itself writes only tensors that are all in memory.
 
     Args:
         shapes: name → anything with the `shape` and `dtype` that its tensor will have, in the order of `tensors`.
@@ -103,40 +105,25 @@ def write_pt(path: str | os.PathLike, tensors: Iterable[tuple[str, np.ndarray]])
         torch.save(state, partial)
 
 
-# Safetensors: a length, a JSON header of that length, the tensors' bytes.
-
-
 def _open_safetensors(path: pathlib.Path) -> dict[str, LazyTensor]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(size - 8, _HEADER_LIMIT):
-            raise WeightsError(f"{path} is not a safetensors file, or is truncated: {size} bytes, with a header of {length}")
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            tensors, end = {}, 0
-            for name, entry in header.items():
-                dtype, shape = np.dtype(_SAFETENSORS[entry["dtype"]]), tuple(entry["shape"])
-                start, stop = entry["data_offsets"]
-                if not 0 <= start <= stop or stop - start != math.prod(shape) * dtype.itemsize:
-                    raise ValueError(f"'{name}' of {dtype} {shape} takes the bytes {start} to {stop}")
-                tensors[name] = LazyTensor(shape, dtype, functools.partial(_read, path, 8 + length + start, shape, dtype))
-                end = max(end, stop)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise WeightsError(f"{path} has no readable safetensors header: {error}") from error
-    if 8 + length + end != size:
-        raise WeightsError(f"{path} has {size} bytes; its header announces {8 + length + end}: it is truncated or damaged")
+    tensors = {}
+    try:
+        with safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118
+                entry = file.get_slice(name)
+                dtype = np.dtype(_SAFETENSORS[entry.get_dtype()])
+                tensors[name] = LazyTensor(tuple(entry.get_shape()), dtype, functools.partial(_read_safetensors, path, name))
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is not a safetensors file, or is truncated or damaged: {error}") from error
+    except KeyError as error:
+        raise WeightsError(f"{path}: '{name}' has the dtype {error}; expected one of {', '.join(_SAFETENSORS)}") from error
     return tensors
 
 
-def _read(path: pathlib.Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    array = np.empty(shape, dtype)
-    with path.open("rb") as file:
-        file.seek(offset)
-        if file.readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:
-            raise WeightsError(f"{path} became shorter while it was read")
-    return array
+def _read_safetensors(path: pathlib.Path, name: str) -> np.ndarray:
+    """One tensor, with the file mapped no longer than that: pages once read stay resident while it is."""
+    with safe_open(path, framework="np") as file:
+        return file.get_tensor(name)
 
 
 def _open_folder(folder: pathlib.Path) -> dict[str, LazyTensor]:

@@ -74,7 +74,7 @@ def test_health_and_metrics_are_plain_http():
             'errors_total{kind="bad_request"}': 1,
             "connections": 1,
             "latency_seconds_count": 3,
-            'batch_robots_bucket{le="1"}': 3,
+            'batch_robots_bucket{le="1.0"}': 3,
             "queue_depth": 0,
         }
         assert {name: metric(running, name) for name in expected} == expected

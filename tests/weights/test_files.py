@@ -231,7 +231,12 @@ def test_bytes_behind_a_safetensors_file(tmp_path, state):
 )
 def test_damaged_safetensors_headers(tmp_path, header):
     (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0\0\0")
-    assert "no readable safetensors header" in refusal(tmp_path / "x.safetensors")
+    assert "truncated or damaged" in refusal(tmp_path / "x.safetensors")
+
+
+def test_a_safetensors_file_of_another_dtype(tmp_path):
+    safetensors.torch.save_file({"a": torch.zeros(4).to(torch.float8_e4m3fn)}, tmp_path / "x.safetensors")
+    assert "'a' has the dtype 'F8_E4M3'; expected one of F64, F32" in refusal(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("content", [b"", b"a text file, renamed" * 9, pickle.dumps(3), pickle.dumps({"a": [1, 2]})])
