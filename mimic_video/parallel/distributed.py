@@ -186,14 +186,17 @@ class _Watch:
     def _check(self) -> None:
         """Publishes the failure of a process whose sign of life has not changed for too long."""
         now = time.monotonic()
-        for key, beats in self._client.key_value_dir_get(_ALIVE):
-            if self._heard.get(key, ("",))[0] != beats:
-                self._heard[key] = beats, now
-            elif now - self._heard[key][1] > SILENCE:
-                name = key.rpartition("/")[2]
+        for name, beats in self._said(_ALIVE).items():
+            if self._heard.get(name, ("",))[0] != beats:
+                self._heard[name] = beats, now
+            elif now - self._heard[name][1] > SILENCE:
                 self._publish(
                     f"{name} has shown no sign of life for {SILENCE:.0f} s: it was killed, ran out of memory or lost its machine"
                 )
+
+    def _said(self, what: str) -> dict[str, str]:
+        """What each process has said of this, by its name."""
+        return {key.rpartition("/")[2]: value for key, value in self._client.key_value_dir_get(what)}
 
     def _publish(self, reason: str) -> None:
         """The first reason is the one that all print."""
@@ -207,12 +210,9 @@ class _Watch:
         """Process 0 goes last: the others read the reason from it, and JAX aborts those that it leaves behind."""
         end = time.monotonic() + SILENCE  # some may have died, too
         while time.monotonic() < end:
-            present, leaving = (
-                {key.removeprefix(folder) for key, _ in self._client.key_value_dir_get(folder)} for folder in (_ALIVE, _LEAVING)
-            )
             now = time.monotonic()
             silent = {name for name, (_, heard) in list(self._heard.items()) if now - heard > SILENCE}
-            if not present - leaving - silent - {f"/{self._name}"}:
+            if len(self._said(_LEAVING).keys() | silent | {self._name}) == global_state.num_processes:
                 break
             time.sleep(_BEAT / 4)
         time.sleep(_BEAT)  # from their word to their end
