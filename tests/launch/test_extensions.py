@@ -48,13 +48,18 @@ def test_each_is_short(name):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder with those files, which are not imported yet, and the recordings of the robot."""
+    """A folder with those files, which are not imported yet."""
     for parts in (BACKBONES, SIMULATORS, TOKENIZERS):
         monkeypatch.setattr(parts, "_parts", dict(parts._parts))
     for name in OWN:
         monkeypatch.delitem(sys.modules, name, raising=False)
         shutil.copy(HERE / f"{name}.py", tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    return tmp_path
+
+
+def write_recordings(folder):
+    """Two episodes of the robot, written by tfds, which needs TensorFlow for it."""
     random, number = np.random.default_rng(0), tfds.features.Tensor
     features = {
         "steps/observation/camera": tfds.features.Image(shape=(32, 40, 3), dtype=np.uint8, encoding_format="png"),
@@ -68,8 +73,7 @@ def folder(tmp_path, monkeypatch):
         return dict(zip(features, [*values, f"move {episode}"], strict=True))
 
     episodes = [({}, [step(episode) for _ in range(9)]) for episode in ("left", "right")]
-    oxe_schemas.write_episodes(tmp_path, "point_robot", features, episodes, "array_record")
-    return tmp_path
+    oxe_schemas.write_episodes(folder, "point_robot", features, episodes, "array_record")
 
 
 def write_experiment(folder, stage, **fields):
@@ -102,6 +106,7 @@ def test_the_template_of_a_dataset_is_imported_as_its_text_says(launch, folder, 
 
 @pytest.mark.training
 def test_parts_of_ones_own_are_trained_evaluated_and_exported(launch, folder):
+    write_recordings(folder)
     runs = {stage: folder / "runs" / stage for stage in ("video", "action")}
     for stage, run in runs.items():
         backbone = str(runs["video"]) if stage == "action" else ""
