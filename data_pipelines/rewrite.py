@@ -26,9 +26,10 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.utils import flatten_nest_dict
 from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
-from data_pipelines.sources.index import Shard, worker_processes
+from data_pipelines.sources.index import Shard
 from data_pipelines.sources.records import Feature, RecordFile, RecordWriter, open_records, parse_example
 from data_pipelines.sources.rlds import CONTINUES, Dataset, DatasetError, decode_image, open_dataset
+from data_pipelines.workers import worker_processes
 from data_pipelines.writers import FileFormat, SplitSize, encode_jpeg, shard_path, write_metadata
 from mimic_video.atomic import INCOMPLETE, atomically
 

@@ -5,16 +5,13 @@ import concurrent.futures
 import dataclasses
 import functools
 import logging
-import multiprocessing
-import os
 import pickle
-import signal
-import threading
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from data_pipelines.episode import ArrayFrames, Episode
+from data_pipelines.workers import worker_processes
 from mimic_video.evaluation.environment import Environment, views
 from mimic_video.evaluation.simulators import Expert, ExpertFactory
 
@@ -96,11 +93,6 @@ def _demonstrate_all(
 ) -> Iterator[tuple[int, Episode | None]]:
     """(seed, episode) in order of the seeds. Few are in flight at a time, so a slow reader does not fill the memory."""
     pickled = pickle.dumps(factory)
-    executor = concurrent.futures.ProcessPoolExecutor(
-        num_workers,
-        mp_context=multiprocessing.get_context("spawn"),  # graphics contexts and JAX do not survive a fork
-        initializer=_tie_to_parent,
-    )
     pending: collections.deque[tuple[int, concurrent.futures.Future]] = collections.deque()
 
     def finish_oldest() -> tuple[int, Episode | None]:
@@ -110,28 +102,13 @@ def _demonstrate_all(
         except Exception as error:
             raise RuntimeError(f"{name}, seed {seed}: the demonstration failed in its worker process") from error
 
-    try:
+    with worker_processes(num_workers) as executor:
         for seed in seeds:
             pending.append((seed, executor.submit(_demonstrate, pickled, name, seed)))
             if len(pending) == 4 * num_workers:
                 yield finish_oldest()
         while pending:
             yield finish_oldest()
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _tie_to_parent() -> None:
-    """Makes this worker end when its parent does and not before: the executor alone leaves workers of a killed parent running."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends its workers itself
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # this is a worker
-
-    def leave_with_parent():
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
 def _demonstrate(factory: bytes, name: str, seed: int) -> Episode | None:

@@ -17,11 +17,8 @@ import functools
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +27,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from data_pipelines.sources.records import DatasetError, Feature, TfRecordFile, is_remote, open_records, parse_example
+from data_pipelines.workers import worker_processes
 from mimic_video.atomic import atomically
 from mimic_video.cache import user_cache
 
@@ -222,29 +220,6 @@ def open_index(
                 _merge(parts, shards, columns, building)
             shutil.rmtree(parts)
     return root / key
-
-
-@contextlib.contextmanager
-def worker_processes(count: int) -> Iterator[concurrent.futures.Executor]:
-    """Processes that end with this one, whatever ends it; what they have not begun is given up when the block is left."""
-    context = multiprocessing.get_context("spawn")  # JAX does not survive a fork
-    executor = concurrent.futures.ProcessPoolExecutor(count, mp_context=context, initializer=_end_with_parent)
-    try:
-        yield executor
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends its workers itself
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # this is a worker
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def _index_shards(shards: Sequence[Shard], file_format: str, columns: Sequence[Column], parts: Path) -> None:
