@@ -91,9 +91,11 @@ class OpenTrainingData:
 
     def samples(self, count: int) -> Iterator[Mapping[str, np.ndarray]]:
         """At most `count` evenly spaced windows of all datasets."""
-        every = [(windows, index) for windows in self.training.windows.values() for index in range(len(windows))]
-        chosen = np.linspace(0, len(every) - 1, min(count, len(every))).astype(int)
-        return (every[i][0][every[i][1]] for i in chosen)
+        datasets = list(self.training.windows.values())
+        first = np.cumsum([0, *map(len, datasets)])
+        chosen = np.linspace(0, first[-1] - 1, min(count, first[-1])).astype(int)
+        owners = np.searchsorted(first, chosen, side="right") - 1
+        return (datasets[owner][int(index - first[owner])] for owner, index in zip(owners, chosen, strict=True))
 
     def robots(self) -> dict[str, Embodiment]:
         """By name, with statistics that several hosts compute together; all have to call this."""

@@ -115,8 +115,8 @@ def resampled(episode: Episode, hz: float) -> Episode:
 
 def split_episodes(count: int, share: float) -> dict[str, list[int]]:
     """Episodes of `train` and, if there are any, `val`, in order; the choice depends on the numbers alone."""
-    held_out = np.random.default_rng(_VALIDATION_SEED).choice(count, round(share * count), replace=False)
-    splits = {"train": [i for i in range(count) if i not in set(held_out.tolist())], "val": sorted(held_out.tolist())}
+    held_out = set(np.random.default_rng(_VALIDATION_SEED).choice(count, round(share * count), replace=False).tolist())
+    splits = {"train": [i for i in range(count) if i not in held_out], "val": sorted(held_out)}
     return {split: indices for split, indices in splits.items() if indices}
 
 

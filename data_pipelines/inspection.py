@@ -109,7 +109,7 @@ def inspect_dataset(directory: pathlib.Path, name: str, spec: DatasetSpec | None
     """Schema, windows and histograms of a prepared dataset; without an entry it is read as one of our own layout."""
     out = options.out / name
     print_schema(directory, spec)
-    source = RldsSource(directory, options.split, spec=spec) if spec else RldsSource(directory, options.split)
+    source = RldsSource(directory, options.split, spec=spec)
     print(f"{source.name}: {len(source)} episodes")
     out.mkdir(parents=True, exist_ok=True)
     picture, captions = draw_windows(source, options.samples)

@@ -160,7 +160,7 @@ def fill_latents(
 
     Args:
         episodes: those of the cache.
-        encode: frames uint8 (`train.batch_size`, f, v·H, W, 3) → their latents.
+        encode: frames uint8 (`train.batch_size`, v, f, H, W, 3) → their latents.
 
     Raises:
         DatasetError: if a frame cannot be read, without `data.skip_broken`.

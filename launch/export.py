@@ -23,7 +23,7 @@ import experiment
 from absl import flags
 
 from mimic_video.models.text import DamagedEntryError
-from mimic_video.policy.export import PLATFORMS, Programs, export_policy, read_prompts
+from mimic_video.policy.export import PLATFORMS, Programs, export_policy, known_prompts
 from mimic_video.runs.storage import RunError, local_path, run_path
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of stage `action`", required=True)
@@ -47,7 +47,7 @@ def main() -> None:
         local_path(_OUT.value),
         precision=_PRECISION.value,
         weights=_WEIGHTS.value,
-        prompts=read_prompts(pathlib.Path(_PROMPTS.value)) if _PROMPTS.value else (),
+        prompts=known_prompts(pathlib.Path(_PROMPTS.value)) if _PROMPTS.value else (),
         programs=Programs(_STABLEHLO.value, _BATCH_SIZE.value, _EMBODIMENT.value),
         safetensors=_SAFETENSORS.value,
     )

@@ -17,20 +17,11 @@ from tqdm import tqdm
 from data_pipelines.datasets import find_instructions
 from data_pipelines.sources.rlds import DatasetError
 from mimic_video.config import ConfigError, ExperimentConfig
-from mimic_video.models.text import T5TextEncoder
+from mimic_video.models.text import T5TextEncoder, read_prompts
 
 _PROMPTS = flags.DEFINE_string("prompts", None, "UTF-8 file of further prompts, one per line; blank lines are skipped")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Prompts that are encoded at once", lower_bound=1)
 _DEVICE = flags.DEFINE_string("device", "cpu", "PyTorch device of the text model, e.g. cuda")
-
-
-def file_prompts(path: pathlib.Path) -> list[str]:
-    """The lines of a file without the spaces around them. Raises ConfigError if it cannot be read."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts={path} cannot be read: {error}") from error
-    return [line.strip() for line in lines if line.strip()]
 
 
 def main(config: ExperimentConfig) -> None:
@@ -44,7 +35,7 @@ def main(config: ExperimentConfig) -> None:
             "--prompts is not given"
         )
     encoder, start = T5TextEncoder(config.text, config.backbone.text_width, _DEVICE.value), time.perf_counter()
-    lines = file_prompts(pathlib.Path(_PROMPTS.value)) if _PROMPTS.value else []
+    lines = read_prompts(pathlib.Path(_PROMPTS.value)) if _PROMPTS.value else []
     prompts = [*(dict.fromkeys(lines) | find_instructions(config))]
     missing = sorted(encoder.missing(prompts), key=len)  # prompts of a batch are padded to its longest
     cached = len(prompts) - len(missing)

@@ -144,6 +144,10 @@ class VideoActionModel:
         past = self.latents(params, observation)
         return Conditioning(past, observation.text, observation.view_mask, negative_text, guidance)
 
+    def condition_on_past(self, latents: Latents, observation: Observation) -> Conditioning:
+        """What the observed frames of whole windows, as latents, tell the video model."""
+        return Conditioning(latents[:, :, : self.config.past_latents], observation.text, observation.view_mask)
+
     # Training. What is random is an argument, so that a batch may be cut into parts, and noise be the same twice.
 
     def draw(self, key: jax.Array, batch: int) -> Draws:
@@ -237,9 +241,8 @@ class VideoActionModel:
         """Hidden states of a batch's whole windows, their future latents noised to the τ_v that were drawn."""
         seen, time = batch.observation, draws["video_time"]
         latents = self.latents(params, seen)
-        past = latents[:, :, : self.config.past_latents]
         x_tau = matching.interpolate(latents, draws["video"], time)
-        return self.hidden_at(params, Conditioning(past, seen.text, seen.view_mask), x_tau, time)
+        return self.hidden_at(params, self.condition_on_past(latents, seen), x_tau, time)
 
     # Sampling. Noise is an argument, so that a sample is a function of it whatever drew it.
 

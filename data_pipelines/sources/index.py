@@ -301,7 +301,6 @@ def _steps(row: Mapping[Column, Any]) -> int:
 
 def _merge(parts: Path, shards: Sequence[Shard], columns: Sequence[Column], target: Path) -> None:
     """Joins the shards' parts, one in memory at a time, in the folder `target`."""
-    shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
     records: list[np.ndarray] = []
     errors: list[dict[str, Any]] = []

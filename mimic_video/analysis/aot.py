@@ -121,7 +121,7 @@ def step_program(config: ExperimentConfig, devices: Sequence[jax.Device]) -> tup
     vam, mesh = VideoActionModel(config), make_mesh(config.mesh, list(devices))
     require_divisible(config.train.batch_size, mesh)
     state = abstract_state(vam, mesh)
-    frozen = jax.eval_shape(lambda: split_params(vam.init(jax.random.key(0)), config)[1])
+    frozen = jax.eval_shape(lambda params: split_params(params, config)[1], vam.shapes)
     frozen = {
         name: jax.tree.map(
             lambda leaf, where, name=name: jax.ShapeDtypeStruct(leaf.shape, vam.dtype(name), sharding=where),
@@ -150,7 +150,7 @@ def policy_program(
         robot: by default as wide as the decoder, with all cameras.
     """
     program = PolicyProgram(config, robot or widest_robot(config))
-    params = jax.eval_shape(lambda: program.parameters(program.vam.init(jax.random.key(0))))
+    params = jax.eval_shape(program.parameters, program.vam.shapes)
     arguments = [params, *program.input_shapes(batch).values()]
     if continuing:
         arguments.append(program.prefix_shapes(batch))

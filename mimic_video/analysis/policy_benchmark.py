@@ -40,16 +40,9 @@ print(json.dumps(times | {"acted": time.time()}))
 def random_policy(config: ExperimentConfig) -> Policy:
     """With random parameters, in the precision of the policy, and text features that are the same for all instructions."""
     vam = VideoActionModel(config)
-
-    @jax.jit
-    def make():
-        return {
-            name: jax.tree.map(lambda leaf: leaf.astype(vam.dtype(name)), part)  # noqa: B023
-            for name, part in vam.init(jax.random.key(0)).items()
-        }
-
+    params = jax.jit(lambda: vam.cast(vam.init(jax.random.key(0))))()
     text = np.random.default_rng(0).standard_normal((config.text.rows, config.backbone.text_width), np.float32)
-    return Policy(config, make(), widest_robot(config), encode_text=lambda _: text)
+    return Policy(config, params, widest_robot(config), encode_text=lambda _: text)
 
 
 def policy_latency(config: ExperimentConfig, batch: int, repeats: int, rate: float, reference: bool) -> dict[str, Any]:

@@ -42,8 +42,7 @@ def random_params(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> tuple[Tr
 
     def make() -> tuple[TrainState, Params]:
         trained, frozen = split_params(vam.init(jax.random.key(0)), config)
-        frozen = {name: jax.tree.map(lambda leaf: leaf.astype(vam.dtype(name)), part) for name, part in frozen.items()}  # noqa: B023
-        return make_state(config, trained), frozen
+        return make_state(config, trained), vam.cast(frozen)
 
     return jax.jit(make, out_shardings=shardings(jax.eval_shape(make), mesh))()
 

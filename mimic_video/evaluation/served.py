@@ -94,7 +94,7 @@ class ConnectionPerEpisodePlan:
         while len(self._clients) < count:
             self._clients.append(self._connect())
         with concurrent.futures.ThreadPoolExecutor(count) as pool:
-            rows = ({camera: frames[row] for camera, frames in images.items()} for row in range(count))
+            rows = (_at(images, row) for row in range(count))
             plans = pool.map(self._plan_one, self._clients, rows, proprio, instructions, [query_index] * count)
             return np.stack(list(plans))
 
@@ -114,10 +114,10 @@ class ConnectionPerEpisodePlan:
             raise ValueError(f"a plan every {self._plan_seconds:g} s is every {new:g} video frames; expected a whole number")
         if query_index > 0:  # frames before the first one only repeat it
             for age in range(min(round(new), *map(len, images.values())) - 1, 0, -1):
-                client.observe({"images": _frame(images, -1 - age), "timestamp": now - age / video_hz})
-        message = {"images": _frame(images, -1), "state": proprio, "prompt": instruction, "timestamp": now}
+                client.observe({"images": _at(images, -1 - age), "timestamp": now - age / video_hz})
+        message = {"images": _at(images, -1), "state": proprio, "prompt": instruction, "timestamp": now}
         return client.infer(message)["actions"]
 
 
-def _frame(images: Images, index: int) -> dict[str, np.ndarray]:
+def _at(images: Images, index: int) -> dict[str, np.ndarray]:
     return {camera: frames[index] for camera, frames in images.items()}

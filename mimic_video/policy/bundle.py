@@ -139,7 +139,7 @@ def read_bundle(path: pathlib.Path) -> Bundle:
     _verify(path)
     config = read_config(path)
     vam, device = VideoActionModel(config), SingleDeviceSharding(jax.local_devices()[0])
-    shapes = jax.eval_shape(lambda: vam.policy_params(vam.init(jax.random.key(0))))
+    shapes = jax.eval_shape(vam.policy_params, vam.shapes)
     params = load_tree(path / "params", jax.tree.map(lambda leaf: leaf.update(sharding=device), shapes))
     known = KnownText(FeatureCache(path / "text"), config.text, config.backbone.text_width)
     return Bundle(config, params, load_embodiments(path), known)

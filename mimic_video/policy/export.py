@@ -9,7 +9,7 @@ from etils import epath
 
 from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.embodiments import choose
-from mimic_video.models.text import T5TextEncoder, make_text_encoder
+from mimic_video.models.text import T5TextEncoder, make_text_encoder, read_prompts
 from mimic_video.policy.bundle import new_bundle, write_policy
 from mimic_video.policy.policy import Policy
 from mimic_video.policy.stablehlo import Platform, attention_for, write_programs
@@ -35,12 +35,9 @@ def load(
     return dataclasses.replace(config, policy=policy), VideoActionModel(config).cast(params), step
 
 
-def read_prompts(path: pathlib.Path) -> list[str]:
-    """The lines of a UTF-8 file, without the spaces around them. Raises ConfigError if it cannot be read or has none."""
-    try:
-        prompts = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts={path} cannot be read: {error}") from error
+def known_prompts(path: pathlib.Path) -> list[str]:
+    """`read_prompts`; raises ConfigError also if there are none."""
+    prompts = read_prompts(path)
     if not prompts:
         raise ConfigError(f"--prompts={path} has no instructions; expected one a line")
     return prompts

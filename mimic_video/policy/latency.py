@@ -49,7 +49,7 @@ def measure(policy: Policy, batch: int = 1, repeats: int = 30, image_size: tuple
     conditioning = run("encode", vam.condition, params, observed)
     hidden, at = run("video", vam.sample_hidden, params, conditioning, noise["video"])
     told = run("context", vam.action_conditioning, params, hidden, at, observed)
-    chunk = run("steps", program.normalized_actions, params, told, noise["actions"])
+    chunk = run("steps", vam.decode_actions, params, told, noise["actions"])
     run("unnormalize", program.raw_actions, params, chunk)
     run("program", program, params, video, proprio, text, key_data)
     policy(*observation)  # compiles

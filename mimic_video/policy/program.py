@@ -12,7 +12,6 @@ from mimic_video.batch import Observation
 from mimic_video.config import ExperimentConfig
 from mimic_video.embodiments import Embodiment
 from mimic_video.flow import matching
-from mimic_video.models.action_decoder import ActionConditioning
 from mimic_video.transforms import Normalizer
 from mimic_video.vam import Noise, Params, Prefix, VideoActionModel
 
@@ -73,9 +72,10 @@ class PolicyProgram:
             prefix: what the chunks have to continue, normalised.
         """
         noise, observation = self.noise(key_data, len(images), samples), self.observe(params, images, proprio, text)
-        hidden, time = self.vam.sample_hidden(params, self.vam.condition(params, observation), noise["video"])
-        conditioning = self.vam.action_conditioning(params, hidden, time, observation)
-        return self.raw_actions(params, self.normalized_actions(params, conditioning, noise["actions"], prefix))
+        actions = noise["actions"]
+        chunks = noise | {"actions": actions.reshape(-1, *actions.shape[-2:])}  # those of a robot next to each other
+        planned = self.vam.sample_actions(params, observation, chunks, prefix).reshape(actions.shape)
+        return self.raw_actions(params, planned)
 
     def noise(self, key_data: UInt32[Array, " k"], batch: int, samples: int | None = None) -> Noise:
         """As of `VideoActionModel.policy_noise`; of several samples, "actions" is (b, samples, a, m), the first that of one."""
@@ -108,16 +108,6 @@ class PolicyProgram:
             embodiment=jnp.full(batch, robot.index) if self._decoder.embodiments else None,
             action_dims=jnp.tile(jnp.arange(width) < robot.action_dim, (batch, 1)) if robot.action_dim < width else None,
         )
-
-    def normalized_actions(
-        self,
-        params: Params,
-        conditioning: ActionConditioning,
-        noise: Float[Array, "b *n a w"],
-        prefix: Prefix | None = None,
-    ) -> Float[Array, "b *n a w"]:
-        """The action flow: all samples of a robot are told the same."""
-        return self.vam.decode_actions(params, conditioning, noise.reshape(-1, *noise.shape[-2:]), prefix).reshape(noise.shape)
 
     def raw_actions(self, params: Params, chunks: Float[Array, "b *n a w"]) -> Float[Array, "b *n a m"]:
         """In the robot's units, and only its dimensions."""

@@ -389,7 +389,7 @@ def _abstract_params(config: ExperimentConfig, precision: Precision, mesh: Mesh 
     """Shapes of the (trained, frozen) parameters, in their shardings on a mesh or on the first device, wherever they were
     trained."""
     vam = VideoActionModel(config)
-    shapes = jax.eval_shape(lambda key: split_params(vam.init(key), config), jax.random.key(0))
+    shapes = jax.eval_shape(lambda params: split_params(params, config), vam.shapes)
     one_device = SingleDeviceSharding(jax.local_devices()[0])
 
     def one(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, where: Any) -> jax.ShapeDtypeStruct:

@@ -19,7 +19,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -60,8 +60,8 @@ def write_config(run: epath.Path, config: ExperimentConfig) -> None:
 
 def _forbidden_changes(run: epath.Path, before: ExperimentConfig, now: ExperimentConfig) -> list[str]:
     """What keeps a run from going on with another configuration, by field."""
-    allowed = {field.path: field.on_resume for field in describe(ExperimentConfig)}
-    changed = [path for path in _differences(before, now) if allowed[path] == "fixed" and path != "train.schedule_steps"]
+    fixed = [field.path for field in describe(ExperimentConfig) if field.on_resume == "fixed"]
+    changed = [path for path in _differences(before, now, fixed) if path != "train.schedule_steps"]
     messages = [f"{path}: {value_at(before, path)!r} → {value_at(now, path)!r}" for path in changed]
     # However it is written, what counts is where the schedule ends; `train.steps` is free of it if that is said by itself.
     if (end := before.train.schedule_end) != now.train.schedule_end and before.train.schedule == now.train.schedule:
@@ -82,9 +82,9 @@ def _steps_done(run: epath.Path) -> int:
     return max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=0) if folder.is_dir() else 0
 
 
-def _differences(one: ExperimentConfig, other: ExperimentConfig) -> list[str]:
-    """Dotted names of the fields in which two configurations differ."""
-    return [field.path for field in describe(ExperimentConfig) if value_at(one, field.path) != value_at(other, field.path)]
+def _differences(one: ExperimentConfig, other: ExperimentConfig, paths: Iterable[str]) -> list[str]:
+    """Those of the fields in which two configurations differ."""
+    return [path for path in paths if value_at(one, path) != value_at(other, path)]
 
 
 def read_config(run: epath.Path) -> ExperimentConfig:
@@ -113,11 +113,9 @@ def require_same_model(trained: ExperimentConfig, wanted: ExperimentConfig, run:
     Raises:
         ConfigError: listing every field that one of `shaped` presupposes and whose value is not the one it was trained with.
     """
-    presupposed = set(shaping(*shaped))
     changed = [
         f"'{path}' is {value_at(wanted, path)!r}, there {value_at(trained, path)!r}"
-        for path in _differences(trained, wanted)
-        if path in presupposed
+        for path in _differences(trained, wanted, shaping(*shaped))
     ]
     if changed:
         raise ConfigError(f"the weights of {run} do not fit this configuration: config field " + "; ".join(changed))

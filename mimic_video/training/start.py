@@ -74,8 +74,7 @@ def initial_params(config: ExperimentConfig, mesh: Mesh, samples: Callable[[int]
         samples: windows to fit the tokenizer to, as `OpenData.samples`: asked for if there is no `backbone_run`.
     """
     vam, key, first = VideoActionModel(config), jax.random.key(config.seed), jax.process_index() == 0
-    tree = jax.eval_shape(vam.init, key)
-    shapes, where = named_leaves(tree), named_leaves(shardings(tree, mesh))
+    shapes, where = named_leaves(vam.shapes), named_leaves(shardings(vam.shapes, mesh))
     if config.backbone_run:
         run = run_path(config.backbone_run)
         pretrained, step = checkpoints.load_params(run, checkpoints.START_PRECISION[config.stage], mesh)
@@ -85,7 +84,7 @@ def initial_params(config: ExperimentConfig, mesh: Mesh, samples: Callable[[int]
     elif not hasattr(config.tokenizer.network, "fit"):
         found = {}
     else:
-        blank = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tree["tokenizer"])
+        blank = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), vam.shapes["tokenizer"])
         tokenizer = fit_tokenizer(config, samples(config.tokenizer.fit_windows)) if first else blank
         found = named_leaves({"tokenizer": multihost_utils.broadcast_one_to_all(tokenizer)})
     if config.start_run:
@@ -104,7 +103,7 @@ def initial_params(config: ExperimentConfig, mesh: Mesh, samples: Callable[[int]
         return {name: leaf for name, leaf in named_leaves(vam.init(key)).items() if name in new}
 
     found |= jax.jit(init, out_shardings={name: where[name] for name in new})(key)
-    return jax.tree.unflatten(jax.tree.structure(tree), [found[name] for name in shapes])
+    return jax.tree.unflatten(jax.tree.structure(vam.shapes), [found[name] for name in shapes])
 
 
 def fit_tokenizer(config: ExperimentConfig, samples: Iterable[Mapping[str, np.ndarray]]) -> Params:

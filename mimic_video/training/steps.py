@@ -48,11 +48,7 @@ def initial_state(config: ExperimentConfig, params: Params, mesh: Mesh) -> Train
 
 def abstract_state(vam: VideoActionModel, mesh: Mesh) -> TrainState:
     """Shapes and shardings of the state, to restore a checkpoint into."""
-
-    def make() -> TrainState:
-        return make_state(vam.config, split_params(vam.init(jax.random.key(0)), vam.config)[0])
-
-    shapes = jax.eval_shape(make)
+    shapes = jax.eval_shape(lambda params: make_state(vam.config, split_params(params, vam.config)[0]), vam.shapes)
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings(shapes, mesh)
     )

@@ -17,7 +17,7 @@ from mimic_video.parallel.sharding import MeshFunction, global_batch
 from mimic_video.stages import join_params
 from mimic_video.training.metrics import MetricWriter
 from mimic_video.training.steps import make_validation_step
-from mimic_video.vam import Conditioning, Latents, Params, VideoActionModel
+from mimic_video.vam import Latents, Params, VideoActionModel
 
 Curves = Callable[[Params, Params, Sequence[Batch]], dict[str, float]]
 Videos = tuple[UInt8[Array, "b v f h w 3"], UInt8[Array, "b v f h w 3"]]  # real, predicted
@@ -94,13 +94,10 @@ def make_action_curves(vam: VideoActionModel, mesh: Mesh) -> Curves:
 
     Padded actions, and dimensions that a robot lacks, do not count. Recorded actions are as the normaliser clamps them.
     """
-    grid, past = solvers.karras_sigmas(vam.config.policy.video_steps), vam.config.past_latents
+    grid = solvers.karras_sigmas(vam.config.policy.video_steps)
     steps = np.unique(np.linspace(0, len(grid) - 1, _CURVE_POINTS).round().astype(int)).tolist()
     times = matching.flow_time(grid[steps])
     key = jax.random.key(vam.config.seed)
-
-    def observed(batch: Batch, latents: Latents) -> Conditioning:
-        return Conditioning(latents[:, :, :past], batch.observation.text, batch.observation.view_mask)
 
     def on_mesh(function: Callable) -> MeshFunction:
         return MeshFunction(jax.jit(function), mesh)
@@ -110,7 +107,7 @@ def make_action_curves(vam: VideoActionModel, mesh: Mesh) -> Curves:
         """A batch's latents, noise, and x_τ on the sampler's way."""
         latents = vam.latents(frozen, batch.observation)
         noise = vam.draw_noise(key, len(latents))["video"]
-        return latents, noise, vam.sample_path(frozen, observed(batch, latents), noise, steps)
+        return latents, noise, vam.sample_path(frozen, vam.condition_on_past(latents, batch.observation), noise, steps)
 
     @on_mesh
     def noised(latents: Latents, noise: Latents, time: Float[Array, ""]) -> Latents:
@@ -123,7 +120,7 @@ def make_action_curves(vam: VideoActionModel, mesh: Mesh) -> Curves:
         """The number of action values, and sums of their squared errors."""
         assert batch.actions is not None and batch.action_mask is not None
         everything, video_time = join_params(params, frozen, vam.config), jnp.full(len(latents), time)
-        hidden = vam.hidden_at(everything, observed(batch, latents), x_tau, video_time)
+        hidden = vam.hidden_at(everything, vam.condition_on_past(latents, batch.observation), x_tau, video_time)
         noise = vam.draw_noise(key, len(latents))["actions"]
         conditioning = vam.action_conditioning(everything, hidden, video_time, batch.observation)
         planned = vam.decode_actions(everything, conditioning, noise)
@@ -169,8 +166,7 @@ def make_video_samples(vam: VideoActionModel, mesh: Mesh) -> Callable[[Params, P
         )
         latents = vam.latents(everything, few)
         noise = vam.draw_noise(jax.random.key(vam.config.seed), len(latents))["video"]
-        past = latents[:, :, : vam.config.past_latents]
-        predicted = vam.sample_video(everything, Conditioning(past, few.text, few.view_mask), noise)
+        predicted = vam.sample_video(everything, vam.condition_on_past(latents, few), noise)
         return vam.decode_video(everything, latents) if few.video is None else few.video, predicted
 
     return MeshFunction(jax.jit(sample, out_shardings=NamedSharding(mesh, PartitionSpec())), mesh)

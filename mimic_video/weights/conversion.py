@@ -5,7 +5,6 @@ import json
 import pathlib
 import re
 
-import jax
 from etils import epath
 
 from mimic_video.config import ConfigError, ExperimentConfig
@@ -80,7 +79,7 @@ def published_weights(config: ExperimentConfig, source: pathlib.Path, patterns: 
         ema: takes the moving average of the backbone and the decoder.
         lora_alpha: of the LoRA layers of a checkpoint that is not fused.
     """
-    shapes, networks = network_shapes(config), {"tokenizer": WAN_VAE_NAMES, "backbone": VIDEO_DIT_NAMES}
+    shapes, networks = VideoActionModel(config).shapes, {"tokenizer": WAN_VAE_NAMES, "backbone": VIDEO_DIT_NAMES}
     if config.stage == "action":
         networks["decoder"] = ACTION_DECODER_NAMES
     files = {name: str(only_file(source, name, getattr(patterns, name))) for name in networks}
@@ -95,7 +94,7 @@ def published_weights(config: ExperimentConfig, source: pathlib.Path, patterns: 
 
 def diffusers_weights(config: ExperimentConfig, source: pathlib.Path) -> Params:
     """Tokenizer and backbone from diffusers' layout. Raises ConfigError if they are not those that are configured."""
-    shapes = network_shapes(config)
+    shapes = VideoActionModel(config).shapes
     there = dataclasses.replace(
         config,
         backbone=video_dit_config(read_component(source, "transformer"), config.backbone.hidden_block),
@@ -107,10 +106,6 @@ def diffusers_weights(config: ExperimentConfig, source: pathlib.Path) -> Params:
         params[name] = import_params(open_tensors(source / part), names, shapes[name], source=str(source / part))
         print(f"{name}: {source / part}")
     return params
-
-
-def network_shapes(config: ExperimentConfig) -> Params:
-    return jax.eval_shape(VideoActionModel(config).init, jax.random.key(0))
 
 
 def read_statistics(path: pathlib.Path, config: ExperimentConfig) -> dict[str, Statistics]:

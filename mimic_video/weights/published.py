@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mimic_video.trees import named_leaves, path_name
+
 Tree = dict  # nested dict of arrays: the pure dict of a network's NNX state
 
 
@@ -192,7 +194,7 @@ def import_params(tensors: Tensors, names: Names, shapes: Tree, *, source: str =
             problems.append(f"'{name}' holds {tensor.dtype}; expected floating point")
     if problems:
         raise WeightsError(f"{source} does not fit this network in {len(problems)} tensors:\n  " + "\n  ".join(problems))
-    flat = _flat(shapes)
+    flat = named_leaves(shapes)
     values: dict[str, np.ndarray] = {}
     for name, place in names.items():
         if place.path not in flat:
@@ -205,7 +207,7 @@ def import_params(tensors: Tensors, names: Names, shapes: Tree, *, source: str =
         values[place.path] = _aligned_empty(shape, np.dtype(dtype or members[0].dtype))
         for block, member in zip(values[place.path] if stacked else [values[place.path]], members, strict=True):
             block[...] = _to_ours(np.asarray(member), place)
-    return jax.tree_util.tree_map_with_path(lambda path, _: values[_name(path)], shapes)
+    return jax.tree_util.tree_map_with_path(lambda path, _: values[path_name(path)], shapes)
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -222,7 +224,7 @@ def export_params(params: Tree, names: Names) -> Iterator[tuple[str, np.ndarray]
     A parameter is let go once its last tensor is out, so that a caller who keeps no reference to `params` itself never holds
     the weights twice.
     """
-    flat = _flat(params)
+    flat = named_leaves(params)
     _require_named(names, flat)
     del params
     for name, place in names.items():
@@ -238,7 +240,7 @@ def export_params(params: Tree, names: Names) -> Iterator[tuple[str, np.ndarray]
 
 def published_shapes(names: Names, shapes: Tree) -> dict[str, jax.ShapeDtypeStruct]:
     """Their name → their shape and our dtype, in the order of `export_params`, from a tree of our shapes (or arrays)."""
-    flat = _flat(shapes)
+    flat = named_leaves(shapes)
     _require_named(names, flat)
     result: dict[str, jax.ShapeDtypeStruct] = {}
     for name, place in names.items():
@@ -261,14 +263,6 @@ def _to_ours(tensor: np.ndarray, place: Place) -> np.ndarray:
 def _to_theirs(leaf: np.ndarray, place: Place) -> np.ndarray:
     leaf = np.moveaxis(leaf, (-2, -1), (1, 0)) if place.path.endswith("/kernel") else leaf
     return leaf.reshape(*leaf.shape, *(1,) * place.ones)
-
-
-def _flat(tree: Tree) -> dict[str, Any]:
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _require_named(names: Names, flat: Mapping[str, Any]) -> None:
