@@ -308,15 +308,18 @@ class VideoActionModel:
 
     def sample_actions(
         self, params: Params, observation: Observation, noise: Noise, prefix: Prefix | None = None
-    ) -> Float[Array, "b a m"]:
+    ) -> Float[Array, "b *n a m"]:
         """Normalised action chunks: one partial video pass, then the action flow over a context encoded once.
 
         Args:
             observation: of the past frames.
+            noise: "actions" of one chunk for each sample, (b, a, m), or of several, (b, n, a, m).
             prefix: chunks are led to continue it, `policy.guidance_clip` bounding how hard (see `flow.inpainting`).
         """
         hidden, time = self.sample_hidden(params, self.condition(params, observation), noise["video"])
-        return self.decode_actions(params, self.action_conditioning(params, hidden, time, observation), noise["actions"], prefix)
+        conditioning, actions = self.action_conditioning(params, hidden, time, observation), noise["actions"]
+        chunks = actions.reshape(-1, *actions.shape[-2:])  # those of a sample next to each other
+        return self.decode_actions(params, conditioning, chunks, prefix).reshape(actions.shape)
 
     @jax.named_scope("context")
     def action_conditioning(

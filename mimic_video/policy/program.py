@@ -72,10 +72,7 @@ class PolicyProgram:
             prefix: what the chunks have to continue, normalised.
         """
         noise, observation = self.noise(key_data, len(images), samples), self.observe(params, images, proprio, text)
-        actions = noise["actions"]
-        chunks = noise | {"actions": actions.reshape(-1, *actions.shape[-2:])}  # those of a robot next to each other
-        planned = self.vam.sample_actions(params, observation, chunks, prefix).reshape(actions.shape)
-        return self.raw_actions(params, planned)
+        return self.raw_actions(params, self.vam.sample_actions(params, observation, noise, prefix))
 
     def noise(self, key_data: UInt32[Array, " k"], batch: int, samples: int | None = None) -> Noise:
         """As of `VideoActionModel.policy_noise`; of several samples, "actions" is (b, samples, a, m), the first that of one."""
