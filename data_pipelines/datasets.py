@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from data_pipelines.episode import CAMERAS
@@ -120,8 +119,7 @@ def find_datasets(config: ExperimentConfig) -> tuple[dict[str, Place], tuple[Pha
     parts, phases = parse_mixture(",".join(MIXTURES.get(text, (text,))), field)
     places: dict[str, Place] = {}
     for part in parts:
-        path = Path(part)
-        name = path.parent.name if _VERSION.fullmatch(path.name) else path.name
+        name = directory_name(Path(part))
         if name in places:
             raise ConfigError(f"config field '{field}' names two datasets {name!r}; rename a directory")
         places[name] = _find(part, config, field)
@@ -143,12 +141,16 @@ def find_instructions(config: ExperimentConfig) -> dict[str, None]:
 
 
 def _instructions(place: Place, config: ExperimentConfig) -> Iterator[str]:
-    options: dict[str, Any] = {"spec": place.spec, "image_size": config.data.image_size}  # a size, since images may have any
-    RldsSource(place.directory, config.data.train_split, **options)  # names what is wrong with a folder that tfds cannot open
-    for split in tfds.builder_from_directory(place.directory).info.splits:
-        source = RldsSource(place.directory, split, **options)
+    size = config.data.image_size  # needed where images may have any
+    for split in open_dataset(place.directory).info.splits:
+        source = RldsSource(place.directory, split, spec=place.spec, image_size=size)
         for index in tqdm(range(len(source)), desc=source.name, unit="episode"):
             yield source[index].instruction
+
+
+def directory_name(directory: Path) -> str:
+    """The name of a dataset's folder, or of the one above if it is a version such as 1.0.0."""
+    return directory.parent.name if _VERSION.fullmatch(directory.name) else directory.name
 
 
 def _dataset_field(config: ExperimentConfig) -> tuple[str, str]:

@@ -2,12 +2,12 @@
 
 import dataclasses
 import pathlib
-import re
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
+from data_pipelines.datasets import directory_name
 from data_pipelines.episode import Episode
 from data_pipelines.oxe import registry
 from data_pipelines.oxe.mixtures import MIXTURES, check_mixture, effective_weights, find_mixture
@@ -160,11 +160,6 @@ def spread(length: int, count: int) -> list[int]:
     return np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(int)).tolist()
 
 
-def dataset_name(directory: pathlib.Path) -> str:
-    """The folder's name, or that of the one above if it is a version such as 1.0.0."""
-    return directory.parent.name if re.fullmatch(r"\d+\.\d+\.\d+", directory.name) else directory.name
-
-
 def inspect(name: str | None, directory: pathlib.Path | None, options: Inspection) -> None:
     """Prints what is known of a dataset or a mixture and, of what is there, writes `windows.png` and `actions.png`.
 
@@ -178,7 +173,7 @@ def inspect(name: str | None, directory: pathlib.Path | None, options: Inspectio
     if name is None:
         if directory is None:
             raise ValueError("there is nothing to inspect; expected --dataset=NAME, --source=DIRECTORY, or both")
-        name = dataset_name(directory.resolve())
+        name = directory_name(directory.resolve())
         spec = registry.find(name) if name in registry.names() else None
         print(describe(spec) if spec else f"dataset {name}: not registered; read as one of our own layout")
         inspect_dataset(directory, name, spec, options)

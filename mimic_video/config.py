@@ -403,7 +403,7 @@ class PolicyConfig:
     execute_steps: int = free(5, "actions executed before planning again; all if open_loop, one if temporal_ensembling")
     ensemble_decay: float = free(0.01, "temporal_ensembling: w in weights exp(-w·i) of predictions, the oldest being i = 0")
     guidance_clip: float = free(5.0, "real_time_chunking: bound β on the guidance towards actions that are already committed")
-    noise: Literal["jax", "numpy"] = free("jax", "numpy: the published stream, the same at every query (SPEC 5, 7)")
+    noise_stream: Literal["jax", "numpy"] = free("jax", "numpy: the published one, the same at every query (SPEC 5, 7)")
     weights: Literal["exact", "int8"] = free("exact", "int8: of the backbone's blocks, eight bits and a scale for each output")
 
     def __post_init__(self):
@@ -557,13 +557,17 @@ def stored_experiment(values: Mapping[str, Any]) -> ExperimentConfig:
         ConfigError: also for a field that is derived by now and was stored with another value.
     """
     groups = {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
-    stored = {}
-    for path in _DERIVED:
+
+    def pop(path: str) -> Any:
         group, _, name = path.partition(".")
-        if name in groups.get(group, {}):
-            stored[path] = groups[group].pop(name)
+        fields = groups.get(group)
+        return fields.pop(name, None) if isinstance(fields, dict) else None
+
+    derived = {path: value for path in _DERIVED if (value := pop(path)) is not None}
+    if (stream := pop("policy.noise")) is not None:  # its name up to 0.1
+        groups["policy"]["noise_stream"] = stream
     config = experiment_from(groups)
-    for path, value in stored.items():
+    for path, value in derived.items():
         source, derive = _DERIVED[path]
         _require(value == derive(config), path, value, f"{derive(config)}, as follows from {source}")
     return config

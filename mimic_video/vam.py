@@ -256,8 +256,8 @@ class VideoActionModel:
         }
 
     def policy_noise(self, seed: int, batch: int, query: int = 0) -> Noise:
-        """Noise as `policy.noise` has it: of (seed, query), or the published streams, which start anew at every query."""
-        if self.config.policy.noise == "numpy":
+        """Noise as `policy.noise_stream` has it: of (seed, query), or the published streams, which start anew at every query."""
+        if self.config.policy.noise_stream == "numpy":
             noise = {name: jnp.asarray(matching.numpy_noise(seed, shape)) for name, shape in self._draw_shapes(batch).items()}
             return noise | {"video": self._views(noise["video"])}
         return self._draw_noise(jax.random.fold_in(jax.random.key(seed), query), batch)

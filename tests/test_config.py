@@ -89,7 +89,7 @@ def test_what_may_change_when_a_run_goes_on():
     classes = {field.path: field.on_resume for field in describe(ExperimentConfig)}
     assert [path for path, on_resume in classes.items() if on_resume == "extends"] == ["train.steps"]
     free = ("backbone_run", "data.action_dataset", "data.root", "data.latents", "data.workers", "data.frame_cache_mb")
-    free += ("data.skip_broken", "train.log_every", "train.checkpoint_every", "text.cache", "mesh.fsdp", "policy.noise")
+    free += ("data.skip_broken", "train.log_every", "train.checkpoint_every", "text.cache", "mesh.fsdp", "policy.noise_stream")
     assert {classes[path] for path in free} == {"free"}
     fixed = ("seed", "stage", "start_run", "data.train_split", "data.video_hz", "train.batch_size", "decoder.proprio_dropout")
     assert {classes[path] for path in fixed} == {"fixed"}

@@ -459,7 +459,7 @@ def test_the_wan_tokenizer_in_place_of_the_fitted_one():
 
 
 def test_published_noise_has_one_stream_a_part():
-    drawn = tiny.model(tiny.experiment(policy={"noise": "numpy"})).policy_noise(0, 2, query=5)
+    drawn = tiny.model(tiny.experiment(policy={"noise_stream": "numpy"})).policy_noise(0, 2, query=5)
     assert {name: part.shape for name, part in drawn.items()} == {name: part.shape for name, part in noise().items()}
     np.testing.assert_allclose(drawn["video"][0, 0, 0, 0, 0, 0], 1.76405, atol=5e-6)
     np.testing.assert_allclose(drawn["actions"][0, 0], [1.76405, 0.40016], atol=5e-6)

@@ -18,7 +18,7 @@ _CLOSE_SECONDS = 5.0  # a worker that has not left by then is killed
 
 # What a policy sees at one control step: "proprio", float32 (p,) in raw units, and by the name of each camera its image, uint8
 # (H, W, 3), RGB, top row first. From a pool, all arrays have a leading axis: one row per environment.
-Observation = Mapping[str, np.ndarray]
+GymObservation = Mapping[str, np.ndarray]
 
 
 class Environment(Protocol):
@@ -33,7 +33,7 @@ class Environment(Protocol):
     action_space: Any
     metadata: dict[str, Any]
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[GymObservation, dict[str, Any]]:
         """Starts the episode that `seed` alone determines, whatever was simulated before.
 
         Returns:
@@ -41,7 +41,7 @@ class Environment(Protocol):
         """
         ...
 
-    def step(self, action: np.ndarray, /) -> tuple[Observation, SupportsFloat, bool, bool, dict[str, Any]]:
+    def step(self, action: np.ndarray, /) -> tuple[GymObservation, SupportsFloat, bool, bool, dict[str, Any]]:
         """Applies one action, float32 (m,) in raw units, for one control step. A pool passes finite values only; one beyond what
         the controller can do saturates there, as on a real robot, and the environment documents its range.
 
@@ -60,12 +60,12 @@ class Environment(Protocol):
 EnvironmentFactory = Callable[[], Environment]
 
 
-def views(observation: Observation) -> dict[str, np.ndarray]:
+def views(observation: GymObservation) -> dict[str, np.ndarray]:
     """The images of an observation, by camera."""
     return {name: image for name, image in observation.items() if name != "proprio"}
 
 
-def checked_observation(observation: Observation) -> Observation:
+def checked_observation(observation: GymObservation) -> GymObservation:
     """The observation of one environment. Raises ValueError, naming the entry, if it is not as said above."""
     if "proprio" not in observation or len(observation) < 2:
         raise ValueError(f"observation has {list(observation)}; expected 'proprio' and, by the names of cameras, images")
@@ -125,7 +125,7 @@ class EnvironmentPool:
             pickled = pickle.dumps(factory)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise ValueError(f"{factory} cannot go to worker processes ({error}); expected what pickle takes") from error
-        self._latest: list[Observation] | None = None
+        self._latest: list[GymObservation] | None = None
         self._workers: list[_Worker] = []
         try:
             for rows in np.array_split(np.arange(len(seeds)), min(num_workers, len(seeds))):
@@ -137,13 +137,13 @@ class EnvironmentPool:
         self.control_hz: float = descriptions[0].control_hz
         self.action_dim: int = descriptions[0].action_dim
 
-    def reset(self) -> tuple[Observation, list[str]]:
+    def reset(self) -> tuple[GymObservation, list[str]]:
         """Starts every episode from its seed. Returns images (n, H, W, 3) and proprioception (n, p), and n instructions."""
         replies = self._exchange([_RESET] * len(self.seeds))
         self._latest = [observation for observation, _ in replies]
         return _stack(self._latest), [instruction for _, instruction in replies]
 
-    def step(self, actions: np.ndarray, active: np.ndarray) -> tuple[Observation, np.ndarray, np.ndarray]:
+    def step(self, actions: np.ndarray, active: np.ndarray) -> tuple[GymObservation, np.ndarray, np.ndarray]:
         """Steps the active environments; the others are neither simulated nor rendered and keep their last observation.
 
         Args:
@@ -305,5 +305,5 @@ def _entry(values: Mapping[str, Any], key: str, where: str) -> Any:
     return values[key]
 
 
-def _stack(observations: list[Observation]) -> Observation:
+def _stack(observations: list[GymObservation]) -> GymObservation:
     return {name: np.stack([observation[name] for observation in observations]) for name in observations[0]}

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mimic_video.errors import ConfigError, nearest
-from mimic_video.evaluation.environment import Observation, checked_action
+from mimic_video.evaluation.environment import GymObservation, checked_action
 from mimic_video.evaluation.simulators import EnvironmentSettings
 
 ACTION_REPEAT = 4  # simulator steps of 12.5 ms per control step
@@ -176,7 +176,7 @@ class MetaworldEnvironment:
             raise RuntimeError("reset the environment first")
         return self._state
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[GymObservation, dict[str, Any]]:
         """Without a seed, the next episode of the last one. There are no options."""
         if seed is not None:
             self._simulator.seed(seed)
@@ -184,7 +184,7 @@ class MetaworldEnvironment:
         self._state = _settled_state(self._simulator)
         return self._observe(), {"instruction": self._instruction}
 
-    def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.ndarray) -> tuple[GymObservation, float, bool, bool, dict[str, Any]]:
         if self._state is None:
             raise RuntimeError("reset the environment before stepping it")
         action = np.clip(_to_native(checked_action(action, _WIDTHS[self._layout]), self._layout), -1, 1)
@@ -198,7 +198,7 @@ class MetaworldEnvironment:
         self._simulator.close()
         self._state = None
 
-    def _observe(self) -> Observation:
+    def _observe(self) -> GymObservation:
         model, data = self._simulator.model, self._simulator.data
         x, y, z, opening = self.state[:4]
         proprio = (x, y, z, opening) if self._layout == "native" else (x, y, z, *_UPRIGHT, opening)

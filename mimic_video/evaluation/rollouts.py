@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mimic_video.config import ConfigError, ExperimentConfig
-from mimic_video.evaluation.environment import EnvironmentFactory, EnvironmentPool, Observation, views
+from mimic_video.evaluation.environment import EnvironmentFactory, EnvironmentPool, GymObservation, views
 from mimic_video.evaluation.simulators import ExpertFactory, with_expert
 from mimic_video.media import write_video
 from mimic_video.policy.history import FrameHistory
@@ -155,7 +155,7 @@ def run_task(
     def observe() -> tuple[Any, ...]:
         return {camera: history.window() for camera, history in histories.items()}, proprio[-1], instructions
 
-    def remember(observation: Observation, step: int) -> None:
+    def remember(observation: GymObservation, step: int) -> None:
         for camera, history in histories.items():
             history.append(observation[camera], step / data.control_hz)
         proprio.append(observation["proprio"])

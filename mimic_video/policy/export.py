@@ -14,8 +14,7 @@ from mimic_video.policy.bundle import new_bundle, write_policy
 from mimic_video.policy.policy import Policy
 from mimic_video.policy.stablehlo import Platform, attention_for, write_programs
 from mimic_video.runs.checkpoints import load_params
-from mimic_video.runs.directory import load_embodiments, read_config
-from mimic_video.runs.storage import RunError
+from mimic_video.runs.directory import load_embodiments, read_policy_config
 from mimic_video.vam import Params, VideoActionModel
 from mimic_video.weights.layout import write_networks
 
@@ -26,9 +25,7 @@ def load(
     run: epath.Path, precision: Literal["bfloat16", "float32"] | None, weights: Literal["exact", "int8"] | None
 ) -> tuple[ExperimentConfig, Params, int]:
     """Configuration with the wanted precision and weights, parameters, and their step."""
-    trained = read_config(run)
-    if trained.stage != "action":
-        raise RunError(f"{run} holds a run of stage '{trained.stage}'; a policy needs stage 'action'")
+    trained = read_policy_config(run)
     config = dataclasses.replace(trained, precision=precision or trained.precision)
     params, step = load_params(run, "configured" if config == trained else "stored")
     policy = dataclasses.replace(config.policy, weights=weights or config.policy.weights)

@@ -19,7 +19,7 @@ from mimic_video.policy import bundle
 from mimic_video.policy.program import PolicyProgram
 from mimic_video.policy.strategies import Committed
 from mimic_video.runs import checkpoints, directory
-from mimic_video.runs.storage import RunError, local_path, run_path
+from mimic_video.runs.storage import local_path, run_path
 from mimic_video.transforms import resize_images, stack_views
 from mimic_video.vam import Params, Prefix
 
@@ -71,9 +71,7 @@ class Policy:
         if bundle.is_bundle(run):
             own, params, embodiments, encode_text = bundle.read_bundle(local_path(path))
             return cls(config or own, params, choose(embodiments, embodiment), encode_text=encode_text)
-        trained = directory.read_config(run)
-        if trained.stage != "action":
-            raise RunError(f"{run} holds a run of stage '{trained.stage}'; a policy needs stage 'action'")
+        trained = directory.read_policy_config(run)
         params, _ = checkpoints.load_params(run)
         return cls(config or trained, params, choose(directory.load_embodiments(run), embodiment))
 

@@ -76,7 +76,7 @@ class PolicyProgram:
 
     def noise(self, key_data: UInt32[Array, " k"], batch: int, samples: int | None = None) -> Noise:
         """As of `VideoActionModel.policy_noise`; of several samples, "actions" is (b, samples, a, m), the first that of one."""
-        if self.vam.config.policy.noise == "numpy":
+        if self.vam.config.policy.noise_stream == "numpy":
             noise = self.vam.policy_noise(self._seed, batch)
             more: list[Any] = [matching.numpy_noise(self._seed + n, noise["actions"].shape) for n in range(1, samples or 1)]
         else:

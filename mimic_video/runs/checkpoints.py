@@ -233,11 +233,9 @@ def _newest_checkpoint(run: epath.Path) -> epath.Path:
 
 
 def save_frozen(run: epath.Path, frozen: Params) -> None:
-    """Keeps the parameters that a stage does not train, once per run."""
-    path = absolute(run / "frozen")
-    if not is_complete(path):
-        with ocp.Checkpointer(tree_handler()) as checkpointer:
-            checkpointer.save(path, args=tree_args(frozen), force=True)  # in place of what a kill left in a bucket
+    """Keeps the parameters that a stage does not train, before its first checkpoint; in place of what an earlier start kept."""
+    with ocp.Checkpointer(tree_handler()) as checkpointer:
+        checkpointer.save(absolute(run / "frozen"), args=tree_args(frozen), force=True)
 
 
 def save_converted(

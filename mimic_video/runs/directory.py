@@ -103,6 +103,14 @@ def read_config(run: epath.Path) -> ExperimentConfig:
         raise ConfigError(f"{path}: {error}") from error
 
 
+def read_policy_config(run: epath.Path) -> ExperimentConfig:
+    """`read_config`; raises RunError also if the run is not of the stage that a policy comes from."""
+    config = read_config(run)
+    if config.stage != "action":
+        raise RunError(f"{run} holds a run of stage '{config.stage}'; a policy needs stage 'action'")
+    return config
+
+
 def require_same_model(trained: ExperimentConfig, wanted: ExperimentConfig, run: epath.Path, *shaped: Shaped) -> None:
     """Checks that two experiments agree on what weights depend on.
 

@@ -144,7 +144,7 @@ def _start(config, run, vam, mesh, manager, data: OpenData) -> tuple[TrainState,
     if state is None:
         trained, frozen = split_params(initial_params(config, mesh, data.samples), config)
         checkpoints.save_frozen(run, frozen)
-        del frozen  # what counts is what is kept, maybe by an earlier start of this run
+        del frozen  # what counts is what is kept: a checkpoint goes on with it
         state = initial_state(config, place(trained, mesh), mesh)
     else:
         checkpoints.require_same_data(manager, data.state)

@@ -49,10 +49,9 @@ def _with_views_of(config: ExperimentConfig, trained: ExperimentConfig) -> Exper
 def read_tokenizer(config: ExperimentConfig, run: epath.Path) -> Params:
     """The tokenizer of an experiment with a `backbone_run`, as `load_tokenizer` has it.
 
-    A run that has started goes on with what it kept, whatever has become of the other.
+    A run with a checkpoint goes on with what it kept, whatever has become of the other.
     """
-    started = checkpoints.is_complete(run / "frozen")
-    return checkpoints.load_tokenizer(run if started else run_path(config.backbone_run), config)
+    return checkpoints.load_tokenizer(run if checkpoints.has_checkpoint(run) else run_path(config.backbone_run), config)
 
 
 def find_robots(run: epath.Path, compute: Callable[[], Mapping[str, Embodiment]]) -> dict[str, Embodiment]:

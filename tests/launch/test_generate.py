@@ -67,7 +67,7 @@ def test_settings_of_the_window_and_the_sampler(generate, tmp_path):
         "again": [],
         "seed": ["--config.seed=1"],
         "prompt": ["--prompt=open it"],
-        "noise": ["--config.policy.noise=numpy"],
+        "noise": ["--config.policy.noise_stream=numpy"],
         "steps": ["--config.policy.video_steps=2"],
         "guided": ["--guidance=4", "--negative_prompt=open it"],
     }.items():

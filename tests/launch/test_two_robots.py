@@ -1,6 +1,7 @@
-"""Two robots, one model: collected, converted, trained from either file format and evaluated by the launch scripts."""
+"""Two robots, one of them with two datasets, one model: collected, converted, trained from either file format and evaluated by the launch scripts."""
 
 import json
+import shutil
 
 import chex
 import pytest
@@ -29,6 +30,8 @@ def test_a_mixture_of_two_action_layouts(launch, config_file, tmp_path):
         launch("collect", f"--config={config_file(experiment('action', layout))}", f"--out={folder}", *counts)
         (folder / "demonstrations").rename(folder / layout)  # a dataset goes by the name of its directory
         folders[layout] = folder / layout / "1.0.0"
+    folders["more"] = shutil.copytree(folders["delta"], tmp_path / "data" / "more" / "1.0.0")  # of the same robot as "delta"
+    robots = (("delta", "arm"), ("more", "arm"))
     records = tmp_path / "tfrecord"
     copies = {}
     for layout, folder in folders.items():
@@ -38,12 +41,16 @@ def test_a_mixture_of_two_action_layouts(launch, config_file, tmp_path):
         assert list(copies[layout].glob("*.tfrecord-*")) and list(folder.glob("*.array_record-*"))
 
     def train(name, sources):
-        """Both stages from one mixture; returns the run of stage 2, its experiment for each robot, and its data."""
-        mixed = f"{sources['native']}*1,{sources['delta']}*3"
-        data = RATES | {"video_dataset": mixed, "action_dataset": mixed, "workers": 1}
+        """Both stages from one mixture; returns the run of stage 2, its experiment for each dataset, and its data."""
+        mixed = f"{sources['native']}*1,{sources['delta']}*2,{sources['more']}*1"
+        data = RATES | {"video_dataset": mixed, "action_dataset": mixed, "robots": robots, "workers": 1}
         video, action = tmp_path / f"{name}_video", tmp_path / f"{name}_action"
         launch("train", f"--config={config_file(experiment('video', 'native', data=data))}", f"--workdir={video}")
-        files = {layout: config_file(experiment("action", layout, data=data, backbone_run=str(video))) for layout in sources}
+        layouts = {"native": "native", "delta": "delta", "more": "delta"}
+        files = {
+            dataset: config_file(experiment("action", layout, data=data, backbone_run=str(video)))
+            for dataset, layout in layouts.items()
+        }
         launch("train", f"--config={files['native']}", f"--workdir={action}")
         return action, files, data
 
@@ -52,15 +59,16 @@ def test_a_mixture_of_two_action_layouts(launch, config_file, tmp_path):
     (params, step), (others, _) = (checkpoints.load_params(run, "float32") for run in (action, other))
     assert step == 3
     chex.assert_trees_all_equal(params, others)  # so what follows holds for both
-    robots = directory.load_embodiments(action)
-    assert [(e.name, e.action_dim, e.proprio_dim) for e in robots.values()] == [("native", 4, 4), ("delta", 10, 10)]
-    for layout, file in files.items():
-        output = launch("evaluate", f"--config={file}", f"--workdir={action}", f"--dataset={layout}", "--recorded=0")
+    embodiments = directory.load_embodiments(action)
+    assert [(e.name, e.action_dim, e.proprio_dim) for e in embodiments.values()] == [("native", 4, 4), ("arm", 10, 10)]
+    width = {"native": 4, "delta": 10, "more": 10}
+    for dataset, file in files.items():
+        output = launch("evaluate", f"--config={file}", f"--workdir={action}", f"--dataset={dataset}", "--recorded=0")
         assert "drawer-close-v3: " in output
         results = json.loads((action / "evaluation.json").read_text())
-        assert len(results["episodes"]) == 2 and len(results["open_loop"]["example"]["planned"][0]) == robots[layout].action_dim
+        assert len(results["episodes"]) == 2 and len(results["open_loop"]["example"]["planned"][0]) == width[dataset]
     message = launch("evaluate", f"--config={files['native']}", f"--workdir={action}")
-    assert message.startswith("error: ") and "'native', 'delta'" in message
+    assert message.startswith("error: ") and "'native', 'delta', 'more'" in message
     three = {"action_dim": 10, "proprio_dim": 10, "embodiments": 3}
     narrow = config_file(experiment("action", "native", data=data, decoder=three))
     assert "'decoder.embodiments' is 3; expected 2" in launch("train", f"--config={narrow}", f"--workdir={tmp_path / 'other'}")

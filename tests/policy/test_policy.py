@@ -207,7 +207,7 @@ def test_a_run_that_is_no_policy(tmp_path):
 
 
 def test_published_noise_makes_a_plan_a_function_of_the_observation(params):
-    config = tiny.experiment(policy={"noise": "numpy"})
+    config = tiny.experiment(policy={"noise_stream": "numpy"})
     policy = Policy(config, params, ROBOT)
     plan = policy(*observation())
     np.testing.assert_array_equal(policy(*observation(), query=3), plan)

@@ -458,7 +458,7 @@ def test_32_clients_of_a_real_policy(policy):
     layout, batches = PolicyLayout.of(policy), 8
     images = np.random.default_rng(2).integers(0, 256, (32, 5, *tiny.SIZE, 3), np.uint8)
     proprio = np.random.default_rng(3).standard_normal((32, 3)).astype(np.float32)
-    noise_free = Policy(tiny.experiment(policy={"noise": "numpy"}), policy.params, policy.embodiment)
+    noise_free = Policy(tiny.experiment(policy={"noise_stream": "numpy"}), policy.params, policy.embodiment)
     # The noise is that of the robot's row in its batch, so that each robot has as many right plans as the batch has rows.
     right = np.stack(
         [

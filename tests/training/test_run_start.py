@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from mimic_video.config import ConfigError
-from mimic_video.runs import directory
+from mimic_video.runs import checkpoints, directory
 from mimic_video.training import start
 
 CONFIG = tiny.experiment()
@@ -42,3 +42,18 @@ def test_a_tokenizer_that_is_not_fitted_comes_from_a_run(tmp_path):
     with pytest.raises(ConfigError, match="'backbone_run' is empty; expected a run with the weights of the tokenizer 'wan'"):
         start.require_backbone(tiny.experiment(tokenizer={"kind": "wan"}), tmp_path)
     start.require_backbone(CONFIG, tmp_path)
+
+
+def test_until_there_is_a_checkpoint_the_tokenizer_is_that_of_the_backbone_run_that_is_named_now(tmp_path):
+    video = tiny.experiment(stage="video")
+    params = {
+        name: {part: tiny.params(video, seed)[part] for part in ("tokenizer", "backbone")} for seed, name in enumerate("ab")
+    }
+    for name, weights in params.items():
+        checkpoints.save_converted(tmp_path / name, video, weights)
+    run, named = tmp_path / "run", {name: tiny.experiment(backbone_run=str(tmp_path / name)) for name in params}
+    directory.write_config(run, named["a"])
+    checkpoints.save_frozen(run, params["a"])  # a start that ended before its first checkpoint
+    chex.assert_trees_all_equal(start.read_tokenizer(named["b"], run), params["b"]["tokenizer"])
+    checkpoints.save_converted(tmp_path / "started", named["a"], params["a"] | {"decoder": {}}, tiny.Data(CONFIG).robots())
+    chex.assert_trees_all_equal(start.read_tokenizer(named["b"], tmp_path / "started"), params["a"]["tokenizer"])
