@@ -37,7 +37,8 @@ def pretrained(tmp_path_factory):
     return run, params
 
 
-@pytest.mark.parametrize("stage", [pytest.param("video", marks=pytest.mark.training), "action"])
+@pytest.mark.training
+@pytest.mark.parametrize("stage", ["video", "action"])
 def test_either_stage_starts_from_converted_weights(launch, config_file, pretrained, tmp_path, stage):
     run, params = pretrained
     splits = {"train": [tiny.episode(15, seed) for seed in (0, 1)]}

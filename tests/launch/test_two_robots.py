@@ -1,4 +1,4 @@
-"""Two robots, one of them with two datasets, one model: collected, converted, trained from either file format and evaluated by the launch scripts."""
+"""Two robots, one of them with two datasets, in one model: collected, converted, trained from either format and evaluated."""
 
 import json
 import shutil

@@ -50,6 +50,7 @@ def test_a_loss_that_is_not_a_number_stops_training_and_is_never_saved(tmp_path)
     assert int(train(tmp_path).step) == 6
 
 
+@pytest.mark.training
 def test_a_disk_that_is_full_for_something_else_ends_training_too(tmp_path):
     def fail(step):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "metrics.jsonl"))
