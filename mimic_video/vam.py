@@ -70,6 +70,21 @@ class WeightedMean(NamedTuple):
     weight: Float[Array, ""]
 
 
+@functools.lru_cache(maxsize=16)
+def _networks(config: ExperimentConfig) -> tuple[dict[str, Callable[[nnx.Rngs], Any]], dict[str, Any], Params]:
+    """What makes each network, its structure, and the shapes of its parameters; traced once, since a run asks several times."""
+    make: dict[str, Callable[[nnx.Rngs], Any]] = {
+        "tokenizer": functools.partial(config.tokenizer.network.build, config),
+        "backbone": functools.partial(BACKBONES[config.backbone.kind].build, config),
+        "decoder": lambda rngs: ActionDecoder(
+            config.decoder, config.backbone.width, config.data.action_horizon, rngs, config.attention, config.train.remat
+        ),
+    }
+    networks = {name: nnx.eval_shape(make[name], nnx.Rngs(0)) for name in make}
+    shapes = {name: nnx.to_pure_dict(nnx.state(network, nnx.Param)) for name, network in networks.items()}
+    return make, {name: nnx.graphdef(network) for name, network in networks.items()}, shapes
+
+
 class VideoActionModel:
     """Pure functions of parameters, for one experiment's configuration.
 
@@ -79,17 +94,8 @@ class VideoActionModel:
 
     def __init__(self, config: ExperimentConfig):
         self.config = config
-        make: dict[str, Callable[[nnx.Rngs], Any]] = {
-            "tokenizer": functools.partial(config.tokenizer.network.build, config),
-            "backbone": functools.partial(BACKBONES[config.backbone.kind].build, config),
-            "decoder": lambda rngs: ActionDecoder(
-                config.decoder, config.backbone.width, config.data.action_horizon, rngs, config.attention, config.train.remat
-            ),
-        }
-        self._make, self._draw_noise = make, jax.jit(self.draw_noise, static_argnums=1)
-        networks = {name: nnx.eval_shape(make[name], nnx.Rngs(0)) for name in make}
-        self._graphdefs = {name: nnx.graphdef(network) for name, network in networks.items()}
-        self.shapes: Params = {name: nnx.to_pure_dict(nnx.state(network, nnx.Param)) for name, network in networks.items()}
+        self._draw_noise = jax.jit(self.draw_noise, static_argnums=1)
+        self._make, self._graphdefs, self.shapes = _networks(config)
 
     def init(self, key: jax.Array) -> Params:
         """Random parameters, float32. A tokenizer has to be fitted or loaded to be of use."""

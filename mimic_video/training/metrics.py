@@ -13,7 +13,6 @@ import numpy as np
 import optax
 from etils import epath
 from jaxtyping import Array, Float, UInt8
-from tensorboardX import SummaryWriter
 
 from mimic_video.atomic import atomically
 from mimic_video.config import ConfigError, ExperimentConfig, to_dict
@@ -67,6 +66,8 @@ class MetricWriter:
         self._first = jax.process_index() == 0
         if not self._first:
             return
+        from tensorboardX import SummaryWriter  # only in the process that writes: it imports PyTorch, if that is installed
+
         self._spool = Spool(run)
         self.folder = self._spool.path
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""From demonstrations to an evaluated policy in a simulator that the experiment's file registers, by the launch scripts."""
+"""Experts and policies in a simulator that the experiment's file registers, by the launch scripts."""
 
 import json
 import pathlib
@@ -8,8 +8,10 @@ import sys
 import pytest
 import tiny
 
+from data_pipelines.assembly import TrainingData
 from data_pipelines.sources.rlds import RldsSource
 from mimic_video.registry import SIMULATORS
+from mimic_video.runs import checkpoints
 
 OWN = pathlib.Path(__file__).parents[1] / "own_simulator.py"
 EVALUATION = {"simulator": "point", "tasks": ("left",), "episodes_per_task": 2, "max_steps": 25, "workers": 1}
@@ -43,15 +45,15 @@ def test_experts_of_any_simulator_are_evaluated_and_collected(launch, experiment
 
 
 @pytest.mark.training
-def test_a_policy_learns_and_acts_in_it(launch, experiment_file, tmp_path):
-    folder, video, action = tmp_path / "data", tmp_path / "video", tmp_path / "action"
+def test_a_policy_acts_in_it(launch, experiment_file, tmp_path):
+    """One of random networks; test_extensions.py trains in it."""
+    folder, action = tmp_path / "data", tmp_path / "action"
     counts = ["--videos=1", "--demonstrations=2", "--validation=1"]
     launch("collect", f"--config={experiment_file()}", f"--out={folder}", *counts)
     dataset = str(folder / "demonstrations" / "1.0.0")
-    data = {"video_dataset": dataset, "action_dataset": dataset}
-    launch("train", f"--config={experiment_file(stage='video', data=data)}", f"--workdir={video}")
-    file = experiment_file(stage="action", data=data, backbone_run=str(video))
-    launch("train", f"--config={file}", f"--workdir={action}")
+    changes = {"stage": "action", "data": {"action_dataset": dataset}}
+    file, config = experiment_file(**changes), tiny.experiment(evaluation=EVALUATION, **changes)
+    checkpoints.save_converted(action, config, tiny.params(config), TrainingData(config).open().robots())
     assert "left: " in launch("evaluate", f"--config={file}", f"--workdir={action}", "--recorded=1")
     assert len(list((action / "rollouts").glob("left_1000000_*.gif"))) == 1
     table = launch("evaluate_delay", f"--config={file}", f"--workdir={action}", "--delays=0,200", "--strategy=receding_horizon")

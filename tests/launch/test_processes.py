@@ -95,6 +95,11 @@ class Processes:
 def test_four_processes_train_as_one_even_if_one_of_them_is_killed(launch, experiment_file, tmp_path):
     runs = {name: tmp_path / name for name in ("one", "four")}
     commands = {name: [f"--config={experiment_file}", f"--workdir={run}"] for name, run in runs.items()}
+    commands["four"] += [
+        "--config.mesh.data=1",
+        "--config.mesh.fsdp=2",
+        "--config.mesh.sequence=4",
+    ]  # a sample is on two processes
     with Processes(tmp_path / "killed", 4, commands["four"]) as job:
         deadline = time.monotonic() + DEADLINE
         while not (runs["four"] / "checkpoints" / str(CHECKPOINT_EVERY)).exists():
@@ -106,8 +111,7 @@ def test_four_processes_train_as_one_even_if_one_of_them_is_killed(launch, exper
         for index in (0, 1, 3):
             assert f"error: process 2 on {socket.gethostname()} has shown no sign of life for 30 s" in job.printed(index)
     assert not (runs["four"] / "checkpoints" / str(STEPS)).exists()
-    shared = ["--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.sequence=4"]  # a sample is on two processes
-    with Processes(tmp_path / "restarted", 4, commands["four"] + shared) as job:
+    with Processes(tmp_path / "restarted", 4, commands["four"]) as job:
         assert job.end() == [0] * 4, job.printed(0)
         assert "loss" in job.printed(0) and not any("loss" in job.printed(index) for index in (1, 2, 3))
     launch("train", *commands["one"])
