@@ -30,11 +30,11 @@ _CONNECTIONS = flags.DEFINE_enum("connections", "one", ["one", "episodes"], "For
 
 
 def main(config: ExperimentConfig) -> None:
+    out = pathlib.Path(_OUT.value)
+    out.mkdir(parents=True, exist_ok=True)  # not after hours
     connect = functools.partial(PolicyClient, _SERVER.value, _TOKEN.value, timeout=600.0, proxy=_PROXY.value)
     start = time.perf_counter()
     values = summary(run_served(connect, factories(config), config, _CONNECTIONS.value == "episodes"))
-    out = pathlib.Path(_OUT.value)
-    out.mkdir(parents=True, exist_ok=True)
     (out / "evaluation.json").write_text(json.dumps(values | {"seconds": time.perf_counter() - start}, indent=1))
     print("\n".join(success_lines(values["success"])))
 

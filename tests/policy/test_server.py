@@ -435,7 +435,7 @@ def test_an_address_that_is_taken_is_told_before_the_policy_is_compiled():
     assert recorder.batches == []
 
 
-@pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid", "." * 70, "::g"])
+@pytest.mark.parametrize("host", ["192.0.2.1", "." * 70, "::g"])
 def test_hosts_that_are_not_this_machine(host):
     with pytest.raises(ValueError, match=f"port 8000 of '{re.escape(host)}' cannot be listened at: "):
         bind(ServerOptions(host=host))
