@@ -1,13 +1,14 @@
 """The wire format of policy servers: msgpack with NumPy arrays, as openpi's, decoded with limits.
 
 An array is a map of b"__ndarray__": True, b"data", b"dtype" and b"shape"; a NumPy scalar one of b"__npgeneric__": True, b"data"
-and b"dtype". Nothing that arrives is executed or trusted: no pickle, no object arrays, and every size is checked against the
-bytes that are there.
+and b"dtype". Arrays of text are read as strings, or lists of them. Nothing that arrives is executed or trusted: no pickle, no
+object arrays, and every size is checked against the bytes that are there.
 
 A connection starts with the server's metadata. Then every message of the client, a map in a binary frame, is answered by one
 frame, in order: a binary one holds the answer, a text one "kind: what is wrong", after which the connection goes on.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ DTYPES = frozenset({"|b1", "|u1", "|i1", "<u2", "<i2", "<u4", "<i4", "<u8", "<i8
 _MAX_DEPTH = 8  # maps and lists within each other
 _MAX_ITEMS = 10_000  # in all lists and maps of a message: arrays are for numbers
 _MAX_DIMENSIONS = 8
+_TEXT = re.compile(r"<U[1-9]\d{0,3}")  # dtypes of text
 _ARRAY, _SCALAR = b"__ndarray__", b"__npgeneric__"
 
 
@@ -37,15 +39,20 @@ class ProtocolError(ValueError):
 
 
 def pack(value: Any) -> bytes:
-    """A message as bytes: maps, lists, strings, numbers and NumPy arrays. Raises ProtocolError for anything else."""
+    """A message as bytes: maps, lists, strings, numbers and NumPy arrays. Raises ProtocolError, by the field, for others."""
     try:
         return msgpack.packb(value, default=_encode)
     except (TypeError, ValueError, OverflowError) as error:
+        for name, entry in value.items() if isinstance(value, Mapping) else ():
+            try:
+                pack(entry)
+            except ProtocolError as inner:
+                raise ProtocolError(f"field '{name}': {inner}") from error
         raise ProtocolError(f"this value cannot be sent: {error}") from error
 
 
 def unpack(data: bytes) -> dict[Any, Any]:
-    """The message in `data`, a map with strings as keys; arrays in it are read-only views of `data`.
+    """The message in `data`, a map with strings as keys; arrays in it are copies, and may be written to.
 
     Raises:
         ProtocolError: if `data` is not msgpack, or holds anything but maps, lists, strings, bytes, numbers and arrays of `DTYPES`
@@ -90,9 +97,12 @@ def parse_error(text: str) -> tuple[str, str]:
     return (kind, message) if separator and kind in ERROR_KINDS else (INTERNAL, text)
 
 
-def _encode(value: Any) -> dict[bytes, Any]:
-    if not isinstance(value, np.ndarray | np.generic):
-        raise TypeError(f"{value!r} is a {type(value).__name__}")
+def _encode(value: Any) -> Any:
+    if not isinstance(value, np.ndarray | np.generic) or isinstance(value, np.ma.MaskedArray):  # its mask would be lost
+        shown = f"{repr(value)[:80]!r} is a {type(value).__name__}"
+        raise TypeError(f"{shown}; expected a map, list, string, number of 64 bits or NumPy array")
+    if value.dtype.kind == "U":
+        return value.tolist()
     little = value.dtype.newbyteorder("<").str if value.dtype.kind in "buif" else value.dtype.str
     if little not in DTYPES:
         raise TypeError(f"an array of dtype {value.dtype}; expected one of {', '.join(sorted(DTYPES))}")
@@ -125,8 +135,9 @@ def _dtype(name: Any) -> np.dtype:
     return np.dtype(name)
 
 
-def _decode_array(data: Any, dtype_name: Any, shape: Any) -> np.ndarray:
-    dtype = _dtype(dtype_name)
+def _decode_array(data: Any, dtype_name: Any, shape: Any) -> np.ndarray | str | list[Any]:
+    text = isinstance(dtype_name, str) and _TEXT.fullmatch(dtype_name)
+    dtype = np.dtype(dtype_name) if text else _dtype(dtype_name)
     if not isinstance(data, bytes):
         raise ProtocolError(f"the data of an array are a {type(data).__name__}; expected bytes")
     sizes = list(shape) if isinstance(shape, list) and len(shape) <= _MAX_DIMENSIONS else None
@@ -139,7 +150,13 @@ def _decode_array(data: Any, dtype_name: Any, shape: Any) -> np.ndarray:
         raise ProtocolError(f"an array of shape {sizes} and dtype {dtype_name} comes with {len(data)} bytes; expected {expected}")
     if dtype.kind == "b":
         return np.frombuffer(data, np.uint8).reshape(sizes) != 0
-    return np.frombuffer(data, dtype).reshape(sizes)
+    array = np.frombuffer(bytearray(data), dtype).reshape(sizes)
+    if not text:
+        return array
+    if array.size > _MAX_ITEMS:
+        raise ProtocolError(f"an array of text has {array.size} entries; expected at most {_MAX_ITEMS}")
+    data.decode("utf-32-le")  # raises for what is no text, such as half of a surrogate pair
+    return array.tolist()
 
 
 def _check(value: Any, path: str, depth: int) -> None:

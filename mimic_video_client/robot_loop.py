@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -84,12 +84,13 @@ def run_robot(
         ActionTooFar: if a command is beyond the limit and that is an error.
         ValueError: if the robot's rate does not fit the policy's.
         RequestRefused, PolicyTimeout, ConnectionLost: as `PolicyClient.infer`. The robot has its last command then.
+        ProtocolError: if the server does not tell its policy's rates, as openpi's do not.
     """
-    control_hz, execute_steps = client.metadata["control_hz"], client.metadata["execute_steps"]
+    control_hz, execute_steps, action = client.told("control_hz", "execute_steps", "action")
     repeat = settings.commands_per_action(control_hz)
     period = 1 / (repeat * control_hz)
     client.reset()
-    last = robot.position() if settings.actions == "targets" else np.zeros(client.metadata["action"]["dim"])
+    last = robot.position() if settings.actions == "targets" else np.zeros(action["dim"])
     commands, due = np.empty((0, 0)), clock()
     for tick in range(round(seconds / period)):
         step, part = divmod(tick, repeat)
@@ -118,18 +119,18 @@ def run_robot(
 class MadeUpRobot:
     """Moving squares as pictures; it is wherever it was told to go. For dry runs."""
 
-    def __init__(self, metadata: dict[str, Any]):
-        self._metadata, self._count = metadata, 0
-        self._position = np.zeros(metadata["action"]["dim"])
+    def __init__(self, client: PolicyClient):
+        self._images, self._state, action = client.told("images", "state", "action")
+        self._position, self._count = np.zeros(action["dim"]), 0
 
     def observe(self) -> dict[str, np.ndarray]:
-        height, width = self._metadata["images"]["size"]
+        height, width = self._images["size"]
         image = np.full((height, width, 3), 128, np.uint8)
         left = self._count % max(1, width - width // 4)
         image[height // 4 : height // 2, left : left + width // 4] = 255
         self._count += 1
-        pictures = {f"observation.images.{camera}": image for camera in self._metadata["images"]["cameras"]}
-        return {**pictures, "observation.state": np.zeros(self._metadata["state"]["dim"], np.float32)}
+        pictures = {f"observation.images.{camera}": image for camera in self._images["cameras"]}
+        return {**pictures, "observation.state": np.zeros(self._state["dim"], np.float32)}
 
     def position(self) -> np.ndarray:
         return self._position
@@ -166,6 +167,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Drives a robot by a policy server.")
     parser.add_argument("--server", required=True, help="ws://HOST:PORT")
     parser.add_argument("--token", default=os.environ.get("MIMIC_VIDEO_TOKEN"), help="the server's secret")
+    parser.add_argument("--proxy", help="http://HOST:PORT or socks5h://HOST:PORT to connect through; none unless given")
     parser.add_argument("--prompt", required=True, help="instruction")
     parser.add_argument("--actions", required=True, choices=("targets", "displacements"), help="what the policy's actions are")
     parser.add_argument("--max_step", required=True, type=_numbers, help="limit of one command: a number, or LIMIT,LIMIT,...")
@@ -185,8 +187,8 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     settings = LoopSettings(options.actions, options.max_step, options.excess, options.robot_hz)
     try:
-        with PolicyClient(options.server, options.token) as client:
-            robot = make_robot(options.robot) if options.robot else MadeUpRobot(client.metadata)
+        with PolicyClient(options.server, options.token, proxy=options.proxy) as client:
+            robot = make_robot(options.robot) if options.robot else MadeUpRobot(client)
             run_robot(client, DryRun(robot) if options.dry_run else robot, options.prompt, settings, options.seconds)
     except (ServerUnavailable, RequestRefused, ActionTooFar, ConnectionError, TimeoutError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -10,6 +10,7 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's teams of threads spin, and stall everything on few cores
+os.environ["no_proxy"] = "localhost,127.0.0.1"  # where servers of tests are
 # Compiling dominates these tests, not running what was compiled.
 fast_compile = ("xla_backend_optimization_level=0", "xla_llvm_disable_expensive_passes=true")
 for flag in ("xla_force_host_platform_device_count=8", *fast_compile):

@@ -9,10 +9,12 @@ import zlib
 
 import numpy as np
 from websockets.sync.client import connect
+from websockets.sync.server import serve
 
 from mimic_video.policy.observations import PolicyLayout
 from mimic_video.policy.server import PolicyServer, ServerOptions
 from mimic_video_client import PolicyClient
+from mimic_video_client.protocol import pack, unpack
 
 LAYOUT = PolicyLayout(
     embodiment="arm",
@@ -91,12 +93,12 @@ class Running:
 
 
 @contextlib.contextmanager
-def serving(plan, layout=LAYOUT, **options):
+def serving(plan, layout=LAYOUT, address=None, **options):
     ready, running, problem = threading.Event(), [], []
 
     async def run():
         stop = asyncio.Event()
-        async with PolicyServer(plan, layout, ServerOptions(**{"port": 0, **options})) as server:
+        async with PolicyServer(plan, layout, ServerOptions(**{"port": 0, **options}), address) as server:
             running.extend([Running(server, asyncio.get_running_loop()), stop])
             ready.set()
             await stop.wait()
@@ -122,6 +124,29 @@ def serving(plan, layout=LAYOUT, **options):
         assert not thread.is_alive()
     if problem:
         raise problem[0]
+
+
+class OtherServer:
+    """One that speaks as openpi's does, or another protocol; it answers with actions to what has a state."""
+
+    def __init__(self, metadata, answer=None):
+        self.metadata, self.received = metadata, []
+        self.answer = {"actions": np.zeros((2, 3))} if answer is None else answer
+
+    def __enter__(self):
+        def handle(connection):
+            connection.send(pack(self.metadata))
+            for message in connection:
+                self.received.append(unpack(message))
+                known = "state" in self.received[-1]
+                connection.send(pack(self.answer) if known else "Traceback (most recent call last):\nKeyError")
+
+        self._server = serve(handle, "127.0.0.1", 0)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return f"ws://127.0.0.1:{self._server.socket.getsockname()[1]}"
+
+    def __exit__(self, *_):
+        self._server.shutdown()
 
 
 def wait_until(condition, seconds=60.0):

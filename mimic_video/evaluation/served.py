@@ -3,7 +3,6 @@
 import concurrent.futures
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -29,13 +28,14 @@ def run_served(
 
     Raises:
         ConfigError: if the experiment's rates and sizes are not those of the policy, or for real-time chunking.
+        ProtocolError: if the server does not tell them, as openpi's do not.
     """
     if config.policy.strategy == "real_time_chunking":
         raise ConfigError(
             "config field 'policy.strategy' is 'real_time_chunking'; a server is not told what chunks have to continue"
         )
     with connect() as client:
-        require_same_layout(client.metadata, config)
+        require_same_layout(client, config)
         if not connection_per_episode:
             return run_rollouts(LockstepPlan(client), factory_for, config)
         plan = ConnectionPerEpisodePlan(connect, config.policy.execute_steps / config.data.control_hz)
@@ -43,13 +43,13 @@ def run_served(
             return run_rollouts(plan, factory_for, config)
 
 
-def require_same_layout(metadata: Mapping[str, Any], config: ExperimentConfig) -> None:
+def require_same_layout(client: PolicyClient, config: ExperimentConfig) -> None:
     """Raises ConfigError if the served policy sees or acts in another way than the configuration says."""
-    data, images = config.data, metadata["images"]
+    data, (images, action, video_hz, control_hz) = config.data, client.told("images", "action", "video_hz", "control_hz")
     for name, value, served in (
-        ("video_hz", data.video_hz, metadata["video_hz"]),
-        ("control_hz", data.control_hz, metadata["control_hz"]),
-        ("action_horizon", data.action_horizon, metadata["action"]["horizon"]),
+        ("video_hz", data.video_hz, video_hz),
+        ("control_hz", data.control_hz, control_hz),
+        ("action_horizon", data.action_horizon, action["horizon"]),
         ("past_frames", data.past_frames, images["past_frames"]),
         ("image_size", list(data.image_size), images["size"]),
         ("cameras", list(data.cameras), images["cameras"]),

@@ -82,6 +82,11 @@ class FrameHistory:
         return len(self._frames)
 
     @property
+    def newest(self) -> tuple[float, UInt8[np.ndarray, "*b h w 3"]] | None:
+        """The last frame with its time; None before the first."""
+        return self._frames[-1] if self._frames else None
+
+    @property
     def distinct(self) -> int:
         """How many different frames the window has."""
         return len(set(self._chosen()))

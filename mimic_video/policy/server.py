@@ -4,13 +4,15 @@
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import hmac
 import http
 import logging
 import signal
+import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from websockets.asyncio.server import Server, ServerConnection, serve
@@ -19,7 +21,7 @@ from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response
 
 from mimic_video.policy.batching import Batcher, Plan, RequestError
-from mimic_video.policy.observations import BadRequest, PolicyLayout, Request, Session
+from mimic_video.policy.observations import CLIENTS, EPISODE_GAP, BadRequest, PolicyLayout, Request, Session
 from mimic_video.policy.policy import Policy
 from mimic_video.policy.server_metrics import ServerMetrics
 from mimic_video_client import protocol
@@ -43,7 +45,11 @@ class ServerOptions:
         max_connections: connections at most.
         max_message_bytes: of one message.
         deadline: seconds that a request may wait unless it says otherwise.
-        renames: fields of clients' messages by the names that they have here, which may be empty to leave them out.
+        renames: fields of clients' messages by the names that they have here, which may be empty to leave them out; several of
+            'state' are joined in this order.
+        client: a name of `CLIENTS`, whose format messages have; empty for none.
+        prompt: the instruction of clients that send none; empty to ask for one.
+        episode_gap: seconds from one frame to the next after which an episode starts, as by a reset; the instruction stays.
     """
 
     host: str = "127.0.0.1"
@@ -55,12 +61,21 @@ class ServerOptions:
     max_message_bytes: int = protocol.MAX_MESSAGE_BYTES
     deadline: float = 10.0
     renames: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    client: str = ""
+    prompt: str = ""
+    episode_gap: float = EPISODE_GAP
 
     def __post_init__(self):
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port is {self.port}; expected 0 to 65535")
+        if self.token != self.token.strip() or not (self.token.isascii() and self.token.isprintable()):
+            raise ValueError("token has spaces around it, or other characters than printable ASCII, which no client can send")
+        if self.client not in CLIENTS:
+            raise ValueError(f"client is {self.client!r}; expected one of {', '.join(filter(None, CLIENTS))}")
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ValueError(f"batch_sizes is {self.batch_sizes}; expected numbers of robots")
-        for name in ("max_queue", "max_connections", "max_message_bytes", "deadline"):
-            if getattr(self, name) <= 0:
+        for name in ("max_queue", "max_connections", "max_message_bytes", "deadline", "episode_gap"):
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
 
 
@@ -76,8 +91,9 @@ class PolicyServer:
         metrics: what `/metrics` shows.
     """
 
-    def __init__(self, plan: Plan, layout: PolicyLayout, options: ServerOptions):
-        self._layout, self._options = layout, options
+    def __init__(self, plan: Plan, layout: PolicyLayout, options: ServerOptions, address: socket.socket | None = None):
+        """`address`: what `bind` gave for the options, if it has been called; the server closes it."""
+        self._layout, self._options, self._address = layout, options, address
         self.port = options.port
         self.metrics = ServerMetrics(options.batch_sizes)
         self._batcher = Batcher(plan, layout, options.batch_sizes, options.max_queue, options.deadline, self.metrics)
@@ -88,22 +104,24 @@ class PolicyServer:
         self._idle.set()
 
     async def __aenter__(self) -> "PolicyServer":
-        """Compiles the policy for every batch size, then listens."""
-        await asyncio.to_thread(self._batcher.warm_up)
-        options = self._options
+        """Compiles the policy for every batch size, then listens. Raises as `bind`."""
+        with contextlib.ExitStack() as unless_it_starts:
+            address = unless_it_starts.enter_context(self._address or bind(self._options))
+            await asyncio.to_thread(self._batcher.warm_up)
+            with _listening(self._options):
+                self._server: Server = await serve(
+                    self._handle,
+                    sock=address,
+                    process_request=self._respond,
+                    max_size=self._options.max_message_bytes,
+                    compression=None,
+                    open_timeout=_OPEN_SECONDS,
+                    close_timeout=_CLOSE_SECONDS,
+                    max_queue=1,
+                )
+            unless_it_starts.pop_all()
+        self.port = address.getsockname()[1]
         self._worker = asyncio.create_task(self._batcher.run())
-        self._server: Server = await serve(
-            self._handle,
-            options.host,
-            options.port,
-            process_request=self._respond,
-            max_size=options.max_message_bytes,
-            compression=None,
-            open_timeout=_OPEN_SECONDS,
-            close_timeout=_CLOSE_SECONDS,
-            max_queue=1,
-        )
-        self.port = next(iter(self._server.sockets)).getsockname()[1]
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -154,12 +172,23 @@ class PolicyServer:
             "max_robots": max(options.batch_sizes),
             "deadline_seconds": options.deadline,
             "renames": dict(options.renames),
+            "client": options.client,
+            "prompt": options.prompt,
+            "episode_gap_seconds": options.episode_gap,
         }
 
     async def _handle(self, connection: ServerConnection) -> None:
         """One connection: the metadata, then an answer to every message, in order."""
         self._connections += 1
-        session = Session(self._layout, self._options.renames, max(self._options.batch_sizes))
+        options = self._options
+        session = Session(
+            self._layout,
+            options.renames,
+            max(options.batch_sizes),
+            CLIENTS[options.client],
+            options.prompt,
+            options.episode_gap,
+        )
         try:
             await self._send(connection, protocol.pack(self._metadata()))
             async for message in connection:
@@ -225,8 +254,36 @@ class PolicyServer:
                 "query": answer.query,
                 "history_frames": request.history_frames,
                 "server_timing": timing,
+                **({"warning": request.warning} if request.warning else {}),
             }
         )
+
+
+def bind(options: ServerOptions) -> socket.socket:
+    """A socket that has the address of the options, before anything takes minutes. Clients are refused until it listens.
+
+    Raises:
+        ValueError: if another process has the port, or the host is not this machine's.
+    """
+    address = socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET, socket.SOCK_STREAM)
+    address.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # of an earlier server's connections the system may know yet
+    with contextlib.ExitStack() as unless_it_is_bound:
+        unless_it_is_bound.enter_context(address)
+        with _listening(options):
+            address.bind((options.host, options.port))
+        unless_it_is_bound.pop_all()
+    return address
+
+
+@contextlib.contextmanager
+def _listening(options: ServerOptions) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, UnicodeError) as error:
+        raise ValueError(
+            f"port {options.port} of {options.host!r} cannot be listened at: {error}; expected a free port (0 takes any) of an "
+            "address of this machine"
+        ) from error
 
 
 def parse_renames(arguments: Sequence[str]) -> dict[str, str]:
@@ -242,13 +299,14 @@ def parse_renames(arguments: Sequence[str]) -> dict[str, str]:
     return renames
 
 
-async def serve_until_stopped(policy: Policy, options: ServerOptions) -> None:
-    """Serves until SIGTERM or SIGINT, then drains."""
+async def serve_until_stopped(policy: Policy, options: ServerOptions, address: socket.socket | None = None) -> None:
+    """Serves until SIGTERM or SIGINT, then drains. `address` is that of `PolicyServer`."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with PolicyServer(policy, PolicyLayout.of(policy), options) as server:
-        print(f"serving {policy.embodiment.name!r} at ws://{options.host}:{server.port}", flush=True)
+    async with PolicyServer(policy, PolicyLayout.of(policy), options, address) as server:
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        print(f"serving {policy.embodiment.name!r} at ws://{host}:{server.port}", flush=True)
         await stop.wait()
         print("draining: no new requests", flush=True)
         await server.drain()

@@ -29,7 +29,17 @@ def test_other_values_come_back_as_they_were():
     message = {"text": "öffne die Schublade", "list": [1, 2.5, None, True, b"raw"], "map": {"a": {"b": np.float32(1.5)}}}
     assert unpack(pack(message)) == message
     turned = np.arange(12, dtype=np.uint8).reshape(3, 4).T
-    np.testing.assert_array_equal(unpack(pack({"x": turned}))["x"], turned)
+    back = unpack(pack({"x": turned}))["x"]
+    np.testing.assert_array_equal(back, turned)
+    assert back.flags.writeable
+
+
+def test_arrays_of_text_are_strings():
+    """As openpi's clients pack them; ours sends strings itself."""
+    text = np.array("öffne die Schublade")
+    array = {b"__ndarray__": True, b"data": text.tobytes(), b"dtype": text.dtype.str, b"shape": []}
+    assert unpack(msgpack.packb({"prompt": array})) == unpack(pack({"prompt": text})) == {"prompt": "öffne die Schublade"}
+    assert unpack(pack({"prompt": np.array(["a", "bc"])})) == {"prompt": ["a", "bc"]}
 
 
 def test_messages_are_openpis():
@@ -39,17 +49,31 @@ def test_messages_are_openpis():
     assert unpack(OPENPI)["n"] == 5
 
 
-@pytest.mark.parametrize("value", [object(), np.array([object()]), np.array([1j]), np.array(["a"]), {1, 2}, 2**70])
+@pytest.mark.parametrize(
+    "value", [object(), np.array([object()]), np.array([1j]), np.array([b"a"]), np.ma.masked_equal([1, 2], 1), {1, 2}, 2**70]
+)
 def test_what_cannot_be_sent(value):
     with pytest.raises(ProtocolError, match="cannot be sent"):
         pack({"x": value})
+
+
+def test_what_cannot_be_sent_is_named():
+    with pytest.raises(
+        ProtocolError, match=r"^field 'images': field 'top': this value cannot be sent: '\{1\}' is a set; expected a map"
+    ):
+        pack({"state": 1.0, "images": {"top": {1}}})
 
 
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
         ({"dtype": "|O"}, r"dtype '\|O'; expected one of"),
-        ({"dtype": "<U4"}, "dtype '<U4'"),
+        ({"dtype": "<U4"}, "dtype <U4 comes with 8 bytes; expected 32"),
+        ({"dtype": "<U0"}, "dtype '<U0'"),
+        ({"dtype": "<U99999"}, "dtype '<U99999'"),
+        ({"dtype": "<U1", "data": (2**31).to_bytes(4, "little") * 2}, "not valid msgpack: UnicodeDecodeError"),
+        ({"dtype": "<U1", "data": (0xD800).to_bytes(4, "little") * 2}, "not valid msgpack: UnicodeDecodeError"),
+        ({"dtype": "<U1", "data": b"a\0\0\0" * 10001, "shape": [10001]}, "10001 entries; expected at most 10000"),
         ({"dtype": "<M8[s]"}, "dtype '<M8"),
         ({"dtype": [["a", "<f4"]]}, "dtype"),
         ({"dtype": "f4,f4"}, "dtype"),

@@ -2,7 +2,7 @@ import logging
 
 import numpy as np
 import pytest
-from serving import LAYOUT, Recorder, serving
+from serving import LAYOUT, OtherServer, Recorder, serving
 
 from mimic_video_client.execution import ActionTooFar, limit_step, resample_actions
 from mimic_video_client.robot_loop import LoopSettings, main, run_robot
@@ -115,3 +115,24 @@ def test_a_dry_run_from_the_command_line(capsys):
     with pytest.raises(SystemExit):
         main(["--server=ws://127.0.0.1:1", *common])
     assert "expected --robot=MODULE:FUNCTION, or --dry_run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("robot", ["--dry_run", "--robot=serving:Recorder"])
+def test_a_server_that_tells_no_rates_as_openpis_do_not(robot):
+    arguments = ["--prompt=a", "--actions=displacements", "--max_step=1", "--excess=error", robot]
+    told = r"error: the server tells \['reset_pose'\] of its policy; expected \[.*'action'.*\], as a server of mimic-video tells"
+    with OtherServer({"reset_pose": [0.0]}) as uri, pytest.raises(SystemExit, match=told):
+        main([f"--server={uri}", *arguments])
+
+
+def test_a_proxy_that_is_none():
+    arguments = [
+        "--server=ws://127.0.0.1:9",
+        "--prompt=a",
+        "--actions=displacements",
+        "--max_step=1",
+        "--excess=error",
+        "--dry_run",
+    ]
+    with pytest.raises(SystemExit, match="error: 'ftp://lab' is not a proxy; expected http://HOST:PORT"):
+        main([*arguments, "--proxy=ftp://lab"])

@@ -1,5 +1,6 @@
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -47,7 +48,8 @@ def start(*arguments):
 
 def test_a_policy_is_served_until_it_is_told_to_end(run):
     rename = "--rename=observation.images.front=images.primary"
-    process = start(f"--policy={run}", "--port=0", "--token=secret", "--batch_size=2", rename)
+    options = ("--client=openpi_libero", "--prompt=wait", "--episode_gap=2")
+    process = start(f"--policy={run}", "--port=0", "--token=secret", "--batch_size=2", rename, *options)
     try:
         line = process.stdout.readline()
         assert line.startswith("serving 'arm' at ws://127.0.0.1:"), line + process.stderr.read()
@@ -55,6 +57,7 @@ def test_a_policy_is_served_until_it_is_told_to_end(run):
         with pytest.raises(ServerUnavailable, match="401"):
             PolicyClient(uri)
         with PolicyClient(uri, token="secret", timeout=120.0) as client:
+            assert client.told("client", "prompt", "episode_gap_seconds") == ["openpi_libero", "wait", 2]
             images = np.random.default_rng(0).integers(0, 256, (2, 5, *tiny.SIZE, 3), np.uint8)
             proprio = np.ones((2, 3), np.float32)
             message = {"observation.images.front": images, "observation.state": proprio, "task": "do it", "robots": 2, "query": 1}
@@ -72,11 +75,22 @@ def test_a_policy_is_served_until_it_is_told_to_end(run):
         process.communicate()
 
 
+def test_a_port_that_is_taken_is_told_before_the_policy_is_loaded(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        process = start(f"--policy={tmp_path / 'not_even_there'}", f"--port={port}")
+        _, errors = process.communicate(timeout=120)
+    assert errors.splitlines()[-1].startswith(f"error: port {port} of '127.0.0.1' cannot be listened at: ")
+    assert process.returncode == 1 and "Traceback" not in errors
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
         (["--rename=front"], "--rename='front' is not of the form NAME=KNOWN"),
         ([], "is not a run directory"),
+        (["--port=65536"], "error: port is 65536; expected 0 to 65535"),
+        (["--host=192.0.2.1"], "error: port 8000 of '192.0.2.1' cannot be listened at: "),
     ],
 )
 def test_mistakes_are_told(tmp_path, arguments, complaint):

@@ -1,6 +1,7 @@
 import concurrent.futures
 import os
 import random
+import re
 import resource
 import signal
 import socket
@@ -23,9 +24,9 @@ from mimic_video.config import ConfigError
 from mimic_video.embodiments import Embodiment
 from mimic_video.policy.observations import PolicyLayout
 from mimic_video.policy.policy import Policy
-from mimic_video.policy.server import ServerOptions
+from mimic_video.policy.server import ServerOptions, bind
 from mimic_video.transforms import compute_statistics
-from mimic_video_client import PolicyTimeout, RequestRefused, ServerUnavailable
+from mimic_video_client import PolicyClient, PolicyTimeout, RequestRefused, ServerUnavailable
 from mimic_video_client.protocol import ERROR_KINDS, pack, parse_error, unpack
 
 
@@ -411,11 +412,45 @@ def test_a_client_does_not_take_a_late_answer_for_the_next():
         ({"batch_sizes": (0, 1)}, "batch_sizes"),
         ({"max_queue": 0}, "max_queue is 0"),
         ({"deadline": -1.0}, "deadline is -1"),
+        ({"episode_gap": float("nan")}, "episode_gap is nan; expected a positive number"),
+        ({"token": "secret\n"}, "token has spaces around it"),
+        ({"token": "sécret"}, "token has .* other characters than printable ASCII"),
+        ({"port": 65536}, "port is 65536; expected 0 to 65535"),
+        ({"client": "openpi"}, "client is 'openpi'; expected one of openpi_libero, openpi_droid, openpi_aloha"),
     ],
 )
 def test_options_that_cannot_be(options, complaint):
     with pytest.raises(ValueError, match=complaint):
         ServerOptions(**options)
+
+
+def test_an_address_that_is_taken_is_told_before_the_policy_is_compiled():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port, recorder = taken.getsockname()[1], Recorder()
+        told = pytest.raises(
+            ValueError, match=f"port {port} of '127.0.0.1' cannot be listened at: .*in use; expected a free port"
+        )
+        with told, serving(recorder, port=port):
+            pass
+    assert recorder.batches == []
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "." * 70, "::g"])
+def test_hosts_that_are_not_this_machine(host):
+    with pytest.raises(ValueError, match=f"port 8000 of '{re.escape(host)}' cannot be listened at: "):
+        bind(ServerOptions(host=host))
+
+
+def test_while_the_policy_is_compiled_clients_are_refused_and_another_may_take_the_port():
+    """Refused, since openpi's clients try again then, but give up where nobody answers."""
+    first = bind(ServerOptions(port=0))
+    port = first.getsockname()[1]
+    with pytest.raises(ServerUnavailable, match="refused"):
+        PolicyClient(f"ws://127.0.0.1:{port}", wait=0.0)
+    told = pytest.raises(ValueError, match=f"port {port} .* cannot be listened at: .*in use")
+    with serving(Recorder(), port=port), told, serving(Recorder(), port=port, address=first):
+        pass
+    assert first.fileno() == -1
 
 
 @pytest.fixture(scope="module")
@@ -537,6 +572,25 @@ def test_openpis_client():
         with pytest.raises(RuntimeError, match=r"bad_request: field 'state' has shape \(2,\); expected \(3,\)"):
             client.infer(seen | {"observation/state": np.ones(2)})
         assert client.infer(seen)["history_frames"] >= 1
+        assert client.infer({"reset": True}) == {"reset": True}
+        client._ws.close()
+
+
+@pytest.mark.reference
+def test_openpis_chunk_broker():
+    """As in its ALOHA example: one request a chunk, whose actions it gives one by one; the prompt is the server's."""
+    from openpi_client.action_chunk_broker import ActionChunkBroker
+    from openpi_client.websocket_client_policy import WebsocketClientPolicy
+
+    with serving(Recorder(), client="openpi_aloha", prompt="a") as running:
+        client = WebsocketClientPolicy("127.0.0.1", running.server.port)
+        broker = ActionChunkBroker(client, action_horizon=3)
+        for episode in (1, 2):
+            picture = np.full((3, *LAYOUT.image_size), episode, np.uint8)
+            seen = {"state": np.ones(3), "images": {"cam_high": picture, "cam_low": picture}, "timestamp": 2.0 * episode}
+            actions = [broker.infer(seen)["actions"] for _ in range(3)]
+            np.testing.assert_array_equal(actions, plan_of(episode, (1, 1, 1), "a"))  # no frame of the last episode
+            broker.reset()
         client._ws.close()
 
 
