@@ -58,9 +58,9 @@ def of_video(config: ExperimentConfig, run: epath.Path, out: pathlib.Path) -> di
 
 def of_policy(config: ExperimentConfig, run: epath.Path, out: pathlib.Path) -> dict:
     directory.require_same_model(directory.read_config(run), config, run, "window", "tokenizer", "backbone", "decoder")
+    windows = chosen_windows(config)
     robot = _DATASET.value and of_dataset(directory.load_embodiments(run), _DATASET.value).name
     policy = Policy.load(run, config, robot)
-    windows = chosen_windows(config)
     samples = [windows[index] for index in range(0, len(windows), 4)]
     open_loop = action_errors(policy, samples, config.data.past_frames, policy.normalizers["action"])
     results = run_rollouts(policy, factories(config, policy.embodiment.cameras), config, record=_RECORDED.value)
