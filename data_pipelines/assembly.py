@@ -65,7 +65,8 @@ class TrainingData:
                     "robots"
                 )
         encode_text = make_text_encoder(config.text, config.backbone.text_width)
-        for instruction in {episode.instruction for windows in training.windows.values() for episode in windows.episodes}:
+        episodes = itertools.chain(*(windows.episodes for windows in training.windows.values()))
+        for instruction in {instruction for episode in episodes for instruction in episode.instructions}:
             encode_text(instruction)  # so that one that does not fit is an error now
         validation = _open(config, config.data.validation_split, tokenizer).windows if config.train.validate_every else None
         return OpenTrainingData(config, rows, encode_text, training, validation)

@@ -145,7 +145,7 @@ def _instructions(place: Place, config: ExperimentConfig) -> Iterator[str]:
     for split in open_dataset(place.directory).info.splits:
         source = RldsSource(place.directory, split, spec=place.spec, image_size=size)
         for index in tqdm(range(len(source)), desc=source.name, unit="episode"):
-            yield source[index].instruction
+            yield from source[index].instructions
 
 
 def directory_name(directory: Path) -> str:
@@ -179,10 +179,10 @@ def _find(part: str, config: ExperimentConfig, field: str) -> Place:
 
 def _open(name: str, place: Place, config: ExperimentConfig, split: str) -> WindowDataset:
     size = None if place.spec is None else config.data.image_size
-    source = RldsSource(place.directory, split, spec=place.spec, image_size=size)
+    source = RldsSource(place.directory, split, spec=place.spec, cameras=config.data.cameras, image_size=size)
     check_dataset(source, config)
     raw_dims = None if place.spec is None else _raw_dims(place.spec)
-    robot = dict(config.data.robots).get(name) or (place.spec and place.spec.robot) or None
+    robot = dict(config.data.robots).get(name) or (place.spec and place.spec.robot) or source.robot or None
     return WindowDataset(source, config.data, actions=config.stage == "action", raw_dims=raw_dims, robot=robot)
 
 

@@ -3,12 +3,13 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, Protocol
 
 import numpy as np
 
 CAMERAS = ("primary", "secondary", "wrist")
+_BLOCK = 128  # frames; those of a long episode do not fit memory
 POSE_DIM = 10  # [position 3 | rot6d 6 | gripper 1]
 
 
@@ -35,6 +36,12 @@ class ArrayFrames:
         return self.array[np.asarray(indices, int)]
 
 
+def blocks(frames: Frames) -> Iterator[np.ndarray]:
+    """All frames in order, few in memory at a time: uint8 RGB (k, height, width, 3)."""
+    for start in range(0, len(frames), _BLOCK):
+        yield frames.take(range(start, min(start + _BLOCK, len(frames))))
+
+
 ActionLayout = Literal["vector", "delta", "pose"]
 
 
@@ -50,7 +57,7 @@ class Episode:
             with proprioception of the same form; windows interpolate them and make them relative to the current pose. "delta":
             commanded steps of that form; "vector": anything else, joints for example. Those are taken as they are.
         further_cameras: the same of other cameras, by the names "secondary" and "wrist".
-        instruction: the task in natural language.
+        instruction: the task in natural language: of the whole episode or, where it changes, of each step.
         proprio: float32 (n, p) proprioception in raw units, or None when it was not recorded.
         actions: float32 (n, m), the action commanded at each step in raw units, or None for action-free video.
     """
@@ -58,7 +65,7 @@ class Episode:
     name: str
     timestamps: np.ndarray
     frames: Frames
-    instruction: str
+    instruction: str | tuple[str, ...]
     proprio: np.ndarray | None = None
     actions: np.ndarray | None = None
     action_layout: ActionLayout = "vector"
@@ -69,9 +76,12 @@ class Episode:
         if n == 0 or np.any(np.diff(self.timestamps) <= 0):
             raise ValueError(f"{self.name}: timestamps must be non-empty and strictly increasing")
         fields = {"frames": self.frames, "proprio": self.proprio, "actions": self.actions, **self.further_cameras}
-        for field, values in fields.items():
+        texts = None if isinstance(self.instruction, str) else self.instruction
+        for field, values in (*fields.items(), ("instruction", texts)):
             if values is not None and len(values) != n:
                 raise ValueError(f"{self.name}: {field} has {len(values)} steps, timestamps have {n}")
+        if len(self.instructions) == 1:  # one form only, so that the same data has the same hash
+            object.__setattr__(self, "instruction", self.instructions[0])
         if self.action_layout == "pose" and self.actions is not None:
             for field, values in (("actions", self.actions), ("proprio", self.proprio)):
                 if values is None or values.shape[1:] != (POSE_DIM,):
@@ -80,6 +90,14 @@ class Episode:
 
     def __len__(self) -> int:
         return len(self.timestamps)
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """Every instruction once, in the order of the steps."""
+        return (self.instruction,) if isinstance(self.instruction, str) else tuple(dict.fromkeys(self.instruction))
+
+    def instruction_at(self, step: int) -> str:
+        return self.instruction if isinstance(self.instruction, str) else self.instruction[step]
 
     @property
     def cameras(self) -> dict[str, Frames]:

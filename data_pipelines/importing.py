@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from data_pipelines.episode import ArrayFrames, Episode, Frames
+from data_pipelines.episode import Episode, Frames, blocks
 from data_pipelines.sources.rlds import DatasetError
-from data_pipelines.windows import TOLERANCE, nearest, poses_at
+from data_pipelines.windows import at_rate, nearest, poses_at, rate_tolerance
 from data_pipelines.writers import FileFormat, write_rlds
 
 _VALIDATION_SEED = 42  # as the published system's choice (SPEC 8.5)
@@ -90,11 +90,12 @@ def resampled(episode: Episode, hz: float) -> Episode:
         DatasetError: for actions of the layout "delta": a commanded step belongs to the time between two steps.
     """
     start = episode.timestamps[0]
-    if np.allclose(episode.timestamps - start, np.arange(len(episode)) / hz, rtol=0, atol=TOLERANCE):
+    if at_rate(episode.timestamps, hz):
         return episode
     if episode.action_layout == "delta" and episode.actions is not None:
         raise DatasetError(f"{episode.name}: time stamps are not {hz} steps per second, and commanded steps cannot be resampled")
-    times = start + np.arange(int((episode.timestamps[-1] - start + TOLERANCE) * hz) + 1) / hz
+    duration = episode.timestamps[-1] - start + rate_tolerance(episode.timestamps, hz)
+    times = start + np.arange(int(duration * hz) + 1) / hz
     steps = nearest(episode.timestamps, times)
     poses = episode.action_layout == "pose"
 
@@ -106,6 +107,7 @@ def resampled(episode: Episode, hz: float) -> Episode:
     return dataclasses.replace(
         episode,
         timestamps=times,
+        instruction=tuple(episode.instruction_at(step) for step in steps),
         frames=_ChosenFrames(episode.frames, steps),
         further_cameras={role: _ChosenFrames(frames, steps) for role, frames in episode.further_cameras.items()},
         proprio=at_times(episode.proprio),
@@ -144,12 +146,9 @@ class Import:
                 continue
             try:
                 episode = resampled(episode, self._hz)
-                if self._skip_damaged:  # what is damaged must show before the episode is handed on
-                    episode = dataclasses.replace(
-                        episode,
-                        frames=_decoded(episode.frames),
-                        further_cameras={role: _decoded(frames) for role, frames in episode.further_cameras.items()},
-                    )
+                for frames in episode.cameras.values() if self._skip_damaged else ():
+                    for _ in blocks(frames):  # what is damaged must show before the episode is handed on
+                        pass
             except DatasetError as error:
                 if not self._skip_damaged:
                     raise
@@ -164,10 +163,6 @@ class Import:
             listed = "".join(f"\n  {name}" for name in names[:_LISTED])
             more = f"\n  and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
             print(f"left out {len(names)} because {reason}:{listed}{more}")
-
-
-def _decoded(frames: Frames) -> ArrayFrames:
-    return ArrayFrames(frames.take(range(len(frames))))
 
 
 def dataset_name(source: str | os.PathLike) -> str:
@@ -185,7 +180,8 @@ def import_dataset(
     control_hz: float | None = None,
     image_size: tuple[int, int] | None = None,
     jpeg_quality: int = 95,
-    file_format: FileFormat = "array_record",
+    file_format: FileFormat = "tfrecord",
+    robot: str = "",
     validation_share: float = 0.0,
     cameras: Sequence[str] = (),
     skip_damaged: bool = False,
@@ -194,6 +190,7 @@ def import_dataset(
 
     Args:
         control_hz, image_size: the source's own unless given.
+        file_format, robot: as of `write_rlds`.
         validation_share: of the episodes goes to the split `val`.
         cameras: that an episode must have not to be left out.
         skip_damaged: leaves damaged episodes out instead of giving up.
@@ -218,6 +215,7 @@ def import_dataset(
             image_size=image_size or source.image_size,
             jpeg_quality=jpeg_quality,
             file_format=file_format,
+            robot=robot,
             description=description,
         )
     finally:

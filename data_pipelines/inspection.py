@@ -63,7 +63,7 @@ def draw_windows(source: Sequence[Episode], count: int) -> tuple[Image.Image, li
             first, last = times[[0, -1]] - episode.timestamps[anchor]
             captions.append(
                 f"episode {number}, {camera}, {first:+.1f} to {last:+.1f} s around step {anchor} of {len(episode)}: "
-                f"{episode.instruction!r}"
+                f"{episode.instruction_at(anchor)!r}"
             )
     width = max(strip.shape[1] for strip in strips)
     return Image.fromarray(np.concatenate([np.pad(s, ((0, 2), (0, width - s.shape[1]), (0, 0))) for s in strips])), captions

@@ -99,14 +99,14 @@ class WindowDataset(Sequence[dict]):
         return content_hash(self.episodes)
 
     def __getitem__(self, index: int) -> dict:  # type: ignore[override]  # no slices
-        """One window: `instruction` (str) and the arrays of `video_window`, and of `action_window` if it has actions."""
+        """One window: its anchor's `instruction` (str), and the arrays of `video_window` and maybe of `action_window`."""
         episode, anchor = self.episodes[self._episode_of[index]], self._anchor_of[index]
         if self._latents is None:
             video = video_window(episode, anchor, self._config)
         else:
             latents, rows = self._latents
             video = {"latents": latents[int(rows[index])], **video_masks(episode, anchor, self._config)}
-        sample = {"instruction": episode.instruction, **video}
+        sample = {"instruction": episode.instruction_at(anchor), **video}
         if self._actions:
             sample |= action_window(episode, anchor, self._config)
         return sample

@@ -28,9 +28,9 @@ from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
 from data_pipelines.sources.index import Shard
 from data_pipelines.sources.records import Feature, RecordFile, RecordWriter, open_records, parse_example
-from data_pipelines.sources.rlds import CONTINUES, Dataset, DatasetError, decode_image, open_dataset
+from data_pipelines.sources.rlds import CONTINUES, ROBOT, Dataset, DatasetError, decode_image, open_dataset
 from data_pipelines.workers import worker_processes
-from data_pipelines.writers import FileFormat, SplitSize, encode_jpeg, shard_path, write_metadata
+from data_pipelines.writers import FileFormat, SplitSize, check_format, check_robot, encode_jpeg, shard_path, write_metadata
 from mimic_video.atomic import INCOMPLETE, atomically
 
 _OBSERVATION = "steps/observation/"
@@ -48,20 +48,22 @@ class Conversion:
         jpeg_quality: 1 to 100, of RGB images, which are then all encoded anew; without it those that keep their size keep their
             bytes, and others get 95.
         chunk_steps: longest record, in steps; None leaves episodes whole.
+        robot: whose episodes they are, `episode_metadata/robot`; empty keeps what the source says.
 
     Raises:
         ValueError: naming the field, if a value is impossible.
     """
 
-    file_format: FileFormat = "array_record"
+    file_format: FileFormat = "tfrecord"
     cameras: tuple[str, ...] | None = None
     image_size: tuple[int, int] | None = None
     jpeg_quality: int | None = None
     chunk_steps: int | None = None
+    robot: str = ""
 
     def __post_init__(self):
-        if self.file_format not in ("array_record", "tfrecord"):
-            raise ValueError(f"file_format is {self.file_format!r}; expected array_record or tfrecord")
+        check_format(self.file_format)
+        check_robot(self.robot)
         if self.image_size is not None and (len(self.image_size) != 2 or min(self.image_size) < 1):
             raise ValueError(f"image_size is {self.image_size}; expected a positive height and width")
         if self.jpeg_quality is not None and not 1 <= self.jpeg_quality <= 100:
@@ -191,11 +193,16 @@ def _plan(dataset: Dataset, conversion: Conversion) -> tuple[_Plan, tfds.feature
                 "episodes cannot be cut: leave out chunk_steps"
             )
     continues = CONTINUES in specs
+    added: dict[str, Any] = {}
     if conversion.chunk_steps is not None and not continues:
-        flag = tfds.features.FeaturesDict({"continues": tfds.features.Scalar(np.bool_)}).to_json()["content"]["features"]
+        added["continues"] = tfds.features.Scalar(np.bool_)
+    if conversion.robot:
+        added["robot"] = tfds.features.Text()
+    if added:
         metadata = top.setdefault("episode_metadata", {"pythonClassName": tree["type"], "featuresDict": {"features": {}}})
-        metadata["featuresDict"]["features"] |= flag
-    others.pop(CONTINUES, None)
+        metadata["featuresDict"]["features"] |= tfds.features.FeaturesDict(added).to_json()["content"]["features"]
+    for replaced in (CONTINUES, ROBOT) if conversion.robot else (CONTINUES,):
+        others.pop(replaced, None)
     return _Plan(conversion, images, others, continues), tfds.features.FeaturesDict.from_json(tree)
 
 
@@ -266,6 +273,8 @@ def _pieces(plan: _Plan, source: RecordFile, index: int) -> Iterator[Any]:
             ]
         if plan.continues or plan.conversion.chunk_steps is not None:
             example[CONTINUES] = np.array([continued or start > 0], np.int64)
+        if plan.conversion.robot:
+            example[ROBOT] = [plan.conversion.robot.encode()]
         yield tf_example_pb2.Example(features=tf_feature_pb2.Features(feature={k: _feature(v) for k, v in example.items()}))
 
 

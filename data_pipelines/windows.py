@@ -13,7 +13,8 @@ from data_pipelines.episode import POSE_DIM, Episode
 from mimic_video.config import DataConfig
 from mimic_video.transforms import matrix_from_rot6d, relative_poses, rot6d_from_matrix, stack_views
 
-TOLERANCE = 1e-4  # seconds. Far below any step, far above the rounding of k / rate with a float32 rate
+TOLERANCE = 1e-4  # seconds. Far below any step, far above the rounding of k / rate within a window, with a float32 rate
+_JITTER = 0.02  # of a period: what time stamps that were rounded to a millisecond at 30 Hz are off by
 
 
 def anchors(timestamps: np.ndarray, config: DataConfig, *, actions: bool) -> np.ndarray:
@@ -96,6 +97,22 @@ def action_windows(
 def action_window(episode: Episode, anchor: int, config: DataConfig) -> dict[str, np.ndarray]:
     """`action_windows` of one anchor, without the leading axis."""
     return {name: values[0] for name, values in action_windows(episode, [anchor], config).items()}
+
+
+def rate_tolerance(timestamps: np.ndarray, hz: float) -> float:
+    """Seconds by which time stamps of `hz` steps a second may be off: a part of a period, and what numbers were rounded by.
+
+    Stamps that are float32 numbers are known to their spacing, which at 2048 s is 0.24 ms. Rates are stored in float32.
+    """
+    single = timestamps.astype(np.float32)
+    rounded = single if np.array_equal(single, timestamps) else (timestamps - timestamps[0]).astype(np.float32)
+    return _JITTER / hz + float(np.spacing(np.abs(rounded[[0, -1]])).max())
+
+
+def at_rate(timestamps: np.ndarray, hz: float) -> bool:
+    """Whether step k is k / hz seconds after the first one, within `rate_tolerance`."""
+    expected = timestamps[0] + np.arange(len(timestamps)) / hz
+    return bool(np.abs(timestamps - expected).max() <= rate_tolerance(timestamps, hz))
 
 
 def inside(timestamps: np.ndarray, times: np.ndarray) -> np.ndarray:

@@ -6,16 +6,16 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-from data_pipelines.episode import CAMERAS, Episode
+from data_pipelines.episode import CAMERAS, Episode, Frames, blocks
 from data_pipelines.sources.records import RecordWriter
-from data_pipelines.windows import TOLERANCE
+from data_pipelines.windows import at_rate
 from mimic_video.atomic import atomically
 from mimic_video.transforms import resize_images
 
@@ -40,6 +40,15 @@ class _Dims(NamedTuple):
     action_layout: str
 
 
+class _Recording(NamedTuple):
+    """How episodes are stored: arguments of `write_rlds`."""
+
+    control_hz: float
+    image_size: tuple[int, int]
+    jpeg_quality: int
+    robot: str
+
+
 def write_rlds(
     directory: str | os.PathLike,
     name: str,
@@ -49,7 +58,8 @@ def write_rlds(
     image_size: tuple[int, int],
     jpeg_quality: int = 95,
     description: str,
-    file_format: FileFormat = "array_record",
+    file_format: FileFormat = "tfrecord",
+    robot: str = "",
 ) -> Path:
     """Writes `<directory>/<name>/1.0.0`, one episode in memory at a time and in the order given.
 
@@ -64,30 +74,44 @@ def write_rlds(
         splits: split name → its episodes; consumed once, one after the other.
         control_hz: steps per second of every episode.
         description: for people; stored in dataset_info.json.
-        file_format: ArrayRecord, which plain tfds can read at random, or TFRecord, of which less has to be read for a window.
+        file_format: TFRecord, which plain tfds reads by `as_dataset` and of which less has to be read for a window, or
+            ArrayRecord, which it reads at random by `as_data_source`.
+        robot: whose episodes they are; empty leaves that to the experiment that reads them.
 
     Returns:
         The folder to read from.
 
     Raises:
         FileExistsError: if the dataset exists; delete it or choose another name.
-        ValueError: for another file format, a split without episodes, an episode whose features differ from the first one's, or
-            one whose timestamps are not at `control_hz`.
+        ValueError: for another file format or a name that no robot can have, a split without episodes, an episode whose features
+            differ from the first one's, or one whose timestamps are not at `control_hz`.
     """
     path = Path(directory) / name / VERSION
     if path.exists():
         raise FileExistsError(f"dataset {path} exists already: delete it or choose another name")
     if not control_hz > 0:
         raise ValueError(f"control_hz is {control_hz}; expected a positive rate")
-    if file_format not in ("array_record", "tfrecord"):
-        raise ValueError(f"file_format is {file_format!r}; expected array_record or tfrecord")
+    check_format(file_format)
+    check_robot(robot)
     if not splits:
         raise ValueError(f"dataset {path} needs at least one split")
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomically(path) as partial:
         partial.mkdir()
-        _write(partial, name, splits, control_hz, image_size, jpeg_quality, description, file_format)
+        _write(partial, name, splits, _Recording(control_hz, image_size, jpeg_quality, robot), description, file_format)
     return path
+
+
+def check_format(file_format: str) -> None:
+    """Raises ValueError for another one than those of `FileFormat`."""
+    if file_format not in get_args(FileFormat):
+        raise ValueError(f"file_format is {file_format!r}; expected {' or '.join(get_args(FileFormat))}")
+
+
+def check_robot(robot: str) -> None:
+    """Raises ValueError for a name that no robot can have."""
+    if "/" in robot:
+        raise ValueError(f"robot is '{robot}'; expected a name without '/'")
 
 
 def write_metadata(
@@ -139,9 +163,7 @@ def _write(
     directory: Path,
     name: str,
     splits: Mapping[str, Iterable[Episode]],
-    control_hz: float,
-    image_size: tuple[int, int],
-    jpeg_quality: int,
+    recording: _Recording,
     description: str,
     file_format: FileFormat,
 ) -> None:
@@ -151,21 +173,19 @@ def _write(
     for split, episodes in splits.items():
         first, episodes = _peek(split, episodes)
         dims = dims or _dims(first)
-        records = _records(episodes, dims, control_hz, image_size, jpeg_quality)
+        records = _records(episodes, dims, recording)
         path = functools.partial(shard_path, directory, name, split, file_format)
         sizes[split] = _write_shards(records, path, file_format)
-    features = _features(dims, image_size)
+    features = _features(dims, recording)
     write_metadata(directory, name, VERSION, features, sizes, file_format=file_format, description=description)
 
 
-def _records(
-    episodes: Iterable[Episode], dims: _Dims, control_hz: float, image_size: tuple[int, int], jpeg_quality: int
-) -> Iterator[bytes]:
-    features = _features(dims, image_size)
+def _records(episodes: Iterable[Episode], dims: _Dims, recording: _Recording) -> Iterator[bytes]:
+    features = _features(dims, recording)
     serializer = ExampleSerializer(features.get_serialized_info())
     for episode in episodes:
-        _check(episode, dims, control_hz)
-        example = features.encode_example(_example(episode, control_hz, image_size, jpeg_quality))
+        _check(episode, dims, recording.control_hz)
+        example = features.encode_example(_example(episode, recording))
         yield serializer.get_tf_example(example).SerializeToString(deterministic=True)
 
 
@@ -199,16 +219,16 @@ def _check(episode: Episode, dims: _Dims, control_hz: float) -> None:
     if _dims(episode) != dims:
         raise ValueError(f"{episode.name}: dimensions are {_dims(episode)}; the dataset's first episode has {dims}")
     # The reader derives the timestamps from the rate alone.
-    if not np.allclose(episode.timestamps - episode.timestamps[0], np.arange(len(episode)) / control_hz, rtol=0, atol=TOLERANCE):
+    if not at_rate(episode.timestamps, control_hz):
         raise ValueError(f"{episode.name}: timestamps are not {control_hz} steps per second; resample the episode first")
 
 
-def _features(dims: _Dims, image_size: tuple[int, int]) -> tfds.features.FeaturesDict:
+def _features(dims: _Dims, recording: _Recording) -> tfds.features.FeaturesDict:
     def vector(width: int) -> tfds.features.Tensor:
         return tfds.features.Tensor(shape=(width,), dtype=np.float32)
 
     observation = {
-        f"image_{camera}": tfds.features.Image(shape=(*image_size, 3), dtype=np.uint8, encoding_format="jpeg")
+        f"image_{camera}": tfds.features.Image(shape=(*recording.image_size, 3), dtype=np.uint8, encoding_format="jpeg")
         for camera in ("primary", *dims.cameras)
     }
     step = {
@@ -221,25 +241,20 @@ def _features(dims: _Dims, image_size: tuple[int, int]) -> tfds.features.Feature
         observation["proprio"] = vector(dims.proprio)
     if dims.action is not None:
         step["action"] = vector(dims.action)
-    return tfds.features.FeaturesDict(
-        {
-            "steps": tfds.features.Dataset(step),
-            "episode_metadata": {"control_hz": tfds.features.Scalar(np.float32), "action_layout": tfds.features.Text()},
-        }
-    )
+    metadata = {"control_hz": tfds.features.Scalar(np.float32), "action_layout": tfds.features.Text()}
+    if recording.robot:
+        metadata["robot"] = tfds.features.Text()
+    return tfds.features.FeaturesDict({"steps": tfds.features.Dataset(step), "episode_metadata": metadata})
 
 
-def _example(episode: Episode, control_hz: float, image_size: tuple[int, int], jpeg_quality: int) -> dict[str, Any]:
-    cameras = {"primary": episode.frames, **episode.further_cameras}
-    images = {
-        f"image_{camera}": resize_images(frames.take(range(len(episode))), image_size) for camera, frames in cameras.items()
-    }
+def _example(episode: Episode, recording: _Recording) -> dict[str, Any]:
+    images = {f"image_{camera}": list(_jpegs(frames, recording)) for camera, frames in episode.cameras.items()}
     last = len(episode) - 1
     steps = []
     for k in range(len(episode)):
         step: dict[str, Any] = {
-            "observation": {key: io.BytesIO(encode_jpeg(frames[k], jpeg_quality)) for key, frames in images.items()},
-            "language_instruction": episode.instruction,
+            "observation": {key: io.BytesIO(files[k]) for key, files in images.items()},
+            "language_instruction": episode.instruction_at(k),
             "is_first": k == 0,
             "is_last": k == last,
             "is_terminal": k == last,
@@ -251,7 +266,13 @@ def _example(episode: Episode, control_hz: float, image_size: tuple[int, int], j
         if episode.actions is not None:
             step["action"] = episode.actions[k].astype(np.float32)
         steps.append(step)
-    return {"steps": steps, "episode_metadata": {"control_hz": control_hz, "action_layout": episode.action_layout}}
+    metadata = {"control_hz": recording.control_hz, "action_layout": episode.action_layout}
+    return {"steps": steps, "episode_metadata": metadata | ({"robot": recording.robot} if recording.robot else {})}
+
+
+def _jpegs(frames: Frames, recording: _Recording) -> Iterator[bytes]:
+    for block in blocks(frames):
+        yield from (encode_jpeg(frame, recording.jpeg_quality) for frame in resize_images(block, recording.image_size))
 
 
 def encode_jpeg(frame: np.ndarray, quality: int) -> bytes:

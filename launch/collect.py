@@ -5,7 +5,8 @@
 for every task of the experiment's `evaluation.tasks` in its `evaluation.simulator`, at its image size and control rate and in its
 `evaluation.layout`.
 `OUT/videos` holds action-free videos for stage 1 and `OUT/demonstrations` labelled episodes for stage 2, each with the splits
-`train` and `val`. No episode is in two of these. A dataset that exists already is left as it is.
+`train` and `val`. No episode is in two of these. A dataset that exists already is left as it is. Plain tfds reads TFRecord by
+`tfds.builder_from_directory(PATH).as_dataset()`, and with --format=array_record ArrayRecord by `.as_data_source()`.
 """
 
 import itertools
@@ -25,6 +26,7 @@ from mimic_video.evaluation.simulators import factories, with_expert
 _OUT = flags.DEFINE_string("out", None, "Folder for the datasets", required=True)
 _VIDEOS = flags.DEFINE_integer("videos", 100, "Action-free episodes per task", lower_bound=1)
 _DEMONSTRATIONS = flags.DEFINE_integer("demonstrations", 20, "Labelled episodes per task", lower_bound=1)
+_FORMAT = experiment.define_format()
 _VALIDATION = flags.DEFINE_integer("validation", 10, "Held-out episodes per task, of either dataset", lower_bound=1)
 
 _FIRST_SEEDS = {
@@ -61,6 +63,7 @@ def main(config: ExperimentConfig) -> None:
             splits,
             control_hz=config.data.control_hz,
             image_size=config.data.image_size,
+            file_format=_FORMAT.value,
             description=f"Scripted experts of {config.evaluation.simulator}: {', '.join(config.evaluation.tasks)}",
         )
 

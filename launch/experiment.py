@@ -49,6 +49,11 @@ def define_size(name: str, default: tuple[int, int] | None, help: str) -> flags.
     return flags.DEFINE(SizeParser(), name, default, help, serializer=_SizeSerializer())
 
 
+def define_format() -> flags.FlagHolder[Any]:
+    """The flag of commands that write a dataset."""
+    return flags.DEFINE_enum("format", "tfrecord", ["tfrecord", "array_record"], "File format of the dataset")
+
+
 def run(
     main: Callable[..., None],
     expected_errors: tuple[type[Exception], ...] = (),

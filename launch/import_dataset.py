@@ -5,9 +5,11 @@
     python launch/import_dataset.py --source_format=libero --source=/data/libero_goal --out=data --image_size=480x640
     python launch/import_dataset.py --source_format=bridge --source=/data/bridge/raw --out=data --skip_damaged
 
-writes `OUT/NAME/1.0.0` with the splits `train` and `val`. Formats: LeRobot folders of v2.0 to v3.0; HDF5 demonstrations of
-LIBERO; raw folders of Bridge v2 (data_pipelines/sources). The dataset appears whole or not at all, so after an interruption the
-same command starts anew. What is left out is counted and named by reason.
+writes `OUT/NAME/1.0.0` with the splits `train` and `val`. Plain tfds reads it by
+`tfds.builder_from_directory(PATH).as_dataset()`, as other loaders do; with --format=array_record by `.as_data_source()`. Formats:
+LeRobot folders of v2.0 to v3.0; HDF5 demonstrations of LIBERO; raw folders of Bridge v2 (data_pipelines/sources). The dataset
+appears whole or not at all, so after an interruption the same command starts anew. What is left out is counted and named by
+reason. --robot names whose episodes they are, for training on several datasets of one robot.
 
 Steps are stored at one rate. Episodes whose time stamps are not at that rate are resampled: images, joints and commands as the
 nearest step has them, poses interpolated (SPEC 8.3).
@@ -30,7 +32,8 @@ _IMAGE_SIZE = experiment.define_size("image_size", None, "Of stored images; by d
 _JPEG_QUALITY = flags.DEFINE_integer("jpeg_quality", 95, "Of stored images", lower_bound=1, upper_bound=100)
 _CONTROL_HZ = flags.DEFINE_float("control_hz", None, "Steps per second; by default the source's own (Bridge: 5)")
 _VALIDATION = flags.DEFINE_float("validation_share", 0.0, "Of the episodes, goes to `val`", lower_bound=0.0, upper_bound=0.9)
-_FORMAT: flags.FlagHolder[Any] = flags.DEFINE_enum("format", "array_record", ["array_record", "tfrecord"], "Of the dataset")
+_FORMAT = experiment.define_format()
+_ROBOT = flags.DEFINE_string("robot", "", "Name of the robot; empty leaves it to the experiment")
 _SKIP_DAMAGED = flags.DEFINE_bool("skip_damaged", False, "Leave damaged episodes out instead of giving up")
 
 _OWN = {
@@ -75,6 +78,7 @@ def main() -> None:
         image_size=_IMAGE_SIZE.value,
         jpeg_quality=_JPEG_QUALITY.value,
         file_format=_FORMAT.value,
+        robot=_ROBOT.value,
         validation_share=_VALIDATION.value,
         cameras=list(options.get("cameras", ())),
         skip_damaged=_SKIP_DAMAGED.value,

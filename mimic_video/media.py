@@ -1,15 +1,20 @@
-"""Pictures and videos on disk ↔ arrays of RGB frames."""
+"""Pictures and videos on disk ↔ arrays of RGB frames, turned as the file says that they are to be seen."""
 
+import collections
 import fractions
 import pathlib
 import types
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
 Frames = UInt8[np.ndarray, "f h w 3"]
 
+_SEEK_MARGIN = 1.0  # seconds. Keyframes lie by their decoding time, which is a few frames from the one that they are shown at
+_TIE = 1e-6  # seconds: of two frames that are as near, the earlier one is meant
 _SMALLEST_GIF = 192  # pixels; smaller frames are enlarged, so that they can be looked at
 
 
@@ -20,21 +25,54 @@ class MediaError(RuntimeError):
 def read_frames(path: str | pathlib.Path, hz: float, count: int) -> Frames:
     """The last frames of a video at `hz` frames a second, oldest first, at most `count`; of a picture, its one frame.
 
+    No more than the end of a long video is held in memory, and where its file has an index no more is decoded.
+
     Raises:
-        MediaError: if there is no such file, or it is neither a picture nor a video.
+        MediaError: if there is no such file, it is neither a picture nor a video, or what is read of it is damaged.
     """
     path = pathlib.Path(path)
     if not path.is_file():
         raise MediaError(f"there is no file {path}")
+    span = (count - 1) / hz
     try:
         with Image.open(path) as image:
-            duration = image.info.get("duration", 1000 / hz)  # milliseconds a frame, of animated pictures
-            frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]
-        own_hz = 1000 / max(duration, 1)
+            frames = _tail(_pictures(image, hz), span)
     except UnidentifiedImageError:
-        frames, own_hz = _decode(path)
-    chosen = len(frames) - 1 - np.round(np.arange(count)[::-1] * own_hz / hz).astype(int)
-    return np.stack([frames[i] for i in chosen if i >= 0])
+        frames = _video_tail(path, span)
+    except Exception as error:  # a file that is damaged can make Pillow raise anything
+        raise MediaError(f"{path} cannot be read: {error}") from error
+    times = np.array([time for time, _ in frames])
+    wanted = times[-1] - np.arange(count)[::-1] / hz
+    wanted = wanted[wanted >= times[0] - 0.1 / hz] - _TIE
+    chosen = [frames[np.argmin(np.abs(times - time))][1] for time in wanted]
+    try:
+        return np.stack([frame if isinstance(frame, np.ndarray) else upright_frame(frame) for frame in chosen])
+    except MediaError as error:
+        raise MediaError(f"{path} cannot be read: {error}") from error
+
+
+def read_picture(file: str | pathlib.Path | BinaryIO) -> UInt8[np.ndarray, "h w 3"]:
+    """A picture in RGB. Raises MediaError if it is damaged, or has more than 8 bits a channel."""
+    try:
+        with Image.open(file) as image:
+            return _upright(image)
+    except Exception as error:  # as above
+        raise MediaError(str(error)) from error
+
+
+def upright_frame(frame: Any) -> UInt8[np.ndarray, "h w 3"]:
+    """A decoded frame of PyAV in RGB, turned by the display matrix of its video. Raises MediaError for an oblique one."""
+    # One thread: windows are made in parallel already, and a thread pool would not survive a fork.
+    pixels = frame.to_ndarray(format="rgb24", threads=1)
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return pixels
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()  # x' = a·x + c·y, y' = b·x + d·y
+    if not ((a and d and not b and not c) or (b and c and not a and not d)):
+        raise MediaError(f"its display matrix is {[[a, c], [b, d]]}; expected quarter turns")
+    if b:
+        pixels, a, d = pixels.swapaxes(0, 1), c, b
+    return pixels[:: 1 if d > 0 else -1, :: 1 if a > 0 else -1]
 
 
 def write_video(path: str | pathlib.Path, frames: Frames, hz: float) -> None:
@@ -91,17 +129,53 @@ def crop_to_shape(frames: Frames, size: tuple[int, int]) -> UInt8[np.ndarray, "f
     return frames[:, top : top + height, left : left + width]
 
 
-def _decode(path: pathlib.Path) -> tuple[list[np.ndarray], float]:
-    av = _av()
+def _upright(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
+    if image.mode.startswith(("I", "F")):  # integers of 16 or 32 bits, floats: a conversion would clip them to white
+        raise MediaError(f"its pixels are of the mode {image.mode}; expected 8 bits a channel")
+    return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def _pictures(image: Image.Image, hz: float) -> Iterator[tuple[float, np.ndarray]]:
+    """Times in seconds and frames of a picture that may be animated."""
+    milliseconds = 0.0
+    for frame in ImageSequence.Iterator(image):
+        yield milliseconds / 1000, _upright(frame)
+        milliseconds += max(image.info.get("duration", 1000 / hz), 1)
+
+
+def _tail(frames: Iterable[tuple[float, Any]], span: float) -> list[tuple[float, Any]]:
+    """Those of the last `span` seconds, and the one before them, of frames with their times."""
+    kept: collections.deque[tuple[float, Any]] = collections.deque()
+    for time, frame in frames:
+        kept.append((time, frame))
+        while len(kept) > 1 and kept[1][0] <= time - span:
+            kept.popleft()
+    return list(kept)
+
+
+def _video_tail(path: pathlib.Path, span: float, seek: bool = True) -> list[tuple[float, Any]]:
+    """`_tail` of a video, its frames not yet converted. Decodes all of it without `seek`, or where seeking yields too little."""
+    av, frames = _av(), []
     try:
         with av.open(str(path)) as container:
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-            rate = container.streams.video[0].average_rate
+            stream = container.streams.video[0]
+            first, rate = stream.start_time or 0, stream.average_rate or 1
+            length = stream.duration or int((container.duration or 0) / (av.time_base * stream.time_base))
+            start = first + length - int((span + _SEEK_MARGIN) / stream.time_base)
+            seek = seek and start > first
+            if seek:
+                container.seek(start, stream=stream)
+            numbered = enumerate(container.decode(stream))
+            frames = _tail(((float(k / rate) if frame.time is None else frame.time, frame) for k, frame in numbered), span)
     except (av.FFmpegError, IndexError) as error:
-        raise MediaError(f"{path} is neither a picture nor a video: {error}") from error
-    if not frames or not rate:
-        raise MediaError(f"{path} has no frames")
-    return frames, float(rate)
+        if not seek:
+            raise MediaError(f"{path} is neither a picture nor a video, or is damaged: {error}") from error
+    damaged = [time for time, frame in frames if frame.is_corrupt]
+    if seek and (damaged or not frames or frames[0][0] > frames[-1][0] - span):
+        return _video_tail(path, span, seek=False)
+    if damaged or not frames:
+        raise MediaError(f"{path} " + (f"is damaged at {damaged[0]:.2f} s" if damaged else "has no frames"))
+    return frames
 
 
 def _av() -> types.ModuleType:

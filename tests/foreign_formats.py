@@ -3,6 +3,7 @@
 import fractions
 import json
 import pickle
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -47,6 +48,24 @@ def encode(
         for image in images:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
         container.mux(stream.encode())
+
+
+# Rows (a, b, c, d) of display matrices, x' = a·x + c·y and y' = b·x + d·y, and what they make of a picture (H, W, 3).
+TURNS = {
+    (0, 1, -1, 0): lambda picture: np.rot90(picture, -1),
+    (-1, 0, 0, -1): lambda picture: np.rot90(picture, 2),
+    (0, -1, 1, 0): lambda picture: np.rot90(picture, 1),
+    (-1, 0, 0, 1): lambda picture: picture[:, ::-1],
+}
+
+
+def turn_video(path: Path, turn: Sequence[float]) -> None:
+    """Gives an MP4 file a display matrix: that of its track header, of which the boxes before are 40 bytes long."""
+    content = bytearray(path.read_bytes())
+    start = content.index(b"tkhd") + 4 + 40
+    a, b, c, d = (round(value * 2**16) for value in turn)
+    content[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 2**30)
+    path.write_bytes(content)
 
 
 def write_lerobot(

@@ -1,5 +1,8 @@
+import tracemalloc
+
 import numpy as np
 import pytest
+from foreign_formats import TURNS, encode, turn_video
 from PIL import Image
 
 from mimic_video import media
@@ -65,3 +68,93 @@ def test_a_film_strip_has_real_frames_above_predicted_ones():
     assert strip.shape == (2 * (4 + 4 + 4), 15, 3)  # and four rows of white after each pair
     assert (strip[12:16, 10:] == 7).all() and (strip[12:16, :10] == 0).all() and (strip[16:20] == 9).all()
     assert (strip[8:12] == 255).all()
+
+
+ORIENTATIONS = {  # of EXIF → what is to be seen of the stored picture
+    1: lambda p: p,
+    2: lambda p: p[:, ::-1],
+    3: lambda p: p[::-1, ::-1],
+    4: lambda p: p[::-1],
+    5: lambda p: p.swapaxes(0, 1),
+    6: lambda p: np.rot90(p, -1),
+    7: lambda p: p.swapaxes(0, 1)[::-1, ::-1],
+    8: lambda p: np.rot90(p, 1),
+}
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_pictures_are_turned_as_exif_says(tmp_path, orientation):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "one.png", exif=exif)
+    seen = ORIENTATIONS[orientation](pixels)
+    np.testing.assert_array_equal(media.read_picture(tmp_path / "one.png"), seen)
+    np.testing.assert_array_equal(media.read_frames(tmp_path / "one.png", 5.0, 1), seen[None])
+
+
+@pytest.mark.parametrize("turn", TURNS)
+def test_videos_are_turned_as_their_display_matrix_says(tmp_path, turn):
+    corner = np.zeros((3, 32, 48, 3), np.uint8)
+    corner[:, :16, :24] = 200
+    encode(tmp_path / "turned.mp4", corner, 10)
+    turn_video(tmp_path / "turned.mp4", turn)
+    (seen,) = media.read_frames(tmp_path / "turned.mp4", 10.0, 1)
+    expected = TURNS[turn](corner[0])
+    assert seen.shape == expected.shape
+    np.testing.assert_allclose(seen[4::8, 4::8].astype(int), expected[4::8, 4::8], atol=12)
+    turn_video(tmp_path / "turned.mp4", (0.8, 0.6, -0.6, 0.8))
+    with pytest.raises(media.MediaError, match=r"turned\.mp4 cannot be read: its display matrix is .*; expected quarter turns"):
+        media.read_frames(tmp_path / "turned.mp4", 10.0, 1)
+
+
+def test_only_the_end_of_a_long_animation_is_in_memory(tmp_path):
+    images = [Image.fromarray(frame) for frame in np.random.default_rng(0).integers(0, 256, (150, 64, 64), np.uint8)]
+    images[0].save(tmp_path / "long.gif", save_all=True, append_images=images[1:], duration=100)
+    tracemalloc.start()
+    read = media.read_frames(tmp_path / "long.gif", 10.0, 5)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert read.shape == (5, 64, 64, 3) and peak < 50 * read[0].nbytes  # of 150 frames
+    np.testing.assert_array_equal(read[-1, ..., 0], np.asarray(images[-1]))
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_only_the_end_of_a_long_video_is_decoded(tmp_path, monkeypatch, suffix):
+    written = frames(20, 16, 16).repeat(30, axis=0)  # half a minute
+    encode(tmp_path / f"long.{suffix}", written, 20, options={"g": "25", "bf": "2"})
+    decoded, tail = [], media._tail
+    monkeypatch.setattr(media, "_tail", lambda frames, span: tail((decoded.append(f) or f for f in frames), span))
+    read = media.read_frames(tmp_path / f"long.{suffix}", 5.0, 9)
+    np.testing.assert_allclose(read[:, 5, 5].astype(int), written[-33::4, 5, 5].astype(int), atol=4)
+    assert len(decoded) <= 100
+
+
+def test_rates_of_a_video_may_change(tmp_path):
+    images = [Image.fromarray(frame) for frame in frames(4)]
+    images[0].save(tmp_path / "uneven.gif", save_all=True, append_images=images[1:], duration=[100, 400, 200, 100], disposal=1)
+    read = media.read_frames(tmp_path / "uneven.gif", 10.0, 8)  # frames begin at 0, 0.1, 0.5 and 0.7 s
+    assert read[:, 5, 5, 0].tolist() == [0, 10, 10, 10, 20, 20, 20, 30]
+
+
+def test_damaged_files_are_named(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    for suffix in ("png", "jpg", "gif"):
+        path = tmp_path / f"cut.{suffix}"
+        Image.fromarray(noise).save(path)
+        path.write_bytes(path.read_bytes()[:-500])
+        with pytest.raises(media.MediaError, match=rf"^{path} cannot be read: [^\n]*$"):
+            media.read_frames(path, 5.0, 1)
+    path = tmp_path / "cut.mp4"
+    encode(path, np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8), 10, faststart=True)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
+    with pytest.raises(media.MediaError, match=rf"^{path} is (neither a picture nor a video, or is )?damaged[^\n]*$"):
+        media.read_frames(path, 5.0, 3)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_more_than_8_bits_are_not_clipped(tmp_path, dtype):
+    path = tmp_path / f"depth.{'png' if dtype is np.uint16 else 'tiff'}"
+    Image.fromarray(np.full((4, 6), 1000, dtype)).save(path)
+    with pytest.raises(media.MediaError, match=rf"{path} cannot be read: its pixels are of the mode .*; expected 8 bits"):
+        media.read_frames(path, 5.0, 1)

@@ -30,6 +30,7 @@ from data_pipelines.oxe.standardise import (
     Turn,
     Values,
     delta,
+    joints,
     pose,
     vector,
 )
@@ -38,11 +39,6 @@ from data_pipelines.oxe.standardise import (
 WIDOWX_TOOL = ((0.0, 0.0, 1.0), (0.0, 1.0, 0.0), (-1.0, 0.0, 0.0))
 
 _RTX_LANGUAGE = "observation/natural_language_instruction"  # of datasets that the RT-X team converted itself
-
-
-def joints(column: str, name: str = "joints", unit: str = RADIANS) -> Values:
-    """Joint angles."""
-    return Values(column, name, unit)
 
 
 def step(column: str, unit: str = METRES, scale: float = 1.0) -> Values:
@@ -415,7 +411,7 @@ _DATASETS = (
         language="observation/instruction",
         control_hz=10.0,
         features={"action": (2,), "observation/effector_translation": (2,)},
-        proprio=vector(Values("observation/effector_translation[0:2]", "position in the plane")),
+        proprio=vector(Values("observation/effector_translation[0:2]", "position in the plane", METRES)),
         actions=delta(step("action[0:2]"), Constant((0.0,), "Δheight"), NO_TURN, NO_GRIPPER),
         notes="Instructions are bytes of UTF-8 as integers, padded with zeros. The tool is a fixed peg.",
     ),
@@ -426,7 +422,7 @@ _DATASETS = (
         language=_RTX_LANGUAGE,
         control_hz=10.0,
         features=_RTX_ACTION | {"observation/robot_state": (2,)},
-        proprio=vector(Values("observation/robot_state[0:2]", "position in the plane")),
+        proprio=vector(Values("observation/robot_state[0:2]", "position in the plane", METRES)),
         actions=rtx_delta(NO_GRIPPER, METRES),
         notes="The tool is a fixed peg.",
     ),

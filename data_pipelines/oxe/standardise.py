@@ -188,11 +188,14 @@ class LayoutPart(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Values:
-    """Dimensions as they are, times `scale`; with `plus`, the sum with other dimensions: a residual on a state."""
+    """Dimensions as they are, times `scale`; with `plus`, the sum with other dimensions: a residual on a state.
+
+    Without a name and a unit they are the position of a pose or of a step, in metres; of a `vector`, values in dataset units.
+    """
 
     column: str
-    name: str = "position"
-    unit: str = METRES
+    name: str = ""
+    unit: str = ""
     scale: float = 1.0
     plus: str | None = None
 
@@ -352,6 +355,12 @@ class Layout:
             raise ValueError(
                 f"a layout of kind {self.kind!r} has parts of widths {widths}; expected position 3, rotation 6, gripper 1"
             )
+        name, unit = ("value", RAW) if self.kind == "vector" else ("position", METRES)
+        labelled = (
+            dataclasses.replace(part, name=part.name or name, unit=part.unit or unit) if isinstance(part, Values) else part
+            for part in self.parts
+        )
+        object.__setattr__(self, "parts", tuple(labelled))
 
     @property
     def width(self) -> int:
@@ -400,6 +409,11 @@ def delta(*parts: LayoutPart) -> Layout:
 def vector(*parts: LayoutPart) -> Layout:
     """Declared dimensions of any other meaning."""
     return Layout("vector", parts)
+
+
+def joints(column: str, name: str = "joints", unit: str = RADIANS) -> Values:
+    """Joint angles."""
+    return Values(column, name, unit)
 
 
 def _width(reference: str) -> int:

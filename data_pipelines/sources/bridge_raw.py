@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from data_pipelines.episode import Episode
 from data_pipelines.sources.frames import camera_frames, check_roles, frame_steps
 from data_pipelines.sources.rlds import DatasetError
+from mimic_video.media import MediaError, read_picture
 from mimic_video.transforms import rot6d_from_matrix
 
 CONTROL_HZ = 5.0  # nominal; the recorded time stamps jitter
@@ -104,12 +104,8 @@ class BridgeSource(Sequence[Episode]):
         """(height, width) of the primary camera's frames in pixels: those of its first image where they are not resized."""
         if self._resize is not None:
             return self._resize
-        first = self._trajectories[0].cameras["primary"] / _image_name(1)
-        try:
-            with Image.open(first) as image:
-                return image.height, image.width
-        except OSError as error:
-            raise DatasetError(f"{first} cannot be read: {error}") from error
+        height, width, _ = _read_image(self._trajectories[0].cameras["primary"] / _image_name(1)).shape
+        return height, width
 
     def __len__(self) -> int:
         return len(self._trajectories)
@@ -148,14 +144,17 @@ class _ImageFolder:
         paths = [self.folder / _image_name(1 + step) for step in frame_steps(indices, self.length).tolist()]
         frames: list[np.ndarray] = []
         for path in paths:
-            try:
-                with Image.open(path) as image:
-                    frames.append(np.asarray(image.convert("RGB")))
-            except OSError as error:
-                raise DatasetError(f"{path} cannot be read: {error}") from error
+            frames.append(_read_image(path))
             if frames[-1].shape != frames[0].shape:
                 raise DatasetError(f"{path} is {frames[-1].shape[:2]}; {paths[0]} is {frames[0].shape[:2]}")
         return np.stack(frames)
+
+
+def _read_image(path: Path) -> np.ndarray:
+    try:
+        return read_picture(path)
+    except MediaError as error:
+        raise DatasetError(f"{path} cannot be read: {error}") from error
 
 
 def _image_name(number: int) -> str:
@@ -314,7 +313,7 @@ _REMARK = " (does not mention the locations of the objects)"
 
 def clean_label(text: str) -> str:
     """The first usable line of a `lang.txt`, mended; "" if there is none (SPEC 8.6)."""
-    return next((label for label in map(_clean_line, text.splitlines()) if label is not None), "")
+    return next((label for label in map(_clean_line, text.split("\n")) if label is not None), "")
 
 
 def _clean_line(line: str) -> str | None:

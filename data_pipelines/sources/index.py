@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -32,7 +33,7 @@ from mimic_video.atomic import atomically
 from mimic_video.cache import user_cache
 
 FOLDER = ".mimic_video_index"  # inside the dataset, where that can be written
-_VERSION = 2  # of what is on disk
+_VERSION = 3  # of what is on disk
 _BYTES_PER_PROCESS = 4 << 30  # fewer are indexed sooner than a process starts
 _RECORD = np.dtype([("shard", "<i4"), ("record", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("steps", "<i8")])
 
@@ -54,17 +55,18 @@ class Column(NamedTuple):
         steps: numbers of every step, (steps, *shape).
         record: numbers of every record, (records, *shape).
         text: a string of every record, its first one: UTF-8, whose bytes up to the first zero may be stored as integers.
+        texts: such a string of every step; on disk each is there once for all steps in a row that have it.
         count: nothing but how many steps there are, from a feature of bytes.
     """
 
     path: str
-    kind: Literal["steps", "record", "text", "count"]
+    kind: Literal["steps", "record", "text", "texts", "count"]
     dtype: str = "object"
     shape: tuple[int, ...] = ()
     encoding: Literal["none", "bytes", "zlib"] = "none"
 
     def decode(self, features: Mapping[str, Feature]) -> Any:
-        """This column of one record: an array with a leading axis of steps, or one without for `record`, or a string.
+        """This column of one record: an array with a leading axis of steps, or one without for `record`; a string or several.
 
         Raises:
             ValueError: naming the feature, if the record lacks it or holds something else than the spec says.
@@ -88,10 +90,15 @@ class Column(NamedTuple):
         return np.zeros((len(feature.strings()), 0), np.uint8)
 
     def _text(self, feature: Feature) -> str:
+        return next(iter(self._texts(feature)), "")
+
+    def _texts(self, feature: Feature) -> list[str]:
         if self.dtype == "object":
-            return bytes(next(iter(feature.strings(1)), b"")).decode()
-        encoded = feature.numbers()[: int(np.prod(self.shape))].tolist()
-        return bytes(encoded[: encoded.index(0)] if 0 in encoded else encoded).decode()
+            encoded = [bytes(text) for text in feature.strings()]
+        else:
+            encoded = [bytes(row).partition(b"\0")[0] for row in feature.numbers().reshape(-1, *self.shape).tolist()]
+        decoded = {text: text.decode() for text in set(encoded)}  # each is in memory once
+        return [decoded[text] for text in encoded]
 
     def _numbers(self, feature: Feature) -> np.ndarray:
         if self.encoding == "none":
@@ -111,10 +118,11 @@ class Index:
     Args:
         directory: of a finished index.
         continues: path of a `record` column of flags, if there is one: a record that has it continues the previous one's episode.
+        ends: path of a `steps` column of flags, if there is one, that an episode's last step has.
     """
 
-    def __init__(self, directory: Path, continues: str | None = None):
-        self._directory, self._continues = directory, continues
+    def __init__(self, directory: Path, continues: str | None = None, ends: str | None = None):
+        self._directory, self._continues, self._ends = directory, continues, ends
 
     def __len__(self) -> int:
         """Episodes."""
@@ -132,9 +140,18 @@ class Index:
         """A `steps` or `record` column, memory-mapped."""
         return self._array(_file_name(path))
 
-    def text(self, path: str, record: int) -> str:
-        start, stop = self._array(_file_name(path, "ends"))[record : record + 2]
+    def text(self, path: str, row: int) -> str:
+        """Of a `text` column that of a record; of a `texts` column that of a run of steps that have the same."""
+        start, stop = self._array(_file_name(path, "ends"))[row : row + 2]
         return bytes(self._array(_file_name(path, "text"))[start:stop]).decode()
+
+    def texts(self, path: str, start: int, stop: int) -> tuple[str, ...]:
+        """Of a `texts` column, those of steps start to stop − 1."""
+        runs = self._array(_file_name(path, "runs"))
+        first, last = int(np.searchsorted(runs, start, side="right")) - 1, int(np.searchsorted(runs, stop))
+        lengths = np.diff(np.clip(runs[first : last + 1], start, stop)).tolist()
+        repeated = (itertools.repeat(self.text(path, run), length) for run, length in enumerate(lengths, first))
+        return tuple(itertools.chain.from_iterable(repeated))
 
     def error(self, first: int, last: int) -> str | None:
         """Why one of records first to last − 1 could not be read, if so."""
@@ -153,7 +170,13 @@ class Index:
         begins = np.ones(len(self.records), bool)
         if self._continues is not None:
             begins[1:] = ~self.column(self._continues)[1:].astype(bool)
+            for record in sorted(self._errors):  # which cannot say itself whether it continues an episode
+                begins[record] = record == 0 or self._ends_an_episode(record - 1)
         return np.append(np.flatnonzero(begins), len(begins))
+
+    def _ends_an_episode(self, record: int) -> bool:
+        step = int(self._first_steps[record + 1]) - 1
+        return self._ends is not None and record not in self._errors and bool(self.column(self._ends)[step])
 
     @functools.cached_property
     def _first_steps(self) -> np.ndarray:
@@ -169,7 +192,7 @@ class Index:
         return self._arrays[name]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_directory": self._directory, "_continues": self._continues}
+        return {"_directory": self._directory, "_continues": self._continues, "_ends": self._ends}
 
 
 def cache_directories(directory: str | os.PathLike, cache_dir: str | os.PathLike | None) -> list[Path]:
@@ -272,10 +295,14 @@ def _index_shard(shard: Shard, file_format: str, columns: Sequence[Column], part
     arrays: dict[str, np.ndarray] = {}
     for column in columns:
         values = [row[column] for row in rows]
-        if column.kind == "text":
+        if column.kind == "texts":
+            runs = [(text, sum(1 for _ in same)) for texts in values for text, same in itertools.groupby(texts)]
+            arrays[_file_name(column.path, "runs")] = np.cumsum([length for _, length in runs], dtype=np.int64)
+            values = [text for text, _ in runs]
+        if column.kind in ("text", "texts"):
             encoded = [value.encode() for value in values]
             arrays[_file_name(column.path, "text")] = np.frombuffer(b"".join(encoded), np.uint8)
-            arrays[_file_name(column.path, "ends")] = np.cumsum([len(value) for value in encoded])
+            arrays[_file_name(column.path, "ends")] = np.cumsum([len(value) for value in encoded], dtype=np.int64)
         elif column.kind != "count":
             arrays[_file_name(column.path)] = (np.concatenate if column.kind == "steps" else np.stack)(values)
     arrays |= {"records.npy": records, "errors.json": np.array(json.dumps(errors))}
@@ -284,13 +311,13 @@ def _index_shard(shard: Shard, file_format: str, columns: Sequence[Column], part
 
 
 def _absent(column: Column) -> Any:
-    if column.kind == "text":
-        return ""
+    if column.kind in ("text", "texts"):
+        return "" if column.kind == "text" else []
     return np.zeros(column.shape if column.kind == "record" else (0, *column.shape), column.dtype)
 
 
 def _steps(row: Mapping[Column, Any]) -> int:
-    lengths = {column.path: len(values) for column, values in row.items() if column.kind in ("steps", "count")}
+    lengths = {column.path: len(values) for column, values in row.items() if column.kind in ("steps", "texts", "count")}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"its features have different numbers of steps: {lengths}")
     steps = next(iter(lengths.values()))
@@ -315,21 +342,22 @@ def _merge(parts: Path, shards: Sequence[Shard], columns: Sequence[Column], targ
         records[-1]["shard"] = i
     np.save(target / "records.npy", np.concatenate(records))
     for column in columns:
-        if column.kind == "text":
-            _merge_text(parts, len(shards), column, target)
+        if column.kind in ("text", "texts"):
+            _concatenate(parts, len(shards), _file_name(column.path, "text"), target)
+            for what in ("ends", "runs") if column.kind == "texts" else ("ends",):
+                _merge_ends(parts, len(shards), _file_name(column.path, what), target)
         elif column.kind != "count":
             _concatenate(parts, len(shards), _file_name(column.path), target)
     (target / "index.json").write_text(json.dumps({"version": _VERSION, "columns": columns, "errors": errors}, indent=1))
 
 
-def _merge_text(parts: Path, count: int, column: Column, target: Path) -> None:
-    _concatenate(parts, count, _file_name(column.path, "text"), target)
+def _merge_ends(parts: Path, count: int, name: str, target: Path) -> None:
     ends, total = [np.zeros(1, np.int64)], 0
     for i in range(count):
         with np.load(_part(parts, i)) as part:
-            ends.append(part[_file_name(column.path, "ends")].astype(np.int64) + total)
-        total = int(ends[-1][-1])
-    np.save(target / _file_name(column.path, "ends"), np.concatenate(ends))
+            ends.append(part[name] + total)
+            total += int(part[name][-1:].sum())  # nothing, of a shard without any
+    np.save(target / name, np.concatenate(ends))
 
 
 def _concatenate(parts: Path, count: int, name: str, target: Path) -> None:

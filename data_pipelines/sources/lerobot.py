@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from data_pipelines.episode import ActionLayout, Episode, Frames
 from data_pipelines.sources.frames import camera_frames, check_roles, frame_steps, sized
 from data_pipelines.sources.rlds import DatasetError
 from data_pipelines.sources.video import VideoFrames
+from data_pipelines.windows import at_rate
+from mimic_video.media import MediaError, read_picture
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 
@@ -60,7 +61,7 @@ class _Rows(NamedTuple):
 
     first_row: int
     timestamps: np.ndarray
-    task: int
+    instruction: str | tuple[str, ...]
     proprio: np.ndarray | None
     actions: np.ndarray | None
 
@@ -69,7 +70,8 @@ class LeRobotSource(Sequence[Episode]):
     """A LeRobot dataset as a sequence of episodes, in the order of their indices; thread-safe.
 
     Low-dimensional columns are read at opening and kept in memory; no image is read before `take`. Proprioception and actions
-    are the columns as they were recorded. The instruction is the task of an episode's first step.
+    are the columns as they were recorded. The instruction of a step is its task. Time stamps at the dataset's rate are made
+    exact: in float32, as lerobot stores them, those of long episodes are off by more and more.
 
     Attributes:
         name: the directory, for error messages.
@@ -83,7 +85,8 @@ class LeRobotSource(Sequence[Episode]):
         directory: the dataset's folder, which holds `meta/info.json`.
         cameras: "primary" and maybe "secondary" and "wrist" → the key of a camera feature, e.g. `observation.images.top`. By
             default chosen by name: features with "wrist", "hand" or "gripper" in it are wrist cameras, the others come in the
-            order of info.json, and a single camera is the primary one whatever its name. Depth maps do not count.
+            order of info.json, and a single camera is the primary one whatever its name. Depth maps and what else has not three
+            channels do not count, and are noted in `skipped`.
         state: key of the proprioception's column, or None to go without.
         action: key of the actions' column, or None to go without.
         action_layout: what the actions are, see `Episode`.
@@ -111,10 +114,12 @@ class LeRobotSource(Sequence[Episode]):
         self.name = os.fspath(directory)
         info = _read_info(directory)
         self.control_hz = float(info["fps"])
-        found = _camera_features(directory, info)
-        self.cameras = dict(cameras) if cameras is not None else _default_cameras(self.name, list(found))
+        found, unusable = _camera_features(info)
+        self.cameras = dict(cameras) if cameras is not None else _default_cameras(self.name, list(found), unusable)
         check_roles(self.name, self.cameras)
         for role, key in self.cameras.items():
+            if key in unusable:
+                raise DatasetError(f"{self.name}: feature '{key}' for the role '{role}' {unusable[key]}; expected three channels")
             if key not in found:
                 raise DatasetError(
                     f"{self.name} has no camera feature '{key}' for the role '{role}'; it has {', '.join(found) or 'none'}"
@@ -126,6 +131,8 @@ class LeRobotSource(Sequence[Episode]):
         self._state, self._action, self._layout = state, action, action_layout
         self.proprio_dim, self.action_dim = (None if key is None else self._columns[key] for key in (state, action))
         self.skipped: dict[str, list[str]] = {}
+        for key, reason in unusable.items():
+            self.skipped.setdefault(f"it {reason}", []).append(key)
 
         videos = [camera.key for camera in self._cameras.values() if camera.is_video]
         self._tasks = _read_tasks(directory, info)
@@ -147,7 +154,7 @@ class LeRobotSource(Sequence[Episode]):
             name=f"{self.name} episode {entry.episode}",
             timestamps=rows.timestamps,
             frames=primary,
-            instruction=self._tasks[rows.task],
+            instruction=rows.instruction,
             proprio=rows.proprio,
             actions=rows.actions,
             action_layout=self._layout,
@@ -214,14 +221,21 @@ class LeRobotSource(Sequence[Episode]):
             if not np.isfinite(column[span]).all():
                 step = int(np.argwhere(~np.isfinite(column[span]))[0, 0])
                 raise DatasetError(f"{name}: feature '{key}' is not finite at step {step}")
-        task = int(tasks[span.start])
-        if task not in self._tasks:
-            raise DatasetError(f"{name}: feature 'task_index' is {task}; meta/tasks has {sorted(self._tasks)}")
+        used = np.unique(tasks[span]).tolist()
+        for task in used:
+            if task not in self._tasks:
+                raise DatasetError(f"{name}: feature 'task_index' is {task:g}; meta/tasks has {sorted(self._tasks)}")
+            if not isinstance(self._tasks[task], str):
+                raise DatasetError(f"{name}: task {task:g} of meta/tasks is {self._tasks[task]!r}; expected a text")
         for key, clip in entry.clips.items():
             if not os.path.isfile(clip.path):
                 raise DatasetError(f"{name}: the video {clip.path} of feature '{key}' is missing")
         proprio, actions = (None if key is None else values[key][span] for key in (self._state, self._action))
-        return _Rows(int(span.start), timestamps[span], task, proprio, actions)
+        times = timestamps[span]
+        if at_rate(times, self.control_hz):
+            times = times[0] + np.arange(len(times)) / self.control_hz
+        several = tuple(self._tasks[task] for task in tasks[span].tolist()) if len(used) > 1 else ()
+        return _Rows(int(span.start), times, several or self._tasks[used[0]], proprio, actions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,8 +275,8 @@ class _StoredImages:
         if not encoded:
             raise DatasetError(f"{self.name}: step {step} has no image bytes in {self.path}")
         try:
-            frame = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
-        except OSError as error:
+            frame = read_picture(io.BytesIO(encoded))
+        except MediaError as error:
             raise DatasetError(f"{self.name}: the image of step {step} in {self.path} cannot be decoded: {error}") from error
         return sized(f"{self.name}: the image of step {step} in {self.path}", frame, self.size)
 
@@ -278,30 +292,35 @@ def _read_info(directory: Path) -> dict[str, Any]:
     version = info.get("codebase_version") if isinstance(info, dict) else None
     if version not in VERSIONS:
         raise DatasetError(f"{path}: codebase_version is {version!r}; expected one of {', '.join(VERSIONS)}")
-    for field, kind in (("fps", (int, float)), ("features", dict), ("data_path", str)):
+    info["chunks_size"] = info.get("chunks_size") or 1000
+    for field, kind in (("fps", (int, float)), ("features", dict), ("data_path", str), ("chunks_size", int)):
         if not isinstance(info.get(field), kind):
             raise DatasetError(f"{path}: field '{field}' is {info.get(field)!r}")
+    for key, feature in info["features"].items():
+        if not isinstance(feature, dict) or not isinstance(feature.get("shape") or [], list):
+            raise DatasetError(f"{path}: feature '{key}' is {feature!r}; expected a type and a shape")
     if not info["fps"] > 0:
         raise DatasetError(f"{path}: field 'fps' is {info['fps']}; expected a positive rate")
     return info
 
 
-def _camera_features(directory: Path, info: Mapping[str, Any]) -> dict[str, _Camera]:
-    """The colour cameras in the order of info.json."""
-    cameras = {}
+def _camera_features(info: Mapping[str, Any]) -> tuple[dict[str, _Camera], dict[str, str]]:
+    """The colour cameras in the order of info.json; and of the others, by their keys, what they are."""
+    cameras, others = {}, {}
     for key, feature in info["features"].items():
-        if feature.get("dtype") not in ("video", "image") or _is_depth(feature):
+        if feature.get("dtype") not in ("video", "image"):
             continue
         shape: list[int] = feature.get("shape") or []
         names = [str(name) for name in feature.get("names") or []]
         channels_first = names[0].startswith("channel") if len(names) == 3 else shape[0] == 3 if len(shape) == 3 else False
-        if len(shape) != 3 or shape[0 if channels_first else 2] != 3:
-            raise DatasetError(
-                f"{directory}: feature '{key}' has shape {shape} with names {names}; expected three channels, first or last"
-            )
-        height, width = shape[1:] if channels_first else shape[:2]
-        cameras[key] = _Camera(key, feature["dtype"] == "video", (height, width))
-    return cameras
+        if _is_depth(feature):
+            others[key] = "is a depth map"
+        elif len(shape) != 3 or shape[0 if channels_first else 2] != 3:
+            others[key] = f"has shape {shape} with names {names}"
+        else:
+            height, width = shape[1:] if channels_first else shape[:2]
+            cameras[key] = _Camera(key, feature["dtype"] == "video", (height, width))
+    return cameras, others
 
 
 def _is_depth(feature: Mapping[str, Any]) -> bool:
@@ -309,7 +328,7 @@ def _is_depth(feature: Mapping[str, Any]) -> bool:
     return any(note.get(flag) for note in notes for flag in ("is_depth_map", "video.is_depth_map"))
 
 
-def _default_cameras(name: str, keys: Sequence[str]) -> dict[str, str]:
+def _default_cameras(name: str, keys: Sequence[str], unusable: Mapping[str, str]) -> dict[str, str]:
     wrists = [key for key in keys if any(word in key.lower() for word in _WRIST_WORDS)]
     others = [key for key in keys if key not in wrists]
     if len(keys) == 1:
@@ -318,6 +337,7 @@ def _default_cameras(name: str, keys: Sequence[str]) -> dict[str, str]:
         raise DatasetError(
             f"{name}: which of its cameras is which cannot be told from their names; pass cameras with the role "
             f"'primary' and maybe 'secondary' and 'wrist'. It has {', '.join(keys) or 'none'}"
+            + "".join(f"; '{key}' {reason}" for key, reason in unusable.items())
         )
     return dict(zip(("primary", "secondary"), others, strict=False)) | dict(zip(("wrist",), wrists, strict=False))
 
@@ -333,19 +353,19 @@ def _vector_width(directory: Path, info: Mapping[str, Any], key: str) -> int:
     return int(shape[0])
 
 
-def _read_tasks(directory: Path, info: Mapping[str, Any]) -> dict[int, str]:
-    """Task texts by index."""
+def _read_tasks(directory: Path, info: Mapping[str, Any]) -> dict[int, Any]:
+    """Task texts by index; what is no text is an error of the episodes that have that task."""
     if info["codebase_version"] == "v3.0":
         path = directory / "meta" / "tasks.parquet"
-        columns = _read_table(os.fspath(path)).to_pydict()
+        table = _read_table(os.fspath(path))
         # The index of a pandas frame: called "task" or, by older writers, left without a name.
-        texts = columns.get("task", columns.get("__index_level_0__"))
-        indices = columns.get("task_index")
-        if texts is None or indices is None:
-            raise DatasetError(f"{path} has columns {sorted(columns)}; expected 'task_index' and 'task'")
-        return dict(zip(indices, texts, strict=True))
+        name = next((name for name in ("task", "__index_level_0__") if name in table.column_names), None)
+        if name is None or "task_index" not in table.column_names:
+            raise DatasetError(f"{path} has columns {sorted(table.column_names)}; expected 'task_index' and 'task'")
+        indices = _scalars(os.fspath(path), table, "task_index").astype(int).tolist()
+        return dict(zip(indices, table.column(name).to_pylist(), strict=True))
     path = directory / "meta" / "tasks.jsonl"
-    return {int(_field(path, row, "task_index")): str(_field(path, row, "task")) for row in _read_lines(path)}
+    return {_integer(path, row, "task_index"): _field(path, row, "task") for row in _read_lines(path)}
 
 
 def _read_entries(directory: Path, info: Mapping[str, Any], videos: Sequence[str]) -> list[_Entry]:
@@ -367,8 +387,8 @@ def _read_entries(directory: Path, info: Mapping[str, Any], videos: Sequence[str
 def _entries_of_v2(directory: Path, info: Mapping[str, Any], videos: Sequence[str]) -> Iterator[_Entry]:
     path = directory / "meta" / "episodes.jsonl"
     for row in _read_lines(path):
-        index, length = int(_field(path, row, "episode_index")), int(_field(path, row, "length"))
-        place = {"episode_chunk": index // int(info.get("chunks_size") or 1000), "episode_index": index}
+        index, length = _integer(path, row, "episode_index"), _integer(path, row, "length")
+        place = {"episode_chunk": index // info["chunks_size"], "episode_index": index}
         clips = {key: _Clip(_fill(directory, info, "video_path", place | {"video_key": key}), 0.0) for key in videos}
         yield _Entry(index, length, _fill(directory, info, "data_path", place), clips)
 
@@ -383,8 +403,7 @@ def _entries_of_v3(directory: Path, info: Mapping[str, Any], videos: Sequence[st
     for path in paths:
         table = _read_table(os.fspath(path), columns)
         for column in columns:
-            if table.column(column).null_count:
-                raise DatasetError(f"{path}: column '{column}' has {table.column(column).null_count} nulls")
+            _scalars(os.fspath(path), table, column)  # numbers without nulls
         for row in table.to_pylist():
 
             def place(what: str, row=row) -> dict[str, int]:
@@ -411,7 +430,7 @@ def _fill(directory: Path, info: Mapping[str, Any], field: str, values: Mapping[
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # other separators may be part of a text
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path} cannot be read: {error}") from error
     for number, line in enumerate(lines, 1):
@@ -426,6 +445,13 @@ def _field(path: Path, row: Mapping[str, Any], field: str) -> Any:
     if not isinstance(row, dict) or field not in row:
         raise DatasetError(f"{path}: {row!r} has no field '{field}'")
     return row[field]
+
+
+def _integer(path: Path, row: Mapping[str, Any], field: str) -> int:
+    value = _field(path, row, field)
+    if not (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
+        raise DatasetError(f"{path}: field '{field}' is {value!r}; expected an integer")
+    return int(value)
 
 
 def _read_table(path: str, columns: Sequence[str] | None = None) -> pa.Table:

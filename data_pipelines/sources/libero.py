@@ -55,15 +55,15 @@ class LiberoSource(Sequence[Episode]):
     Steps that command nothing are left out (see `moving_steps`) and the remaining ones are 1/20 s apart, so time is compressed
     where there were such steps. Proprioception is [ee_pos 3 (m) | rot6d 6 | gripper_states[0] (m, larger is wider)]; actions are
     the controller's commands, layout "delta": [Δposition 3 | rot6d 6 of the rotation vector | gripper 1 (−1 open, +1 closed)],
-    the motion in its units of −1 to 1. The wrist camera is there where the file has it. Low-dimensional values are read at
-    opening; no image is read before `take`.
+    the motion in its units of −1 to 1. The wrist camera is there where the file has one of RGB images. Low-dimensional values are
+    read at opening; no image is read before `take`.
 
     Attributes:
         name: the directory or file, for error messages.
         image_size: (height, width) of the primary camera's frames in pixels.
         action_dim, proprio_dim: 10.
         control_hz: 20.
-        skipped: reason → names of demonstrations that were left out.
+        skipped: reason → names of demonstrations, and of wrist cameras, that were left out.
 
     Args:
         path: a folder, whose `**/*.hdf5` and `**/*.h5` are read, or one such file.
@@ -143,14 +143,14 @@ class LiberoSource(Sequence[Episode]):
         )
 
     @contextlib.contextmanager
-    def _noting(self, skip_damaged: bool) -> Iterator[None]:
+    def _noting(self, skip_damaged: bool, reason: str = "it is damaged") -> Iterator[None]:
         """Notes what is damaged instead of raising it, if asked to."""
         try:
             yield
         except DatasetError as error:
             if not skip_damaged:
                 raise
-            self.skipped.setdefault("it is damaged", []).append(str(error))
+            self.skipped.setdefault(reason, []).append(str(error))
 
     def _read_demo(
         self, path: Path, demo: str, group: h5py.Group, instruction: str, shifted: bool, upside_down: bool | None
@@ -164,11 +164,10 @@ class LiberoSource(Sequence[Episode]):
             raise DatasetError(
                 f"{name}: obs/ee_ori has width {orientation.shape[1]}; expected 3, a rotation vector, or 4, a quaternion"
             )
-        cameras = {
-            role: _image_size(name, group, f"obs/{key}")
-            for role, key in _CAMERAS.items()
-            if role == "primary" or f"obs/{key}" in group
-        }
+        cameras = {"primary": _image_size(name, group, f"obs/{_CAMERAS['primary']}")}
+        if (wrist := f"obs/{_CAMERAS['wrist']}") in group:
+            with self._noting(True, "it is no camera of RGB images"):  # nobody chose it
+                cameras["wrist"] = _image_size(name, group, wrist)
         for key in ("obs/ee_pos", "obs/ee_ori", "obs/gripper_states", *(f"obs/{_CAMERAS[role]}" for role in cameras)):
             if len(group[key]) != len(actions):
                 raise DatasetError(f"{name}: {key} has {len(group[key])} steps, actions have {len(actions)}")
@@ -300,10 +299,10 @@ def _poses(position: np.ndarray, rotation: Rotation, gripper: np.ndarray) -> np.
 
 def _recorded_prompt(path: Path, data: h5py.Group) -> str:
     try:
-        prompt = json.loads(data.attrs["problem_info"])["language_instruction"]
+        prompt = "".join(json.loads(data.attrs["problem_info"])["language_instruction"])
     except (KeyError, TypeError, ValueError) as error:
         raise DatasetError(
             f"{path}: attribute 'problem_info' of 'data' records no language_instruction: {error}; "
             "pass instructions='published' to go by file names"
         ) from error
-    return "".join(prompt).strip('"')  # some files have a list of characters, some quote it
+    return prompt.strip('"')  # some files have a list of characters, some quote it

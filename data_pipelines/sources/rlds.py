@@ -5,22 +5,23 @@ import functools
 import hashlib
 import io
 import itertools
+import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import simplejpeg
 import tensorflow_datasets as tfds
-from PIL import Image
 
 from data_pipelines import buffers
 from data_pipelines.episode import CAMERAS, ActionLayout, Episode, Frames
 from data_pipelines.sources.index import Column, Index, Shard, cache_directories, open_index
 from data_pipelines.sources.records import DatasetError, RecordFiles, file_sizes, is_remote, parse_example, read_file
 from mimic_video.atomic import INCOMPLETE
+from mimic_video.media import MediaError, read_picture
 from mimic_video.transforms import resize_images
 
 __all__ = ["CONTINUES", "DatasetError", "DatasetLayout", "RldsSource", "open_dataset"]
@@ -28,7 +29,11 @@ __all__ = ["CONTINUES", "DatasetError", "DatasetLayout", "RldsSource", "open_dat
 CONTINUES = "episode_metadata/continues"  # flag of a record whose steps follow those of the record before it
 CONTROL_HZ = "episode_metadata/control_hz"
 ACTION_LAYOUT = "episode_metadata/action_layout"
+ROBOT = "episode_metadata/robot"
+_LAST = "steps/is_last"
 _METADATA = ("dataset_info.json", "features.json")
+
+_log = logging.getLogger(__name__)
 
 
 class DatasetLayout(Protocol):
@@ -69,11 +74,12 @@ class RldsSource(Sequence[Episode]):
     Episodes come from a memory-mapped index of the low-dimensional values, which the first opening of a dataset builds
     (`data_pipelines.sources.index`). Of images, `take` reads and decodes those that it is asked for. The checksum makes the first
     look at a TFRecord record read all of it once; an ArrayRecord record is always read whole. Step k of an episode is at
-    k / control_hz seconds. A record with the flag `episode_metadata/continues` is joined to the episode of the record before it.
+    k / control_hz seconds. A record with the flag `episode_metadata/continues` is joined to the episode of the record before it;
+    an episode of which one record is damaged cannot be read.
 
     Without `spec`, datasets have our own layout: `steps/observation/image_primary` and `steps/language_instruction`;
-    `steps/action`, `steps/observation/proprio`, `image_secondary`, `image_wrist` and `episode_metadata/action_layout` are read
-    where they exist and other features are ignored.
+    `steps/action`, `steps/observation/proprio`, `image_secondary`, `image_wrist` and `action_layout` and `robot` of
+    `episode_metadata` are read where they exist and other features are ignored.
 
     Attributes:
         name: the directory and the split, for error messages.
@@ -81,6 +87,7 @@ class RldsSource(Sequence[Episode]):
         camera_sizes: the same of all cameras by name; empty where images of a camera differ in size.
         action_dim, proprio_dim: int, or None where the dataset has none.
         control_hz, action_layout: steps per second and `Episode.action_layout` of the first episode that can be read.
+        robot: whose that episode is; empty where the dataset does not say.
         identity: hex digits that change with the metadata, the shards' names and sizes or the choice of cameras, and
             not with where the dataset lies.
 
@@ -89,6 +96,7 @@ class RldsSource(Sequence[Episode]):
             which `take` fetches whole records: mount or convert such a dataset to train on it.
         split: a split's name, e.g. `train`.
         spec: of a dataset with another layout.
+        cameras: those that are needed besides the primary one. Another one that is no RGB image is left out, with a warning.
         control_hz: takes the place of the spec's.
         image_size: (height, width) that every camera's frames are resized to as by `resize_images`; None keeps each camera's.
         cache_dir: holds the index; None is `.mimic_video_index` in the directory or, if that cannot be written,
@@ -105,6 +113,7 @@ class RldsSource(Sequence[Episode]):
         split: str,
         *,
         spec: DatasetLayout | None = None,
+        cameras: Sequence[str] = (),
         control_hz: float | None = None,
         image_size: tuple[int, int] | None = None,
         cache_dir: str | os.PathLike | None = None,
@@ -121,23 +130,29 @@ class RldsSource(Sequence[Episode]):
             raise DatasetError(f"{directory}: its spec names no primary camera")
         paths = {camera: f"steps/observation/{key}" for camera in CAMERAS if (key := getattr(spec, camera)) is not None}
         paths = {camera: path for camera, path in paths.items() if camera == "primary" or features.get(path) is not None}
-        self._cameras = {
-            camera: _Camera(path, features.image_size(path, fixed=image_size is None)) for camera, path in paths.items()
-        }
+        self._cameras: dict[str, _Camera] = {}
+        for camera, path in paths.items():
+            try:
+                self._cameras[camera] = _Camera(path, features.image_size(path, fixed=image_size is None))
+            except DatasetError as error:
+                if camera in ("primary", *cameras):
+                    raise
+                _log.warning("left out camera '%s': %s", camera, error)
 
         shard_names = [(os.path.basename(shard.path), shard.records, shard.size) for shard in shards]
         self.identity = hashlib.sha256(dataset.identity + repr((shard_names, paths)).encode()).hexdigest()
         columns = [features.steps(path) for path in spec.columns] or [features.any_steps(paths["primary"])]
         language = None if spec.language is None else features.text(spec.language)
         self._language = None if language is None else language.path
-        layout = features.text(ACTION_LAYOUT) if features.get(ACTION_LAYOUT) is not None else None
+        layout, robot = (features.text(path) if features.get(path) is not None else None for path in (ACTION_LAYOUT, ROBOT))
         self._layout = None if layout is None else layout.path
         rate, continues = (features.record(path) for path in (CONTROL_HZ, CONTINUES))
+        last = None if continues is None or features.get(_LAST) is None else features.steps(_LAST)
         self._rate_column = None if rate is None else rate.path
         self._rate = spec.control_hz if control_hz is None else control_hz
         if rate is None and self._rate is None:
             raise DatasetError(f"{directory} has no feature '{CONTROL_HZ}': pass control_hz to RldsSource")
-        columns += [column for column in (language, layout, rate, continues) if column is not None]
+        columns += [column for column in (language, layout, robot, rate, continues, last) if column is not None]
         index = open_index(
             shards,
             dataset.file_format,
@@ -146,13 +161,14 @@ class RldsSource(Sequence[Episode]):
             name=self.name,
             directories=cache_directories(directory, cache_dir),
         )
-        self._index = Index(index, None if continues is None else continues.path)
+        self._index = Index(index, continues and continues.path, last and last.path)
 
         self.camera_sizes = {name: tuple(image_size or camera.size or ()) for name, camera in self._cameras.items()}
         self.image_size = self.camera_sizes["primary"]
         first, episode = self._first_readable()
         self.control_hz = self._control_hz(episode.name, self._index.record_range(first)[0])
         self.action_layout = episode.action_layout
+        self.robot = "" if robot is None else self._index.text(robot.path, self._index.record_range(first)[0])
         self.action_dim, self.proprio_dim = (None if v is None else v.shape[1] for v in (episode.actions, episode.proprio))
 
     def _first_readable(self) -> tuple[int, Episode]:
@@ -190,13 +206,20 @@ class RldsSource(Sequence[Episode]):
                 timestamps=timestamps,
                 frames=frames.pop("primary"),
                 further_cameras=frames,
-                instruction="" if self._language is None else self._index.text(self._language, first),
+                instruction=self._instruction(first, bounds[0], bounds[-1]),
                 proprio=proprio,
                 actions=actions,
                 action_layout=layout,  # type: ignore[arg-type]  # checked above
             )
         except ValueError as error:
             raise DatasetError(str(error)) from error
+
+    def _instruction(self, record: int, start: int, stop: int) -> str | tuple[str, ...]:
+        if self._language is None:
+            return ""
+        if self._language.startswith("steps/"):
+            return self._index.texts(self._language, start, stop)
+        return self._index.text(self._language, record)
 
     def _control_hz(self, name: str, record: int) -> float:
         rate = self._rate if self._rate_column is None else float(self._index.column(self._rate_column)[record])
@@ -297,7 +320,7 @@ def decode_image(
     target: tuple[int, int] | None = None,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Decodes an image file to uint8 RGB (height, width, 3).
+    """Decodes an image file to uint8 RGB (height, width, 3), turned as its EXIF orientation says.
 
     JPEGs are decoded at full size and exactly as Pillow would, by libjpeg-turbo without the interpreter's lock: a scaled
     decoding would be faster, but differs from the antialiased one by more than training and evaluation should.
@@ -309,15 +332,15 @@ def decode_image(
         out: array of the result's shape to put it in.
 
     Raises:
-        ValueError: if the file is broken, or the image has another size.
+        ValueError: if the file is broken, has more than 8 bits a channel, or the image has another size.
     """
     try:
-        if bytes(encoded[:2]) == b"\xff\xd8":
+        if bytes(encoded[:2]) == b"\xff\xd8" and not _has_exif(bytes(encoded)):
             fits = out is not None and simplejpeg.decode_jpeg_header(encoded)[:2] == out.shape[:2]
             image = simplejpeg.decode_jpeg(encoded, buffer=out if fits else None)
         else:
-            image = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
-    except (ValueError, OSError) as error:
+            image = read_picture(io.BytesIO(encoded))
+    except (ValueError, MediaError) as error:
         raise ValueError(f"cannot be decoded: {error}") from error
     if size is not None and image.shape[:2] != tuple(size):
         raise ValueError(f"is {image.shape[:2]}, not {tuple(size)}")
@@ -327,6 +350,10 @@ def decode_image(
         return image
     out[:] = image
     return out
+
+
+def _has_exif(jpeg: bytes) -> bool:
+    return jpeg.find(b"Exif\0\0", 0, jpeg.find(b"\xff\xda")) >= 0  # before the first scan
 
 
 class Dataset(NamedTuple):
@@ -485,15 +512,16 @@ class _Features:
         return Column(image, "count")
 
     def text(self, path: str) -> Column:
-        """The instruction at `path` under steps or episode_metadata: a Text, or its bytes as integers."""
+        """The text at `path` under steps, of every step, or under episode_metadata: a Text, or its bytes as integers."""
         candidates = (f"steps/{path}", path, f"episode_metadata/{path}")
         found = next((c for c in candidates if self.get(c) is not None), candidates[0])
         feature = self.require(found, tfds.features.Tensor, "a Text feature")
         dtype = np.dtype(feature.np_dtype)
+        kind: Literal["texts", "text"] = "texts" if found.startswith("steps/") else "text"
         if dtype.kind in "OSU" and feature.shape == ():
-            return Column(found, "text")
+            return Column(found, kind)
         if dtype.kind in "iu" and len(feature.shape) == 1:
-            return self._numbers(found, "steps")._replace(kind="text")
+            return self._numbers(found, kind)
         raise self._mismatch(found, feature, "a Text feature")
 
     def _numbers(self, path: str, kind: Any) -> Column:

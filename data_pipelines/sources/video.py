@@ -12,6 +12,7 @@ import numpy as np
 
 from data_pipelines.sources.frames import frame_steps, sized
 from data_pipelines.sources.rlds import DatasetError
+from mimic_video.media import MediaError, upright_frame
 
 _OPEN_VIDEOS = 8  # kept open by a process; three cameras of two files each fit
 _SEEK_FRAMES = 8  # fewer frames than this are decoded and dropped rather than sought over
@@ -34,7 +35,8 @@ class VideoFrames:
         """uint8 RGB (len(indices), height, width, 3): the frames that are shown at those steps' times.
 
         Raises:
-            DatasetError: if the file cannot be decoded or has another size, or has no frame within half a frame of a step.
+            DatasetError: if the file cannot be decoded or, turned as it says, has another size, or has no frame within half a
+                frame of a step.
         """
         steps, rows = np.unique(frame_steps(indices, len(self)), return_inverse=True)
         frames = np.empty((len(steps), *self.size, 3), np.uint8)
@@ -52,10 +54,8 @@ class VideoFrames:
                     )
                 if frame.is_corrupt:
                     raise DatasetError(f"{self.name}: the frame of step {step} in {self.path} is damaged")
-                what = f"{self.name}: the frame of step {step} in {self.path}"
-                # One thread: windows are made in parallel already, and a thread pool would not survive a fork.
-                frames[row] = sized(what, frame.to_ndarray(format="rgb24", threads=1), self.size)
-        except av.FFmpegError as error:
+                frames[row] = sized(f"{self.name}: the frame of step {step} in {self.path}", upright_frame(frame), self.size)
+        except (av.FFmpegError, MediaError) as error:
             decoder.close()
             raise DatasetError(f"{self.name}: {self.path} cannot be decoded: {error}") from error
         except BaseException:

@@ -33,7 +33,7 @@ _HOW_TO_GET = (
 def read_prompts(path: Path) -> list[str]:
     """The lines of a UTF-8 file without the spaces around them, but for blank ones. Raises ConfigError if it cannot be read."""
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8").split("\n")  # `splitlines` would break prompts at signs such as U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--prompts={path} cannot be read: {error}") from error
     return [line.strip() for line in lines if line.strip()]

@@ -162,8 +162,8 @@ def load_embodiments(run: epath.Path) -> dict[str, Embodiment]:
 def read_metrics(run: epath.Path) -> list[dict[str, float]]:
     """Every complete record of a run, oldest first; a last line that a kill cut short is left out."""
     path = epath.Path(run) / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_text().split("\n") if path.exists() else [""]
+    return [json.loads(line) for line in lines[:-1]]
 
 
 @contextlib.contextmanager

@@ -267,3 +267,23 @@ def test_default_instruction(tmp_path):
 )
 def test_labels(text, label):
     assert clean_label(text) == label
+
+
+def test_images_are_turned_as_exif_says(tmp_path):
+    folder, exif = write_bridge(tmp_path) / "images0", Image.Exif()
+    exif[0x0112] = 6
+    for path in folder.iterdir():
+        stored = np.zeros((*SIZE, 3), np.uint8)
+        stored[: SIZE[0] // 2] = 200
+        Image.fromarray(stored).save(path, exif=exif)
+    source = BridgeSource(tmp_path)
+    assert source.image_size == SIZE[::-1]
+    (seen,) = source[0].frames.take([1])
+    assert seen[:, -8:].min() > 190 and seen[:, :8].max() < 10  # what was above is at the right
+
+
+def test_images_of_more_than_8_bits_are_refused(tmp_path):
+    path = write_bridge(tmp_path) / "images0" / "im_2.jpg"
+    Image.fromarray(np.full(SIZE, 1000, np.uint16)).save(path, "PNG")
+    with pytest.raises(DatasetError, match=rf"{path} cannot be read: its pixels are of the mode I;16; expected 8 bits"):
+        BridgeSource(tmp_path)[0].frames.take([1])

@@ -1,9 +1,10 @@
 import dataclasses
+import json
 
 import pytest
 from synthetic import SIZE, step_episode
 
-from data_pipelines.datasets import check_dataset, open_datasets
+from data_pipelines.datasets import check_dataset, find_instructions, open_datasets
 from data_pipelines.mixture import Phase
 from data_pipelines.sources.rlds import DatasetError, RldsSource
 from data_pipelines.writers import write_rlds
@@ -94,3 +95,44 @@ def test_a_camera_that_some_dataset_has(tmp_path, config):
 def test_datasets_that_are_not_there(config, fields, error, message):
     with pytest.raises(error, match=message):
         open_datasets(experiment_of("video", dataclasses.replace(config, **fields)), "train")
+
+
+def test_every_instruction_of_a_dataset_is_found(tmp_path, config):
+    episodes = [
+        dataclasses.replace(step_episode(4), instruction=("", "reach", "reach", "pick")),
+        dataclasses.replace(step_episode(3), instruction="place"),
+    ]
+    path = write_rlds(tmp_path, "words", {"train": episodes}, control_hz=10.0, image_size=SIZE, description="")
+    experiment = experiment_of("action", dataclasses.replace(config, action_dataset=str(path)))
+    assert list(find_instructions(experiment)) == ["", "reach", "pick", "place"]
+    assert [episode.instruction for episode in RldsSource(path, "train")] == [episode.instruction for episode in episodes]
+
+
+def test_a_dataset_may_say_whose_it_is(tmp_path, config):
+    options = {"control_hz": 10.0, "image_size": SIZE, "description": ""}
+    path = write_rlds(tmp_path, "own", {"train": [step_episode(12)]}, robot="franka", **options)
+    with pytest.raises(ValueError, match="robot is 'a/b'; expected a name without '/'"):
+        write_rlds(tmp_path, "other", {"train": [step_episode(12)]}, robot="a/b", **options)
+    for robots, expected in (((), "franka"), ((("own", "ur5"),), "ur5")):
+        data = dataclasses.replace(config, action_dataset=str(path), robots=robots)
+        assert open_datasets(experiment_of("action", data), "train").windows["own"].robot == expected
+    plain = write(tmp_path, "plain", 12)
+    data = dataclasses.replace(config, action_dataset=str(plain))
+    assert open_datasets(experiment_of("action", data), "train").windows["plain"].robot is None
+
+
+def test_a_camera_that_nobody_chose_is_left_out(tmp_path, config, caplog):
+    path = write(tmp_path, "depth", 12, wrist=True)
+    features = path / "features.json"
+    tree = json.loads(features.read_text())
+    observation = tree["featuresDict"]["features"]["steps"]["sequence"]["feature"]["featuresDict"]["features"]["observation"]
+    image = observation["featuresDict"]["features"]["image_wrist"]["image"]
+    image |= {"shape": {"dimensions": ["16", "32", "4"]}, "encodingFormat": "png"}
+    features.write_text(json.dumps(tree))
+    data = dataclasses.replace(config, action_dataset=str(path))
+    with caplog.at_level("WARNING"):
+        assert open_datasets(experiment_of("action", data), "train").windows["depth"].cameras == ("primary",)
+    assert "left out camera 'wrist'" in caplog.text and "image_wrist' is Image(shape=(16, 32, 4)" in caplog.text
+    both = dataclasses.replace(data, cameras=("primary", "wrist"))
+    with pytest.raises(DatasetError, match=r"image_wrist' is Image\(shape=\(16, 32, 4\).*expected a uint8 Image of a fixed"):
+        open_datasets(experiment_of("action", both), "train")

@@ -205,3 +205,28 @@ def test_where_it_is_kept(shards, tmp_path, monkeypatch):
     assert json.loads((built / "index.json").read_text())["errors"] == []
     with pytest.raises(DatasetError, match=r"index of demo cannot be written to .*file/cache; pass cache_dir"):
         open_index(shards, "tfrecord", COLUMNS[:1], directories=[blocked / "cache"], **options)
+
+
+def words(*texts):
+    """A record whose steps have these texts, also as bytes in integers."""
+    strings = tf_feature_pb2.BytesList(value=[text.encode() for text in texts])
+    padded = [text.encode().ljust(8, b"\0") for text in texts]
+    numbers = tf_feature_pb2.Int64List(value=[byte for text in padded for byte in text])
+    feature = {"words": tf_feature_pb2.Feature(bytes_list=strings), "numbers": tf_feature_pb2.Feature(int64_list=numbers)}
+    return tf_example_pb2.Example(features=tf_feature_pb2.Features(feature=feature)).SerializeToString()
+
+
+@pytest.mark.parametrize("column", [Column("words", "texts"), Column("numbers", "texts", "int32", (8,))])
+def test_texts_of_every_step(tmp_path, column):
+    shards = write(tmp_path, [[words("", "go", "go"), b"damaged", words("go")], [b"damaged"], [b"damaged"], [words("für", "go")]])
+    index = Index(build(shards, tmp_path / "cache", columns=[column]))
+    everything = ("", "go", "go", "go", "für", "go")
+    for start in range(6):
+        for stop in range(start + 1, 7):
+            assert index.texts(column.path, start, stop) == everything[start:stop]
+
+
+def test_texts_are_one_for_each_step(tmp_path):
+    columns = [Column("words", "texts"), Column("numbers", "steps", "int64", (16,))]
+    index = Index(build(write(tmp_path, [[words("a", "b")]]), tmp_path / "cache", columns=columns))
+    assert "different numbers of steps: {'numbers': 1, 'words': 2}" in index.error(0, 1)

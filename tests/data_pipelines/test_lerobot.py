@@ -3,6 +3,7 @@ import dataclasses
 import itertools
 import json
 import pickle
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from foreign_formats import FRONT, SIZE, TOP, WRIST, grey, write_lerobot
+from PIL import Image
 
 from data_pipelines.sources.lerobot import LeRobotSource
 from data_pipelines.sources.rlds import DatasetError
@@ -64,7 +66,8 @@ def only_file(directory, pattern):
 def test_episodes_come_back(tmp_path, version, codec):
     source = LeRobotSource(write_lerobot(tmp_path / "demo", version, codec=codec))
     assert (len(source), source.action_dim, source.proprio_dim, source.image_size) == (3, 3, 3, SIZE)
-    assert source.control_hz == 10.0 and source.cameras == {"primary": TOP, "wrist": WRIST} and source.skipped == {}
+    assert source.control_hz == 10.0 and source.cameras == {"primary": TOP, "wrist": WRIST}
+    assert source.skipped == {"it is a depth map": ["observation.images.depth"]}
     for index, length in enumerate(LENGTHS):
         episode = source[index]
         np.testing.assert_allclose(episode.timestamps, np.arange(length) / 10, atol=1e-6)
@@ -261,7 +264,10 @@ def test_cameras_that_cannot_be_told_apart(tmp_path, names):
         ),
         ({"action": TOP}, rf"feature '{TOP}' is video \[48, 64, 3\]; expected a vector"),
         ({"cameras": {"primary": "top"}}, rf"no camera feature 'top' for the role 'primary'; it has {TOP}, {WRIST}$"),
-        ({"cameras": {"primary": "observation.images.depth"}}, r"no camera feature 'observation\.images\.depth'"),
+        (
+            {"cameras": {"primary": "observation.images.depth"}},
+            r"feature 'observation\.images\.depth' for the role 'primary' is a depth map; expected three channels",
+        ),
         ({"cameras": {"wrist": WRIST}}, r"roles \['wrist'\]; expected 'primary'"),
         ({"cameras": {"primary": TOP, "left": WRIST}}, r"roles \['left', 'primary'\]"),
     ],
@@ -297,8 +303,8 @@ def test_wrong_rows_are_named_or_left_out(dataset, change, message):
     with pytest.raises(DatasetError, match=rf"\.parquet.*{message}"):
         LeRobotSource(dataset)
     source = LeRobotSource(dataset, skip_damaged=True)
-    ((reason, messages),) = source.skipped.items()
-    assert reason == "it is damaged" and message.split(";")[0].split("(")[0] in messages[0]
+    messages = source.skipped["it is damaged"]
+    assert message.split(";")[0].split("(")[0] in messages[0]
     assert len(source) + len(messages) == 3 and len(source[len(source) - 1]) == 7
 
 
@@ -374,7 +380,8 @@ def test_a_video_of_another_size(dataset):
         (lambda info: info.update(fps=0), "field 'fps' is 0"),
         (lambda info: info.update(data_path="data/{shard}"), r"field 'data_path' is 'data/\{shard\}'; expected a pattern of"),
         (lambda info: info.update(video_path=None), "field 'video_path' is None"),
-        (lambda info: info["features"][TOP].update(shape=[48, 64, 4]), rf"feature '{TOP}' has shape \[48, 64, 4\]"),
+        (lambda info: info["features"].update({TOP: None}), rf"feature '{TOP}' is None; expected a type and a shape"),
+        (lambda info: info.update(chunks_size="many"), "field 'chunks_size' is 'many'"),
     ],
 )
 def test_what_is_wrong_with_info(dataset, change, message):
@@ -415,3 +422,97 @@ def test_actions_may_be_poses(tmp_path):
         LeRobotSource(write_lerobot(tmp_path / "demo", "v2.1"), action_layout="pose")[0]
     delta = LeRobotSource(tmp_path / "demo", action_layout="delta")[0]
     assert delta.action_layout == "delta" and dataclasses.replace(delta, actions=None).actions is None
+
+
+def test_a_camera_that_nobody_chose_is_left_out(dataset):
+    edit_info(dataset, lambda info: info["features"][WRIST].update(shape=[48, 64, 4]))
+    source = LeRobotSource(dataset)
+    assert source.cameras == {"primary": TOP}
+    assert source.skipped["it has shape [48, 64, 4] with names ['height', 'width', 'channels']"] == [WRIST]
+    with pytest.raises(DatasetError, match=rf"feature '{WRIST}' for the role 'wrist' has shape \[48, 64, 4\].*; expected three"):
+        LeRobotSource(dataset, cameras={"primary": TOP, "wrist": WRIST})
+
+
+def set_tasks(directory, *tasks):
+    if (directory / "meta" / "tasks.parquet").exists():
+        table = pa.table({"task_index": range(len(tasks)), "task": pa.array(tasks, pa.string())})
+        pq.write_table(table, directory / "meta" / "tasks.parquet")
+    else:
+        lines = [json.dumps({"task_index": i, "task": task}, ensure_ascii=False) for i, task in enumerate(tasks)]
+        (directory / "meta" / "tasks.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
+def test_each_step_has_its_task(dataset):
+    edit_data(only_file(dataset, "data/*/*.parquet"), lambda c: c["task_index"].__setitem__(slice(4, 9), [1] * 5))
+    first, second, _ = LeRobotSource(dataset)
+    assert first.instructions == formats.TASKS and second.instruction == formats.TASKS[1]
+    assert [first.instruction_at(step) for step in (0, 3, 4, 8)] == [formats.TASKS[i] for i in (0, 0, 1, 1)]
+
+
+def test_tasks_may_have_separators_of_lines(dataset):
+    tasks = ["pick\u2028up", "open\u0085it"]
+    set_tasks(dataset, *tasks)
+    assert [episode.instruction for episode in LeRobotSource(dataset)] == [*tasks, tasks[0]]
+
+
+@pytest.mark.parametrize("task", [None, ["pick", "place"], {"text": "pick"}])
+def test_a_task_that_is_no_text(tmp_path, task):
+    directory = write_lerobot(tmp_path / "demo", "v3.0" if task is None else "v2.1")
+    set_tasks(directory, formats.TASKS[0], task)
+    with pytest.raises(DatasetError, match=rf"episode 1: task 1 of meta/tasks is {re.escape(repr(task))}; expected a text$"):
+        LeRobotSource(directory)
+    source = LeRobotSource(directory, skip_damaged=True)
+    assert len(source) == 2 and source[1].instruction == formats.TASKS[0]
+
+
+def test_a_null_that_v2_has_as_a_task_or_an_index(tmp_path):
+    directory = write_lerobot(tmp_path / "demo", "v2.1")
+    set_tasks(directory, formats.TASKS[0], None)
+    with pytest.raises(DatasetError, match="task 1 of meta/tasks is None; expected a text"):
+        LeRobotSource(directory)
+    for file, field in (("episodes", "length"), ("tasks", "task_index")):
+        path = directory / "meta" / f"{file}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().split("\n") if line]
+        path.write_text("\n".join(json.dumps(row | {field: None}) for row in rows))
+        with pytest.raises(DatasetError, match=rf"{file}\.jsonl: field '{field}' is None; expected an integer"):
+            LeRobotSource(directory)
+
+
+def test_time_stamps_of_long_episodes_are_exact(dataset):
+    start = 4000.0  # where float32 numbers are 0.24 ms apart
+
+    def late(columns):
+        columns["timestamp"][:9] = (start + np.arange(9) / 7).astype(np.float32).tolist()
+
+    edit_data(only_file(dataset, "data/*/*.parquet"), late)
+    edit_info(dataset, lambda info: info.update(fps=7))
+    episode = LeRobotSource(dataset)[0]
+    np.testing.assert_allclose(episode.timestamps, start + np.arange(9) / 7, rtol=0, atol=1e-9)
+
+
+def test_images_in_parquet_files_are_turned_or_refused(tmp_path):
+    directory, exif = write_lerobot(tmp_path / "demo", "v2.1", stored_as="image", cameras=(TOP,)), Image.Exif()
+    exif[0x0112] = 3
+    picture = np.zeros((*SIZE, 3), np.uint8)
+    picture[: SIZE[0] // 2] = 200
+    Image.fromarray(picture).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(np.full(SIZE, 1000, np.uint16)).save(tmp_path / "deep.png")
+    files = [{"bytes": (tmp_path / name).read_bytes(), "path": "x"} for name in ("turned.png", "deep.png")]
+    edit_data(only_file(directory, "data/*/*.parquet"), lambda columns: columns.update({TOP: files + columns[TOP][2:]}))
+    frames = LeRobotSource(directory)[0].frames
+    np.testing.assert_array_equal(frames.take([0]), picture[None, ::-1, ::-1])
+    with pytest.raises(DatasetError, match=r"the image of step 1 in .* cannot be decoded: its pixels are of the mode I;16"):
+        frames.take([1])
+
+
+@pytest.mark.parametrize("turn", list(formats.TURNS)[:2])
+def test_videos_are_turned(dataset, turn):
+    corner = np.zeros((9 + 12, *SIZE, 3), np.uint8)
+    corner[:, : SIZE[0] // 2, : SIZE[1] // 2] = 200
+    path = sorted(path for path in dataset.rglob("*.mp4") if "top" in str(path))[0]
+    formats.encode(path, corner, 10)
+    formats.turn_video(path, turn)
+    expected = formats.TURNS[turn](corner[0])
+    edit_info(dataset, lambda info: info["features"][TOP].update(shape=list(expected.shape)))
+    (seen,) = LeRobotSource(dataset)[0].frames.take([5])
+    np.testing.assert_allclose(seen[4::8, 4::8].astype(int), expected[4::8, 4::8], atol=12)

@@ -227,3 +227,23 @@ def test_orientations_agree_with_scipy(tmp_path):
     np.testing.assert_allclose(LiberoSource(path)[0].proprio[:, 3:9], rows, atol=1e-6)
     edited(path, replace("obs/ee_ori", turned.as_rotvec()))
     np.testing.assert_allclose(LiberoSource(path)[0].proprio[:, 3:9], rows, atol=1e-6)
+
+
+def test_a_wrist_camera_of_another_kind_is_left_out(tmp_path):
+    path = write_libero(tmp_path / "a_demo.hdf5", {"demo_0": ACTIONS})
+    with h5py.File(path, "a") as file:
+        demo = file["data/demo_0/obs"]
+        del demo["eye_in_hand_rgb"]
+        demo["eye_in_hand_rgb"] = np.zeros((len(ACTIONS), *SIZE, 4), np.uint8)
+    source = LiberoSource(path)
+    assert source[0].further_cameras == {}
+    ((reason, (message,)),) = source.skipped.items()
+    assert reason == "it is no camera of RGB images" and f"{path}, demo_0: obs/eye_in_hand_rgb is uint8" in message
+
+
+def test_a_prompt_that_is_no_text(tmp_path):
+    path = write_libero(tmp_path / "a_demo.hdf5", {"demo_0": ACTIONS}, kind="libero")
+    with h5py.File(path, "a") as file:
+        file["data"].attrs["problem_info"] = '{"language_instruction": null}'
+    with pytest.raises(DatasetError, match=rf"{path}: attribute 'problem_info' of 'data' records no language_instruction"):
+        LiberoSource(path, instructions="recorded")

@@ -246,3 +246,13 @@ def test_a_broken_window_ends_training_or_is_skipped_and_counted(make_source, co
     assert not [value for value in rows if 100 <= value < 200]
     counts = [int(found) for found in re.findall(r"skipped a window \((\d+) so far\): memory episode 1", caplog.text)]
     assert sorted(counts) == list(range(1, len(counts) + 1)) and len(counts) >= 19
+
+
+def test_a_window_has_the_instruction_of_its_anchor(make_source, config):
+    source = make_source(12)
+    words = ("", "", "reach", *["pick"] * 9)
+    source[0] = dataclasses.replace(source[0], instruction=words)
+    dataset = WindowDataset(source, config, actions=True)
+    assert [dataset[i]["instruction"] for i in range(len(dataset))] == list(words[:11])
+    with pytest.raises(ValueError, match="episode 0: instruction has 11 steps, timestamps have 12"):
+        dataclasses.replace(source[0], instruction=words[1:])

@@ -145,6 +145,8 @@ def test_both_readers_give_the_same_samples_and_are_the_same_data(tmp_path):
         ({"actions": np.full((12, 2), 0.5, np.float32)}, {"content"}),
         ({"proprio": np.zeros((12, 3), np.float32)}, {"content"}),
         ({"instruction": "do something else"}, {"content"}),
+        ({"instruction": ("do task 1",) * 11 + ("stop",)}, {"content"}),
+        ({"instruction": ("do task 1",) * 12}, set()),
         ({"action_layout": "delta"}, {"content"}),
         ({"name": "elsewhere", "frames": ArrayFrames(np.zeros((12, *SIZE, 3), np.uint8))}, set()),
     ],

@@ -12,7 +12,7 @@ from synthetic import step_episode
 
 from data_pipelines import rewrite, writers
 from data_pipelines.rewrite import Conversion, convert_rlds
-from data_pipelines.sources.records import open_records, parse_example
+from data_pipelines.sources.records import RecordWriter, open_records, parse_example
 from data_pipelines.sources.rlds import DatasetError, RldsSource, open_dataset
 from data_pipelines.writers import write_rlds
 from mimic_video.transforms import resize_images
@@ -185,6 +185,7 @@ def test_a_broken_image_names_the_step(source, tmp_path, monkeypatch):
     ("options", "message"),
     [
         ({"file_format": "riegeli"}, "file_format is 'riegeli'"),
+        ({"robot": "a/b"}, "robot is 'a/b'"),
         ({"image_size": (0, 3)}, r"image_size is \(0, 3\)"),
         ({"jpeg_quality": 101}, "jpeg_quality is 101; expected 1 to 100"),
         ({"chunk_steps": 0}, "chunk_steps is 0"),
@@ -214,3 +215,39 @@ def test_encoded_images_are_jpegs(source, tmp_path):
     path = convert_rlds(source, tmp_path / "out", Conversion(jpeg_quality=80))
     image = next(records(path))["steps/observation/image_wrist"][0]
     assert simplejpeg.decode_jpeg_header(image)[:2] == SIZE
+
+
+@pytest.mark.parametrize("piece", [0, 1, 2])
+def test_an_episode_with_a_damaged_piece_is_left_out_as_a_whole(source, tmp_path, piece):
+    """Its neighbours, which are healthy, are not."""
+    path = convert_rlds(source, tmp_path / "out", Conversion(chunk_steps=8))  # pieces of 12, 20, 7 and 1: 2, 3, 1 and 1
+    shard = sorted(path.glob("*train*"))[0]
+    file = open_records(str(shard), "tfrecord")
+    pieces = [bytes(file.read(i)) for i in range(len(file))]
+    with RecordWriter(shard, "tfrecord") as writer:
+        for number, record in enumerate(pieces):
+            writer.write(b"\xff" * len(record) if number == 2 + piece else record)
+    damaged = RldsSource(path, "train")
+    assert len(damaged) == 4
+    with pytest.raises(DatasetError, match=rf"episode 1 cannot be read: shard .*, record {2 + piece}"):
+        damaged[1]
+    for number in (0, 2, 3):
+        np.testing.assert_array_equal(damaged[number].actions, RldsSource(source, "train")[number].actions)
+
+
+def test_a_robot_may_be_named(source, tmp_path):
+    assert RldsSource(source, "train").robot == ""
+    named = convert_rlds(source, tmp_path / "named", Conversion(robot="franka", chunk_steps=6))
+    assert RldsSource(named, "train").robot == "franka"
+    renamed = convert_rlds(named, tmp_path / "renamed", Conversion("array_record", robot="ur5"))
+    assert {tuple(record["episode_metadata/robot"]) for record in records(renamed)} == {(b"ur5",)}
+    assert RldsSource(renamed, "train").robot == "ur5"
+    assert RldsSource(convert_rlds(renamed, tmp_path / "kept", Conversion()), "train").robot == "ur5"
+
+
+def test_instructions_of_steps_are_kept(tmp_path):
+    words = ("", *["reach"] * 6, *["pick"] * 5)
+    episode = dataclasses.replace(step_episode(12), instruction=words)
+    path = write_rlds(tmp_path, "demo", {"train": [episode]}, control_hz=10.0, image_size=SIZE, description="")
+    cut = convert_rlds(path, tmp_path / "cut", Conversion("array_record", chunk_steps=5))
+    assert RldsSource(cut, "train")[0].instruction == words

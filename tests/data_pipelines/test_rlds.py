@@ -263,7 +263,7 @@ def test_remote_datasets(tmp_path, make_episode):
     np.testing.assert_array_equal(source[1].frames.take([7, 2]), local[1].frames.take([7, 2]))
     with pytest.raises(DatasetError, match=r"memory://datasets is not a prepared dataset: it has no dataset_info\.json"):
         RldsSource("memory://datasets", "train")
-    arrays = write_rlds(tmp_path, "arrays", splits, **options)
+    arrays = write_rlds(tmp_path, "arrays", splits, file_format="array_record", **options)
     memory.put(str(arrays), "/datasets/arrays", recursive=True)
     with pytest.raises(DatasetError, match="ArrayRecord files are read from local or mounted paths only"):
         RldsSource("memory://datasets/arrays", "train", cache_dir=tmp_path / "cache")
@@ -367,7 +367,8 @@ def write_foreign(folder, file_format, lengths):
 def test_other_layouts_are_read_through_their_spec(tmp_path, file_format):
     write_foreign(tmp_path, file_format, (4, 7, 3))
     with pytest.raises(DatasetError, match=r"'steps/observation/image_1' is Image.*expected a uint8 Image of a fixed"):
-        RldsSource(tmp_path, "train", spec=Layout())
+        RldsSource(tmp_path, "train", spec=Layout(), cameras=("secondary",))
+    assert set(RldsSource(tmp_path, "train", spec=Layout())[0].cameras) == {"primary"}
     source = RldsSource(tmp_path, "train", spec=Layout(), image_size=(12, 6))
     assert (len(source), source.proprio_dim, source.action_dim, source.control_hz) == (3, 5, 2, 5.0)
     episode = source[1]
@@ -432,3 +433,23 @@ assert "tensorflow" not in sys.modules
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(trap.parent), root])}
     child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
+
+
+@pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (3, 2), (6, -1), (8, 1)])
+def test_images_are_turned_as_exif_says(orientation, turns):
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    image = resize_images(np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8), (16, 32))
+    Image.fromarray(image).save(file, "JPEG", exif=exif)
+    stored = np.asarray(Image.open(file).convert("RGB"))
+    np.testing.assert_array_equal(decode_image(file.getvalue()), np.rot90(stored, turns))
+    if turns % 2:
+        with pytest.raises(ValueError, match=r"is \(32, 16\), not \(16, 32\)"):
+            decode_image(file.getvalue(), (16, 32))
+
+
+def test_images_of_more_than_8_bits_are_not_clipped():
+    file = io.BytesIO()
+    Image.fromarray(np.full((6, 8), 1000, np.uint16)).save(file, "PNG")
+    with pytest.raises(ValueError, match="cannot be decoded: its pixels are of the mode I;16; expected 8 bits a channel"):
+        decode_image(file.getvalue())

@@ -8,6 +8,7 @@ from data_pipelines.windows import (
     action_window,
     action_windows,
     anchors,
+    at_rate,
     inside,
     linear,
     nearest,
@@ -182,3 +183,20 @@ def test_an_episode_with_another_layout_than_it_says(changes, message):
     fields = {"proprio": np.zeros((4, 10), np.float32), "actions": np.zeros((4, 10), np.float32), "action_layout": "pose"}
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(tiny.episode(4, 0), **(fields | changes))
+
+
+@pytest.mark.parametrize(
+    ("hz", "timestamps", "expected"),
+    [
+        (30.0, (np.arange(200_000) / 30).astype(np.float32), True),  # two hours in the numbers that lerobot stores
+        (30.0, 5000 + (np.arange(300) / 30).astype(np.float32), True),
+        (30.0, np.arange(200_000) / 30.001, False),
+        (30.0, np.round(np.arange(300) / 30, 3), True),  # in milliseconds
+        (10 / 3, np.arange(20_000) / float(np.float32(10 / 3)), True),  # as RLDS stores a rate
+        (5.0, 1.7e9 + np.arange(50) / 5, True),  # of a clock
+        (5.0, 1.7e9 + np.arange(50) / 5 + 0.02 * (np.arange(50) % 2), False),
+        (1000.0, np.arange(50) / 1000 + 1e-4 * (np.arange(50) % 2), False),  # a tenth of a period
+    ],
+)
+def test_whether_time_stamps_are_at_a_rate(hz, timestamps, expected):
+    assert at_rate(np.asarray(timestamps, np.float64), hz) == expected

@@ -17,10 +17,11 @@ def write(directory, splits, **options):
     return write_rlds(directory, "demo", splits, **{"control_hz": 10.0, "image_size": SIZE, "description": "A demo."} | options)
 
 
-def test_plain_tfds_reads_it(rlds):
-    builder = tfds.builder_from_directory(rlds)
+def test_plain_tfds_reads_it(tmp_path, make_source):
+    path = write(tmp_path, {"train": make_source(12, 20, 15), "val": make_source(14)}, file_format="array_record")
+    builder = tfds.builder_from_directory(path)
     assert {name: split.num_examples for name, split in builder.info.splits.items()} == {"train": 3, "val": 1}
-    assert builder.info.description == "Steps that count."
+    assert builder.info.description == "A demo."
     episodes = list(builder.as_data_source("train"))
     assert [len(episode["steps"]) for episode in episodes] == [12, 20, 15]  # in the order given
     assert episodes[0]["episode_metadata"]["control_hz"] == np.float32(10)
@@ -97,7 +98,7 @@ def test_each_episode_is_on_disk_before_the_next_one_is_made(tmp_path, make_epis
         for e in range(4):
             (partial,) = (tmp_path / "demo").iterdir()
             assert partial.name.startswith("incomplete.")
-            shards.append(len(list(partial.glob("*array_record*"))))
+            shards.append(len(list(partial.glob("*tfrecord*"))))
             yield make_episode(3, episode=e)
 
     write(tmp_path, {"train": episodes()})
@@ -110,7 +111,7 @@ def test_shards_and_bytes_are_deterministic(tmp_path, make_episode, monkeypatch)
     paths = [write(tmp_path / folder, {"train": [make_episode(4, episode=e) for e in range(5)]}) for folder in "ab"]
     files = [{file.name: file.read_bytes() for file in path.iterdir()} for path in paths]
     assert files[0] == files[1]
-    assert sum("array_record" in name for name in files[0]) == 3
+    assert sum("tfrecord" in name for name in files[0]) == 3
     assert [episode.actions[0, 0] for episode in RldsSource(paths[0], "train")] == [0.5, 100.5, 200.5, 300.5, 400.5]
 
 
@@ -154,3 +155,19 @@ def test_mixed_episodes_and_other_mistakes_are_errors(tmp_path, make_episode):
         write(tmp_path, {})
     shifted = dataclasses.replace(whole, timestamps=whole.timestamps + 3)
     assert RldsSource(write(tmp_path, {"train": [shifted]}), "train")[0].timestamps.tolist() == [0, 0.1, 0.2]
+
+
+def test_few_frames_of_a_long_episode_are_decoded_at_a_time(tmp_path, make_episode):
+    episode, taken = make_episode(300), []
+    take = episode.frames.take
+    episode.frames.take = lambda indices: (taken.append(len(indices)), take(indices))[1]
+    source = RldsSource(write(tmp_path, {"train": [episode]}), "train")
+    assert sum(taken) == 300 and max(taken) <= 128
+    np.testing.assert_allclose(source[0].frames.take([0, 63, 299])[:, 0, 0, 0], [0, 252, 4 * 299 % 256], atol=1)
+
+
+def test_rates_of_long_episodes(tmp_path, make_episode):
+    episode = make_episode(1500, hz=0.7)
+    rounded = dataclasses.replace(episode, timestamps=episode.timestamps.astype(np.float32).astype(np.float64))
+    source = RldsSource(write(tmp_path, {"train": [rounded]}, control_hz=0.7), "train")
+    np.testing.assert_allclose(source[0].timestamps, np.arange(1500) / 0.7, rtol=1e-6)

@@ -9,6 +9,7 @@ import tensorflow_datasets as tfds
 import tiny
 from PIL import Image
 
+from data_pipelines.oxe import registry
 from data_pipelines.sources.records import RecordWriter
 from data_pipelines.sources.rlds import RldsSource, open_dataset
 from data_pipelines.writers import SplitSize, shard_path, write_metadata, write_rlds
@@ -84,8 +85,6 @@ def test_own_datasets(launch, own, tmp_path):
 
 
 def test_datasets_of_the_registry(launch, bridge, tmp_path):
-    from data_pipelines.oxe import registry
-
     output = launch(
         "convert_dataset",
         f"--source={bridge}",
@@ -127,3 +126,21 @@ def test_what_exists_is_kept(launch, own, tmp_path):
     launch("convert_dataset", f"--source={own}", f"--out={tmp_path / 'out'}", "--workers=1")
     output = launch("convert_dataset", f"--source={own}", f"--out={tmp_path / 'out'}", "--workers=1")
     assert re.search(r"error: dataset .*tiny/1\.0\.0 exists already", output)
+
+
+def test_the_robot_and_an_entry_of_ones_own(launch, bridge, own, tmp_path, monkeypatch):
+    """Bridge's dataset under the name of an entry that only a file of the user's registers."""
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
+    output = launch("convert_dataset", f"--source={own}", f"--out={tmp_path / 'out'}", "--robot=franka", "--workers=1")
+    path = tmp_path / "out" / "tiny" / "1.0.0"
+    assert f"wrote {path}\n" in output and RldsSource(path, "train").robot == "franka"
+    entry = tmp_path / "entry.py"
+    entry.write_text(
+        "import dataclasses\nfrom data_pipelines.oxe import registry\n"
+        "registry.register(dataclasses.replace(registry.find('bridge_orig'), name='mine'))\n"
+    )
+    arguments = (f"--source={bridge}", f"--out={tmp_path / 'out'}", "--dataset=mine", "--camera=primary", "--workers=1")
+    assert "no dataset 'mine' is registered" in launch("convert_dataset", *arguments)
+    assert "train: 2 records, 2 episodes" in launch("convert_dataset", *arguments, f"--register={entry}")
+    assert "No such file" in launch("convert_dataset", *arguments, "--register=nowhere.py")
+    assert "robot is 'a/b'" in launch("convert_dataset", *arguments, f"--register={entry}", "--robot=a/b")

@@ -93,5 +93,8 @@ def test_mistakes(generate, arguments, message):
     assert message in generate("one.png", "out.gif", *arguments)
 
 
-def test_a_file_that_is_not_there(generate, pictures):
+def test_a_file_that_is_not_there_or_damaged(generate, pictures):
     assert f"there is no file {pictures / 'absent.png'}" in generate("absent.png", "out.gif")
+    cut = pictures / "cut.png"
+    cut.write_bytes((pictures / "one.png").read_bytes()[:-500])
+    assert generate("cut.png", "out.gif").startswith(f"error: {cut} cannot be read: ")

@@ -2,11 +2,13 @@
 
 import foreign_formats as formats
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
 from foreign_formats import FRONT, SIZE, TOP, WRIST, grey, write_bridge, write_lerobot, write_libero
 
-from data_pipelines.sources.rlds import RldsSource
+from data_pipelines.sources.rlds import RldsSource, open_dataset
 
 MOVES = np.tile([0.5, 0, 0, 0, 0, 0.1, -1.0], (5, 1))
 
@@ -29,7 +31,7 @@ def test_lerobot(convert, read, tmp_path, version):
     output = convert("lerobot", write_lerobot(tmp_path / "My Robot-2", version))
     path = tmp_path / "out" / "my_robot_2" / "1.0.0"
     assert f"wrote {path}: 3 episodes of 28 steps in train, at 10 steps a second, actions of the layout 'vector'" in output
-    assert "left out" not in output
+    assert "left out 1 because it is a depth map:\n  observation.images.depth\n" in output and output.count("left out") == 1
     source = read("my_robot_2")
     for index, length in enumerate((9, 12, 7)):
         episode = source[index]
@@ -44,7 +46,7 @@ def test_lerobot(convert, read, tmp_path, version):
 
 
 def test_plain_tfds_reads_it(convert, tmp_path):
-    convert("lerobot", write_lerobot(tmp_path / "demo", "v3.0"), "--image_size=24x32", "--dataset=named")
+    convert("lerobot", write_lerobot(tmp_path / "demo", "v3.0"), "--image_size=24x32", "--dataset=named", "--format=array_record")
     (record, *_) = tfds.builder_from_directory(tmp_path / "out" / "named" / "1.0.0").as_data_source("train")
     steps = list(record["steps"])
     assert len(steps) == 9 and steps[3]["observation"]["image_wrist"].shape == (24, 32, 3)
@@ -100,7 +102,7 @@ def test_commanded_steps_keep_their_rate(convert, tmp_path):
 
 def test_held_out_episodes(convert, read, tmp_path):
     directory = write_lerobot(tmp_path / "demo", "v2.1", (3,) * 10, cameras=(TOP,))
-    output = convert("lerobot", directory, "--validation_share=0.3", "--format=tfrecord")
+    output = convert("lerobot", directory, "--validation_share=0.3")
     assert "7 episodes of 21 steps in train, 3 episodes of 9 steps in val" in output
     chosen = {split: [int(episode.proprio[0, 0]) // 100 for episode in read("demo", split)] for split in ("train", "val")}
     assert chosen["val"] == sorted(np.random.default_rng(42).choice(10, 3, replace=False).tolist())
@@ -142,6 +144,7 @@ def test_damaged_frames_end_the_import_or_are_left_out(convert, read, tmp_path):
     output = convert("lerobot", directory, "--skip_damaged")
     assert f"left out 1 because it is damaged:\n  {directory} episode 1" in output and "2 episodes of 16 steps" in output
     assert [len(episode) for episode in read("demo")] == [9, 7] and read("demo").image_size == SIZE
+    assert open_dataset(tmp_path / "out" / "demo" / "1.0.0").file_format == "tfrecord"
 
 
 def test_nothing_remains(convert, tmp_path):
@@ -167,6 +170,7 @@ def test_nothing_remains(convert, tmp_path):
         (["--source_format=bridge"], "no usable **/raw/traj_group*/traj*"),
         (["--source_format=lerobot", "--image_size=480"], "--image_size=480: expected HEIGHTxWIDTH"),
         (["--source_format=lerobot", "--image_size=480xx"], "--image_size=480xx: expected HEIGHTxWIDTH"),
+        (["--source_format=lerobot", "--robot=a/b"], "robot is 'a/b'; expected a name without '/'"),
         (["--source_format=lerobot", "--control_hz=-1"], "control_hz is -1.0; expected a positive rate"),
         (["--source_format=lerobot", "--dataset=My Data"], "'My Data' is no name"),
         (["--source_format=zarr"], "lerobot|libero|bridge"),
@@ -182,3 +186,25 @@ def test_an_existing_dataset_is_kept(convert, tmp_path):
     directory = write_lerobot(tmp_path / "demo", "v2.1", (3,))
     assert "wrote" in convert("lerobot", directory)
     assert "exists already" in convert("lerobot", directory)
+
+
+def test_long_episodes_lose_no_step(convert, read, tmp_path):
+    """Half an hour and more, of which float32 time stamps are off by more than a tenth of a millisecond."""
+    directory = write_lerobot(tmp_path / "demo", "v2.1", (1500,), fps=0.7, cameras=(TOP,), options={"g": "50"})
+    output = convert("lerobot", directory, "--action_layout=delta", "--robot=so100")  # commanded steps cannot be resampled
+    assert "1 episodes of 1500 steps in train, at 0.7 steps a second, actions of the layout 'delta'" in output
+    np.testing.assert_array_equal(read("demo")[0].actions, formats.state(0, 1500) + 0.5)
+    np.testing.assert_allclose(read("demo")[0].frames.take([1499]).mean(), grey(0, 1499), atol=3)
+    assert read("demo").robot == "so100"
+
+
+def test_instructions_of_steps_are_imported(convert, read, tmp_path):
+    directory = write_lerobot(tmp_path / "demo", "v2.1", (9,), cameras=(TOP,))
+    path = next(directory.glob("data/*/*.parquet"))
+    table = pq.read_table(path)
+    tasks = pa.array([0, 0, 0, 0, 1, 1, 1, 1, 1])
+    pq.write_table(table.set_column(table.column_names.index("task_index"), "task_index", tasks), path)
+    convert("lerobot", directory)
+    convert("lerobot", directory, "--control_hz=5", "--dataset=slow")
+    assert [read("demo")[0].instruction_at(step) for step in range(9)] == [formats.TASKS[i] for i in tasks.to_pylist()]
+    assert [read("slow")[0].instruction_at(step) for step in range(5)] == [formats.TASKS[i] for i in (0, 0, 1, 1, 1)]

@@ -38,6 +38,7 @@ def test_experts_of_any_simulator_are_evaluated_and_collected(launch, experiment
     assert "left: 2/2 = 1.00, 95 % interval" in launch("evaluate", f"--config={file}", f"--workdir={run}", "--expert")
     assert [e["success"] for e in json.loads((run / "evaluation.json").read_text())["episodes"]] == [True, True]
     launch("collect", f"--config={file}", f"--out={folder}", "--videos=1", "--demonstrations=2", "--validation=1")
+    assert list(folder.glob("demonstrations/1.0.0/*.tfrecord-*"))  # which others read
     source = RldsSource(str(folder / "demonstrations" / "1.0.0"), "train")
     assert len(source) == 2 and source[0].instruction == "move left" and source[0].actions.shape[1] == 2
     wrong = f"--config={file}", "--config.evaluation.simulator=pint"

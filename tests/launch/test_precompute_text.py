@@ -53,11 +53,11 @@ def prompts_in(cache):
 
 
 def test_instructions_of_every_split_and_lines_of_a_file(precompute, model, tmp_path):
-    lines = ["pick up the carrot", "", "  put the pot left ", "pick up the carrot", "hebe das Möhrchen auf"]
+    lines = ["pick up the carrot", "", "  put the pot left ", "pick up the carrot", "hebe das\u2028Möhrchen auf"]
     (tmp_path / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
     output = precompute(f"--prompts={tmp_path / 'prompts.txt'}", "--batch_size=2")
     assert re.search(r"5 prompts: 0 are in .*cache, 5 to embed\n", output) and "embedded 5 prompts in" in output
-    prompts = ["do task 0", "do task 1", "hebe das Möhrchen auf", "pick up the carrot", "put the pot left"]
+    prompts = ["do task 0", "do task 1", "hebe das\u2028Möhrchen auf", "pick up the carrot", "put the pot left"]
     assert prompts_in(tmp_path / "cache") == prompts
     config = {"kind": "t5", "rows": ROWS}
     cached = make_text_encoder(TextConfig(**config, model="elsewhere/model", cache=str(tmp_path / "cache")), tiny_t5.WIDTH)

@@ -32,13 +32,13 @@ def test_a_mixture_of_two_action_layouts(launch, config_file, tmp_path):
         folders[layout] = folder / layout / "1.0.0"
     folders["more"] = shutil.copytree(folders["delta"], tmp_path / "data" / "more" / "1.0.0")  # of the same robot as "delta"
     robots = (("delta", "arm"), ("more", "arm"))
-    records = tmp_path / "tfrecord"
+    records = tmp_path / "array_record"
     copies = {}
     for layout, folder in folders.items():
-        launch("convert_dataset", f"--source={folder}", f"--out={records / layout}", "--format=tfrecord", "--workers=1")
+        launch("convert_dataset", f"--source={folder}", f"--out={records / layout}", "--format=array_record", "--workers=1")
         (converted,) = (records / layout).glob("*/1.0.0")
         copies[layout] = converted.rename(records / layout / "1.0.0")
-        assert list(copies[layout].glob("*.tfrecord-*")) and list(folder.glob("*.array_record-*"))
+        assert list(copies[layout].glob("*.array_record-*")) and list(folder.glob("*.tfrecord-*"))
 
     def train(name, sources):
         """Both stages from one mixture; returns the run of stage 2, its experiment for each dataset, and its data."""
@@ -54,8 +54,8 @@ def test_a_mixture_of_two_action_layouts(launch, config_file, tmp_path):
         launch("train", f"--config={files['native']}", f"--workdir={action}")
         return action, files, data
 
-    action, files, data = train("array_record", folders)
-    other, _, _ = train("tfrecord", copies)
+    action, files, data = train("tfrecord", folders)
+    other, _, _ = train("array_record", copies)
     (params, step), (others, _) = (checkpoints.load_params(run, "float32") for run in (action, other))
     assert step == 3
     chex.assert_trees_all_equal(params, others)  # so what follows holds for both

@@ -340,3 +340,14 @@ def test_instructions_may_be_as_bytes_or_of_the_episode():
     spec = dataclasses.replace(ROBOT, language="episode_metadata/task")
     assert spec.language_path == "episode_metadata/task"
     check_schema(features_of(spec), spec)
+
+
+def test_the_template_of_joints(monkeypatch):
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
+    spec = runpy.run_path(str(TEMPLATE.with_name("my_joints.py")))["MY_JOINTS"]
+    assert registry.find("my_joints") is spec and spec.labelled and spec.action_layout == "vector"
+    values = np.array([[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 25.0]])
+    proprio, actions = spec.standardise({"steps/observation/state": values, "steps/action": 2 * values})
+    np.testing.assert_allclose(proprio, [[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.25]], atol=1e-6)
+    np.testing.assert_allclose(actions, [[0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 0.5]], atol=1e-6)
+    assert spec.actions.dimensions[5:] == ("joints 5 [rad]", "gripper [1 = open]")

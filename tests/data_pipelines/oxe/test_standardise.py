@@ -139,6 +139,12 @@ def test_layouts_declare_what_they_are():
     layout = s.pose(s.Values("a[0:3]"), s.Turn("a[3:6]", "rotvec"), s.NO_GRIPPER)
     assert (layout.width, layout.rotation_dims, len(layout.dimensions)) == (10, (3, 4, 5, 6, 7, 8), 10)
     assert layout.dimensions[1] == "position 1 [m]" and layout.dimensions[9] == "gripper [not recorded: 1]"
+    slide = s.Values("a[4:5]", "slide", s.METRES)
+    joints = s.vector(s.joints("a[0:2]"), s.Values("a[2:4]"), slide, s.joints("a[5:6]", unit="degrees"))
+    assert joints.dimensions == (
+        *("joints 0 [rad]", "joints 1 [rad]", "value 0 [dataset units]", "value 1 [dataset units]"),
+        *("slide [m]", "joints [degrees]"),
+    )
     with pytest.raises(ValueError, match=r"widths \[3, 1\]; expected position 3, rotation 6, gripper 1"):
         s.delta(s.Values("a[0:3]"), s.NO_GRIPPER)
     with pytest.raises(ValueError, match=r"widths \[1, 3, 6\]"):
