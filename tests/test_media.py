@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -65,3 +69,16 @@ def test_a_film_strip_has_real_frames_above_predicted_ones():
     assert strip.shape == (2 * (4 + 4 + 4), 15, 3)  # and four rows of white after each pair
     assert (strip[12:16, 10:] == 7).all() and (strip[12:16, :10] == 0).all() and (strip[16:20] == 9).all()
     assert (strip[8:12] == 255).all()
+
+
+@pytest.mark.parametrize("backend", ["module://of_a_notebook.that_is_not_here", "svg"])
+def test_plots_need_no_backend_and_leave_the_one_that_was_chosen(tmp_path, backend):
+    program = (
+        "import os, sys; from mimic_video.media import matplotlib_figure; matplotlib_figure()().savefig(sys.argv[1]);"
+        "import matplotlib; print(os.environ['MPLBACKEND'], matplotlib.rcParams['backend'])"
+    )
+    command = [sys.executable, "-c", program, tmp_path / "plot.png"]
+    ended = subprocess.run(command, env=os.environ | {"MPLBACKEND": backend}, capture_output=True, text=True, timeout=60)
+    assert ended.stdout.split()[0] == backend, ended.stderr
+    assert (ended.stdout.split()[1] == backend) == (backend == "svg")
+    assert Image.open(tmp_path / "plot.png").size == (640, 480)
