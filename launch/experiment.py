@@ -4,6 +4,7 @@ Names of flags are those of docs/commands.md in every script.
 """
 
 import contextlib
+import os
 import pathlib
 import sys
 from collections.abc import Callable
@@ -16,11 +17,15 @@ from mimic_video.config import (
     ConfigError,
     ExperimentConfig,
     describe,
+    expanded_path,
     experiment_from,
     field_paths,
     unknown_field_message,
     value_at,
 )
+
+# Flags that are paths, in every script that has them; of --policy_run its own parser takes care.
+_PATHS = ("expert_run", "input", "out", "policy", "prompts", "register", "source", "video_run", "workdir")
 
 flags.disclaim_key_flags()  # flags that are defined here belong to the script that runs: its --help shows them
 
@@ -72,7 +77,7 @@ def run(
         flags.DEFINE_bool(
             "show_config", False, "Print every field of the configuration with its value, default and comment; then end"
         )
-        _check_config(sys.argv[1:])
+        sys.argv[1:] = _checked_config(sys.argv[1:])
         if any(argument.lstrip("-") in ("show_config", "show_config=true") for argument in sys.argv[1:]):
             sys.exit(_show_config())
         flags.mark_flag_as_required("config")
@@ -89,12 +94,23 @@ def run(
             _keep_compiled_programs()
         with contextlib.ExitStack() as stack:
             try:
+                _expand_paths(flags.FLAGS)
                 stack.enter_context(inside())
                 main(*([experiment_from(flags.FLAGS.config.to_dict())] if config else []))
             except mistakes as error:
                 sys.exit(f"error: {error}")
 
     app.run(start)
+
+
+def _expand_paths(values: flags.FlagValues) -> None:
+    """Puts home directories into flags that are paths."""
+    for name in set(_PATHS) & set(values):
+        flag = values[name]
+        if isinstance(flag.value, list):
+            flag.value = [expanded_path(path, f"--{name}") for path in flag.value]
+        elif isinstance(flag.value, str):
+            flag.value = expanded_path(flag.value, f"--{name}")
 
 
 def _define_config(values: flags.FlagValues) -> None:
@@ -107,18 +123,21 @@ def _define_config(values: flags.FlagValues) -> None:
     )
 
 
-def _check_config(arguments: list[str]) -> None:
-    """Ends the script for a file that is missing, or a field that there is not."""
+def _checked_config(arguments: list[str]) -> list[str]:
+    """The arguments with --config's home directory; ends the script for a file that is missing, or a field that there is not."""
     known = field_paths(ExperimentConfig)
-    for argument in arguments:
+    for index, argument in enumerate(arguments):
         name, _, value = argument.lstrip("-").partition("=")
         if name == "config":
+            value = os.path.expanduser(value)
+            arguments[index] = f"--config={value}"
             file = pathlib.Path(value.split(":")[0])
             if not file.is_file():
                 sys.exit(f"error: --config: there is no file {file}")
             sys.path.append(str(file.parent.resolve()))  # for what an experiment imports that stands beside it
         if name.startswith("config.") and name.removeprefix("config.") not in known:
             sys.exit(f"error: {unknown_field_message(name.removeprefix('config.'), known)}")
+    return arguments
 
 
 def _show_config() -> str | None:

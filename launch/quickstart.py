@@ -83,7 +83,7 @@ def phases(work: pathlib.Path, smoke: bool) -> list[Phase]:
             result.append(Phase(f"act in the simulator ({name})", 30, script("evaluate", "action", run, **start)))
     result.append(Phase("act in the simulator (scripted expert)", 10, script("evaluate", "action", work / "expert", "--expert")))
     policies = [
-        f"--policy_run={backbone} backbone=" + ",".join(str(policy_run(work, backbone, seed)) for seed in seeds(smoke))
+        f"--policy_run={backbone} backbone=" + ",".join(f'"{policy_run(work, backbone, seed)}"' for seed in seeds(smoke))
         for backbone in BACKBONES
     ]
     places = [f"--out={work / 'report.html'}", f"--video_run={work / 'video'}", f"--expert_run={work / 'expert'}"]
