@@ -98,7 +98,10 @@ def seeds(smoke: bool) -> tuple[int, ...]:
 def run_phases(work: pathlib.Path, smoke: bool) -> None:
     """Runs every phase that has not finished, saying how long is left at the pace so far."""
     record = work / "phases.json"  # [command, seconds] of each finished phase
-    finished = json.loads(record.read_text()) if record.exists() else []
+    try:
+        finished = json.loads(record.read_text()) if record.exists() else []
+    except ValueError as error:
+        sys.exit(f"error: {record} is damaged ({error}); without it the same command looks at every phase again")
     todo, expected = phases(work, smoke), 0.0
     for number, phase in enumerate(todo, start=1):
         spent = next((seconds for command, seconds in finished if command == phase.command), None)

@@ -355,7 +355,7 @@ def _is_current(directory: Path, shards: Sequence[Shard]) -> bool:
     """Whether the index is there, and no shard has changed that had records which could not be read."""
     try:
         errors = _read_json(directory / "index.json")["errors"]
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last of a file that is damaged
         return False
     return all(_changed(shards[error["shard"]].path) == error["changed"] for error in errors)
 

@@ -117,7 +117,10 @@ def _read_evaluation(directory: Path, *required: str) -> dict[str, Any]:
     path = directory / "evaluation.json"
     if not path.exists():
         raise RunError(f"{path} does not exist: run launch/evaluate.py on that directory first")
-    values = json.loads(path.read_text())
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise RunError(f"{path} is damaged: {error}; run launch/evaluate.py on that directory again") from error
     for name in required:
         if name not in values:
             raise RunError(f"{path} has no entry '{name}': it is not an evaluation of the kind expected here")

@@ -59,6 +59,19 @@ def test_a_line_that_a_kill_cut_short_is_ignored(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 20, 30]
 
 
+@pytest.mark.parametrize("damage", [b"\0" * 512 + b"\n", b"\0\xff\n", b"[1]\n", b"\n", b'{"loss": 1.0}\n'])
+def test_lines_that_are_no_records_are_left_out_with_a_warning(tmp_path, damage, caplog):
+    """As a power cut leaves them, in the midst of what later starts have written."""
+    write(tmp_path, 0, [10, 20], 1.0)
+    path = tmp_path / "metrics.jsonl"
+    first, second = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + damage + second + b"\0" * 99)
+    assert losses(tmp_path) == {10: 1.0, 20: 1.0}
+    assert "metrics.jsonl: 1 of 3 lines are no records and are left out" in caplog.text
+    write(tmp_path, 20, [30], 2.0)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 20, 30]
+
+
 def test_pictures_go_to_tensorboard(tmp_path):
     with MetricWriter(tmp_path, 0, CONFIG) as writer:
         writer.write_image(10, "curves", np.zeros((4, 6, 3), np.uint8))
