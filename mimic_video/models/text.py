@@ -31,9 +31,9 @@ _HOW_TO_GET = (
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a UTF-8 file without the spaces around them, but for blank ones. Raises ConfigError if it cannot be read."""
+    """The lines of a UTF-8 file, without a byte-order mark, spaces around them and blank ones. Raises ConfigError if it is none."""
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--prompts={path} cannot be read: {error}") from error
     return [line.strip() for line in lines if line.strip()]
@@ -284,7 +284,7 @@ def _check_model(folder: Path, config: TextConfig, width: int) -> None:
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_bytes())
     except ValueError as error:
         raise ConfigError(f"{path} of text.model cannot be read: {error}") from error
 

@@ -1,3 +1,4 @@
+import codecs
 import concurrent.futures
 import dataclasses
 import itertools
@@ -415,3 +416,10 @@ def test_actions_may_be_poses(tmp_path):
         LeRobotSource(write_lerobot(tmp_path / "demo", "v2.1"), action_layout="pose")[0]
     delta = LeRobotSource(tmp_path / "demo", action_layout="delta")[0]
     assert delta.action_layout == "delta" and dataclasses.replace(delta, actions=None).actions is None
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(dataset):
+    before = [episode.instruction for episode in LeRobotSource(dataset)]
+    for path in [*dataset.glob("meta/*.json"), *dataset.glob("meta/*.jsonl")]:
+        path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    assert [episode.instruction for episode in LeRobotSource(dataset)] == before
