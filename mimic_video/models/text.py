@@ -31,7 +31,7 @@ _HOW_TO_GET = (
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a UTF-8 file, without a byte-order mark, spaces around them and blank ones. Raises ConfigError if it is none."""
+    """The lines of a UTF-8 file without byte-order mark, spaces around them and blank ones. Raises ConfigError if it is none."""
     try:
         lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
