@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from mimic_video.config import ConfigError
-from mimic_video.parallel.distributed import _BEAT, OTHER_FAILED, initialize, of_another_process, processes
+from mimic_video.parallel.distributed import _BEAT, OTHER_FAILED, _slurm_gpus, initialize, of_another_process, processes
 from mimic_video.runs.storage import RunError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -40,12 +40,33 @@ ROOT = pathlib.Path(__file__).parents[2]
             {"JAX_COORDINATOR_ADDRESS": "host", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "0"},
             "JAX_COORDINATOR_ADDRESS is 'host'",
         ),
+        ({"JAX_LOCAL_DEVICE_IDS": "0;1"}, "JAX_LOCAL_DEVICE_IDS is '0;1'; expected numbers of devices, such as 0,1"),
         ({"SLURM_STEP_NODELIST": "host[1-4]", "SLURM_NTASKS": "?"}, r"SLURM_NTASKS is '\?'"),
     ],
 )
 def test_half_set_and_impossible_variables_are_named(environment, message):
     with pytest.raises(ConfigError, match=f"environment variable {message}"):
         initialize(environment)
+
+
+@pytest.mark.parametrize(
+    ("visible", "per_task", "task", "taken"),
+    [
+        ("0,1,2,3", None, 2, None),  # all tasks see all GPUs: JAX takes that of the task's number
+        ("0", "1", 0, [0]),  # --gpus-per-task=1
+        ("3", "1", 3, [0]),  # the same where GPUs keep their numbers
+        ("0,1", "a100:2", 1, [0, 1]),
+        ("0,1,2,3", "4", 0, [0, 1, 2, 3]),  # one task a node
+        ("0,1,2,3", "1", 2, None),  # --gpu-bind=none
+        ("0", None, 2, [0]),  # --gpu-bind=single:1
+        (None, None, 2, None),  # no GPUs
+    ],
+)
+def test_tasks_of_slurm_take_gpus_that_they_see(visible, per_task, task, taken):
+    variables = {"CUDA_VISIBLE_DEVICES": visible, "SLURM_GPUS_PER_TASK": per_task, "SLURM_LOCALID": str(task)}
+    environment = {name: value for name, value in variables.items() if value}
+    assert _slurm_gpus(environment) == taken
+    assert _slurm_gpus(environment | {"JAX_LOCAL_DEVICE_IDS": "1,0"}) is None
 
 
 @pytest.mark.parametrize("environment", [{}, {"JAX_NUM_PROCESSES": "1"}, {"SLURM_STEP_NODELIST": "a", "SLURM_NTASKS": "1"}])
