@@ -4,6 +4,7 @@ Names of flags are those of docs/commands.md in every script.
 """
 
 import contextlib
+import errno
 import os
 import pathlib
 import sys
@@ -26,6 +27,9 @@ from mimic_video.config import (
 
 # Flags that are paths, in every script that has them; of --policy_run its own parser takes care.
 _PATHS = ("expert_run", "input", "out", "policy", "prompts", "register", "source", "video_run", "workdir")
+
+# Of a file system that may not be written, is full or has another thing at a path; the message names the file.
+_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 flags.disclaim_key_flags()  # flags that are defined here belong to the script that runs: its --help shows them
 
@@ -65,7 +69,7 @@ def run(
     """Parses the command line and calls `main`, inside of a context.
 
     A mistake of the user's, that is a ConfigError or one of `expected_errors`, ends the script with its message and exit
-    code 1; anything else keeps its traceback.
+    code 1, and so does a file system that refuses or is full; anything else keeps its traceback.
 
     Args:
         config: whether the script has --config; then `main` is called with the experiment, else without arguments.
@@ -98,6 +102,10 @@ def run(
                 stack.enter_context(inside())
                 main(*([experiment_from(flags.FLAGS.config.to_dict())] if config else []))
             except mistakes as error:
+                sys.exit(f"error: {error}")
+            except OSError as error:
+                if error.errno not in _REFUSALS:
+                    raise
                 sys.exit(f"error: {error}")
 
     app.run(start)

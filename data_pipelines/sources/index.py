@@ -380,7 +380,9 @@ def _writable(directories: Sequence[Path], name: str) -> Path:
             continue
         if os.access(directory, os.W_OK):
             return directory
-    raise DatasetError(f"the index of {name} cannot be written to {' or '.join(map(str, directories))}; pass cache_dir")
+    raise DatasetError(
+        f"the index of {name} cannot be written to {' or '.join(map(str, directories))}; expected a folder that can be in the environment's XDG_CACHE_HOME"
+    )
 
 
 @contextlib.contextmanager

@@ -138,8 +138,11 @@ class T5TextEncoder:
                 )
             self._encode = _load_t5(self._folder, self._config, self._device)
         encoded = self._torch_thread.submit(self._encode, prompts).result()
-        for prompt, features in zip(prompts, encoded, strict=True):
-            self._kept[prompt] = features
+        try:
+            for prompt, features in zip(prompts, encoded, strict=True):
+                self._kept[prompt] = features
+        except OSError as error:
+            raise ConfigError(f"config field 'text.cache' is {self._config.cache!r}, which cannot be written: {error}") from error
 
     def _recall(self, prompt: str) -> Float[np.ndarray, "n width"] | None:
         try:

@@ -1,16 +1,22 @@
 """Training metrics: norms by group of parameters, memory, and where numbers and pictures go."""
 
+import contextlib
+import http.client
 import importlib
 import json
+import os
 import re
 import secrets
 import types
-from collections.abc import Mapping
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import jax
 import numpy as np
 import optax
+from absl import logging
 from etils import epath
 from jaxtyping import Array, Float, UInt8
 from tensorboardX import SummaryWriter
@@ -28,6 +34,10 @@ _GROUPS = (
     (r"final_", "final"),
     (r"", "embeddings"),  # of patches, actions, proprioception, positions, and times
 )
+
+
+_FINISH_SECONDS = "300"  # for what Weights & Biases has not been sent when a run ends; `wandb sync` sends the rest
+_ANSWER_SECONDS = 10.0  # that its server may take
 
 
 def group_norms(tree: Any, prefix: str) -> dict[str, Float[Array, ""]]:
@@ -57,7 +67,7 @@ class MetricWriter:
 
     A context manager; of several processes the first one writes. After a resume, records of steps that will be repeated are
     dropped first. Weights & Biases cannot drop any: there the same run goes on (its id is in the run directory) and keeps what it
-    has of those steps.
+    has of those steps. Whatever happens to it, or to the network, the run goes on.
 
     Attributes:
         folder: the run directory or, of one in a bucket, a local one whose files every record takes there with it.
@@ -86,8 +96,9 @@ class MetricWriter:
             return
         self._file.close()
         self._board.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        with self._wandb_or_warning():
+            if self._wandb is not None:
+                self._wandb.finish()
         self._spool.close()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -109,12 +120,22 @@ class MetricWriter:
             self._to_wandb(step, {name: wandb_package().Image(image)})
 
     def _to_wandb(self, step: int, values: Mapping[str, Any]) -> None:
-        if self._wandb is not None and step >= self._wandb.step:
-            self._wandb.log(dict(values), step=step)
+        with self._wandb_or_warning():
+            if self._wandb is not None and step >= self._wandb.step:
+                self._wandb.log(dict(values), step=step)
+
+    @contextlib.contextmanager
+    def _wandb_or_warning(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of its package or the process that this has started, of many kinds
+            logging.warning("Weights & Biases gets no more metrics of this start, %s has them: %r", self._file.name, error)
+            self._wandb = None
 
 
 def wandb_package() -> types.ModuleType:
     """Weights & Biases. Raises ConfigError, saying how to install it, if it is missing."""
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", _FINISH_SECONDS)  # by default it waits for a network for hours
     try:
         return importlib.import_module("wandb")
     except ModuleNotFoundError as error:
@@ -124,16 +145,56 @@ def wandb_package() -> types.ModuleType:
         ) from error
 
 
+def require_wandb() -> None:
+    """Asks for what Weights & Biases needs, while nothing has been read. Without a network a run goes on, and keeps its metrics.
+
+    Raises:
+        ConfigError: if its package is missing, its settings are wrong, or there is no key, or one that its server does not take.
+    """
+    wandb = wandb_package()
+    try:
+        if not _offline_reason(wandb):
+            wandb.login()
+    except Exception as error:  # of wandb, of pydantic, which reads the environment, and of the process that is started
+        raise ConfigError(
+            f"config field 'train.wandb_project' is set, but Weights & Biases cannot be used: {' '.join(str(error).split())}; "
+            "expected a key (wandb login, or WANDB_API_KEY), or WANDB_MODE=offline"
+        ) from error
+
+
+def _offline_reason(wandb: types.ModuleType) -> str | None:
+    """Why metrics cannot go to the server of Weights & Biases now; None if they can."""
+    settings = wandb.setup().settings
+    if settings.mode in ("offline", "dryrun", "disabled"):
+        return f"WANDB_MODE={settings.mode}"
+    try:
+        urllib.request.urlopen(settings.base_url, timeout=_ANSWER_SECONDS).close()
+    except urllib.error.HTTPError:  # an answer
+        return None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return f"{settings.base_url} cannot be reached: {error}"
+    return None
+
+
 def _wandb_run(run: epath.Path, config: ExperimentConfig) -> Any:
     """The run's run at Weights & Biases, which goes on if there is one. A bucket does not get its files."""
-    path = run / "wandb_id"
-    if not path.exists():
+    wandb, path = wandb_package(), run / "wandb_id"
+    if not path.exists() or not re.fullmatch(r"[\w-]+", path.read_text()):  # a power cut may have left zeros
         path.write_text(secrets.token_hex(8))
-    return wandb_package().init(
-        project=config.train.wandb_project,
-        id=path.read_text(),
-        name=run.name,
-        resume="allow",
-        dir=None if in_bucket(run) else str(run),
-        config=to_dict(config),
-    )
+    values = {
+        "project": config.train.wandb_project,
+        "id": path.read_text(),
+        "name": run.name,
+        "resume": "allow",
+        "dir": None if in_bucket(run) else str(run),
+        "config": to_dict(config),
+    }
+    reason = _offline_reason(wandb)
+    if not reason:
+        try:
+            return wandb.init(**values)
+        except wandb.errors.Error as error:  # of a network that has just gone, or is too slow
+            reason = str(error)
+    opened = wandb.init(**values, mode=None if reason.startswith("WANDB_MODE") else "offline")
+    logging.warning("metrics do not go to Weights & Biases (%s); `wandb sync %s` sends them", reason, opened.dir)
+    return opened
