@@ -380,8 +380,9 @@ def _writable(directories: Sequence[Path], name: str) -> Path:
             continue
         if os.access(directory, os.W_OK):
             return directory
+    places = " or ".join(map(str, directories))
     raise DatasetError(
-        f"the index of {name} cannot be written to {' or '.join(map(str, directories))}; expected a folder that can be in the environment's XDG_CACHE_HOME"
+        f"the index of {name} cannot be written to {places}; set XDG_CACHE_HOME to a folder where it can, or cache_dir"
     )
 
 
