@@ -35,7 +35,7 @@ def test_the_users_cache(monkeypatch):
 
 
 def test_without_a_home_the_variable_is_named(no_home):
-    with pytest.raises(ConfigError, match="home directory.*; expected it in HOME, or a folder for caches in XDG_CACHE_HOME"):
+    with pytest.raises(ConfigError, match=r"home directory.*; expected it in HOME, or a folder for caches in XDG_CACHE_HOME"):
         cache.user_cache("index")
 
 

@@ -381,9 +381,7 @@ def _writable(directories: Sequence[Path], name: str) -> Path:
         if os.access(directory, os.W_OK):
             return directory
     places = " or ".join(map(str, directories))
-    raise DatasetError(
-        f"the index of {name} cannot be written to {places}; set XDG_CACHE_HOME to a folder where it can, or cache_dir"
-    )
+    raise DatasetError(f"the index of {name} cannot be written to {places}; set XDG_CACHE_HOME to a folder where it can")
 
 
 @contextlib.contextmanager
