@@ -5,6 +5,7 @@ Names of flags are those of docs/commands.md in every script.
 
 import contextlib
 import errno
+import io
 import os
 import pathlib
 import sys
@@ -76,6 +77,8 @@ def run(
         compilation_cache: whether compiled programs are kept if the flag does not say so; None for a script that compiles none.
     """
     mistakes: tuple[type[Exception], ...] = (ConfigError, *expected_errors)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: what is printed may be more than a locale has
     if config:
         _define_config(flags.FLAGS)
         flags.DEFINE_bool(
@@ -107,6 +110,10 @@ def run(
                 if error.errno not in _REFUSALS:
                     raise
                 sys.exit(f"error: {error}")
+            except RuntimeError as error:
+                if not str(error).startswith("Unable to initialize backend"):  # of JAX_PLATFORMS, which it names
+                    raise
+                sys.exit(f"error: {' '.join(str(error).split())}")
 
     app.run(start)
 
