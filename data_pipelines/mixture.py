@@ -17,7 +17,7 @@ from mimic_video.config import ConfigError, expanded_path, split_paths
 
 BLOCK = 1024  # samples; weights are exact to one sample of it
 _ROUNDS = 6
-_PART = re.compile(r'(?:"([^"]+)"|([^"]+?))\s*(?:\*([^*]*))?')  # a name, which may be quoted, and a weight
+_PART = re.compile(r'(?:"([^"]+)"|([^"*][^"]*?))\s*(?:\*([^*]*))?')  # a name, which may be quoted, and a weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ def _parse_part(part: str, field: str) -> tuple[str, float]:
     part = part.strip()
     match = _PART.fullmatch(f'"{part}"' if _is_folder(part) else part)
     try:
-        value = float(match[3] or "1") if match else math.nan
+        value = math.nan if match is None else 1.0 if match[3] is None else float(match[3])
     except ValueError:
         value = math.nan
     if not match or not 0 < value < math.inf:

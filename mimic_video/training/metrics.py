@@ -116,13 +116,14 @@ class MetricWriter:
         if not self._first:
             return
         self._board.add_image(name, image, step, dataformats="HWC")
-        if self._wandb is not None:
-            self._to_wandb(step, {name: wandb_package().Image(image)})
+        self._to_wandb(step, {name: image})
 
-    def _to_wandb(self, step: int, values: Mapping[str, Any]) -> None:
+    def _to_wandb(self, step: int, values: Mapping[str, float | np.ndarray]) -> None:
         with self._wandb_or_warning():
             if self._wandb is not None and step >= self._wandb.step:
-                self._wandb.log(dict(values), step=step)
+                image = wandb_package().Image
+                shown = {name: image(value) if isinstance(value, np.ndarray) else value for name, value in values.items()}
+                self._wandb.log(shown, step=step)
 
     @contextlib.contextmanager
     def _wandb_or_warning(self) -> Iterator[None]:

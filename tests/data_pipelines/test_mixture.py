@@ -91,6 +91,7 @@ def test_names_of_folders(tmp_path, monkeypatch):
     [
         ("a,,b", "'f': '' is not a dataset"),
         ("*2", "is not a dataset"),
+        ("a*", "is not a dataset"),
         ("a*-1", r"'f': 'a\*-1' is not a dataset, or a dataset\*weight"),
         ("a*much", r"'a\*much' is not"),
         ("a*nan", r"'a\*nan' is not"),
