@@ -71,7 +71,7 @@ def test_a_film_strip_has_real_frames_above_predicted_ones():
     assert (strip[8:12] == 255).all()
 
 
-@pytest.mark.parametrize("backend", ["module://of_a_notebook.that_is_not_here", "svg"])
+@pytest.mark.parametrize("backend", ["of_a_notebook_that_is_not_here", "svg"])
 def test_plots_need_no_backend_and_leave_the_one_that_was_chosen(tmp_path, backend):
     program = (
         "import os, sys; from mimic_video.media import matplotlib_figure; matplotlib_figure()().savefig(sys.argv[1]);"

@@ -5,6 +5,7 @@ import http.client
 import importlib
 import json
 import os
+import pathlib
 import re
 import secrets
 import types
@@ -36,7 +37,8 @@ _GROUPS = (
 )
 
 
-_FINISH_SECONDS = "300"  # for what Weights & Biases has not been sent when a run ends; `wandb sync` sends the rest
+_FINISH_SECONDS = 300.0  # for what Weights & Biases has not been sent when a run ends; `wandb sync` sends the rest
+_NO_SERVER = ("offline", "dryrun", "disabled")  # modes of it
 _ANSWER_SECONDS = 10.0  # that its server may take
 
 
@@ -136,7 +138,6 @@ class MetricWriter:
 
 def wandb_package() -> types.ModuleType:
     """Weights & Biases. Raises ConfigError, saying how to install it, if it is missing."""
-    os.environ.setdefault("WANDB_FINISH_TIMEOUT", _FINISH_SECONDS)  # by default it waits for a network for hours
     try:
         return importlib.import_module("wandb")
     except ModuleNotFoundError as error:
@@ -154,7 +155,7 @@ def require_wandb() -> None:
     """
     wandb = wandb_package()
     try:
-        if not _offline_reason(wandb):
+        if not _unreachable(wandb.setup().settings):
             wandb.login()
     except Exception as error:  # of wandb, of pydantic, which reads the environment, and of the process that is started
         raise ConfigError(
@@ -163,11 +164,10 @@ def require_wandb() -> None:
         ) from error
 
 
-def _offline_reason(wandb: types.ModuleType) -> str | None:
-    """Why metrics cannot go to the server of Weights & Biases now; None if they can."""
-    settings = wandb.setup().settings
-    if settings.mode in ("offline", "dryrun", "disabled"):
-        return f"WANDB_MODE={settings.mode}"
+def _unreachable(settings: Any) -> str | None:
+    """Why the server in the settings of Weights & Biases cannot be reached; None if it can, or is not to be (WANDB_MODE)."""
+    if settings.mode in _NO_SERVER:
+        return None
     try:
         urllib.request.urlopen(settings.base_url, timeout=_ANSWER_SECONDS).close()
     except urllib.error.HTTPError:  # an answer
@@ -190,12 +190,16 @@ def _wandb_run(run: epath.Path, config: ExperimentConfig) -> Any:
         "dir": None if in_bucket(run) else str(run),
         "config": to_dict(config),
     }
-    reason = _offline_reason(wandb)
+    settings = wandb.setup().settings
+    # Its own end waits for a network that has gone for as long as that takes, in the versions that can do otherwise, too.
+    impatient = settings.mode not in _NO_SERVER and getattr(settings, "finish_timeout", None) == 0
+    reason = _unreachable(settings)
     if not reason:
         try:
-            return wandb.init(**values)
+            return wandb.init(**values, settings={"finish_timeout": _FINISH_SECONDS} if impatient else {})
         except wandb.errors.Error as error:  # of a network that has just gone, or is too slow
             reason = str(error)
-    opened = wandb.init(**values, mode=None if reason.startswith("WANDB_MODE") else "offline")
-    logging.warning("metrics do not go to Weights & Biases (%s); `wandb sync %s` sends them", reason, opened.dir)
-    return opened
+    offline = wandb.init(**values, mode="offline")
+    folder = pathlib.Path(offline.dir).parent
+    logging.warning("metrics do not go to Weights & Biases now (%s); `wandb sync %s` sends them", reason, folder)
+    return offline
