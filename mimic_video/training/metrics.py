@@ -4,7 +4,6 @@ import contextlib
 import http.client
 import importlib
 import json
-import os
 import pathlib
 import re
 import secrets

@@ -210,6 +210,7 @@ def test_a_resumed_run_goes_on_in_weights_and_biases(monkeypatch, tmp_path):
     with MetricWriter(tmp_path, 20, config) as writer:
         writer.write(30, {"validation_loss": 2.0})
         writer.write_image(30, "curves", np.zeros((4, 6, 3), np.uint8))
+    wandb_package().teardown()  # its process has written then
     identity = (tmp_path / "wandb_id").read_text()
     records = [path.read_bytes() for path in sorted(tmp_path.glob(f"wandb/offline-run-*/run-{identity}.wandb"))]
     assert b"learning_rate" in records[0]  # the configuration
