@@ -29,7 +29,7 @@ from mimic_video.transforms import Normalizer
 _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)  # whole batches; JPEG decoding releases the interpreter lock
 _BUFFERED = 2  # batches of a worker process
 _TEXT_CACHE = 256  # instructions; 2 MB each at 512 rows of 1024
-_SHARED = 6  # batches of a worker process that are in shared memory at most: in its queue and on either side of it
+_SHARED = 6  # batches of a worker process that are in shared memory at most: in its queue, before it and behind it
 _SHARED_MEMORY = "/dev/shm"
 _ENDLESS = 2**62  # samples
 _ATTEMPTS = 100  # windows in a row that may be broken
@@ -217,7 +217,7 @@ def _require_shared_memory(workers: int, size: int) -> None:
 
     Without room the system ends the workers (SIGBUS). Containers have 64 MB unless they are told otherwise.
     """
-    needed = size * workers * _SHARED
+    needed = size * (workers * _SHARED + 2)  # and those that training has
     try:
         system = os.statvfs(_SHARED_MEMORY)
         free = system.f_bavail * system.f_frsize

@@ -258,9 +258,9 @@ def test_workers_for_whose_batches_shared_memory_has_no_room(dataset, monkeypatc
     monkeypatch.setattr(os, "statvfs", lambda path: free)
     with pytest.raises(ConfigError) as error:
         batches(dataset, 1, workers=3)
-    assert f"'data.workers' is 3, whose batches of {size / 1e6:.4g} MB need {18 * size / 1e6:.4g} MB" in str(error.value)
+    assert f"'data.workers' is 3, whose batches of {size / 1e6:.4g} MB need {20 * size / 1e6:.4g} MB" in str(error.value)
     assert f"/dev/shm has {15 * size / 1e6:.4g} MB left; expected more of it (docker run --shm-size=1g)" in str(error.value)
-    free.f_bavail = 18
+    free.f_bavail = 20
     loader._require_shared_memory(3, size)
     monkeypatch.undo()
     monkeypatch.setattr(loader, "_SHARED_MEMORY", "/nowhere")
