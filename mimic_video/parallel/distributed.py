@@ -71,8 +71,8 @@ def initialize(environment: Mapping[str, str]) -> None:
 
     Processes are described by one of, in this order:
       * JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID;
-      * SLURM, in a step of several tasks; each task takes the GPUs that are its own (--gpus-per-task) or, where all tasks see
-        all of a node's, the one of its number there, or JAX_LOCAL_DEVICE_IDS ("0,1,2,3");
+      * SLURM, in a step of several tasks; each takes the GPUs that are its own (--gpus-per-task, or one task a node) or, where
+        all see the same, the one of its number on the node, or JAX_LOCAL_DEVICE_IDS ("0,1,2,3");
       * Cloud TPU, on every host of a pod slice, or of several slices.
     JAX_NUM_PROCESSES=1 keeps a process by itself on either of the latter.
 
@@ -109,14 +109,15 @@ def initialize(environment: Mapping[str, str]) -> None:
 def _slurm_gpus(environment: Mapping[str, str]) -> list[int] | None:
     """Which of the GPUs that a task sees it takes; None leaves that to JAX: JAX_LOCAL_DEVICE_IDS, or the one of its number.
 
-    Where Slurm has bound GPUs to tasks, each sees its own, which count from 0 in all of them.
+    It takes all, which count from 0, where Slurm shows it its own alone (fewer than the job has on the node), or no other task is
+    on the node.
     """
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if environment.get("JAX_LOCAL_DEVICE_IDS") or not visible:
         return None
-    count, per_task = len(visible.split(",")), environment.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2]  # maybe "a100:2"
-    own = str(count) == per_task or _number("SLURM_LOCALID", environment, 0, 2**31) >= count
-    return list(range(count)) if own else None
+    count, on_node = len(visible.split(",")), environment.get("SLURM_GPUS_ON_NODE", "")
+    alone = re.fullmatch(r"1(\(x\d+\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return list(range(count)) if alone or (on_node.isdecimal() and count < int(on_node)) else None
 
 
 def _number(name: str, environment: Mapping[str, str], low: int, end: int) -> int:

@@ -50,20 +50,19 @@ def test_half_set_and_impossible_variables_are_named(environment, message):
 
 
 @pytest.mark.parametrize(
-    ("visible", "per_task", "task", "taken"),
+    ("visible", "on_node", "tasks", "taken"),
     [
-        ("0,1,2,3", None, 2, None),  # all tasks see all GPUs: JAX takes that of the task's number
-        ("0", "1", 0, [0]),  # --gpus-per-task=1
-        ("3", "1", 3, [0]),  # the same where GPUs keep their numbers
-        ("0,1", "a100:2", 1, [0, 1]),
-        ("0,1,2,3", "4", 0, [0, 1, 2, 3]),  # one task a node
-        ("0,1,2,3", "1", 2, None),  # --gpu-bind=none
-        ("0", None, 2, [0]),  # --gpu-bind=single:1
-        (None, None, 2, None),  # no GPUs
+        ("0,1,2,3", "4", "4", None),  # all tasks see all GPUs: JAX takes that of the task's number
+        ("0", "2", "2", [0]),  # --gpus-per-task=1, as a real Slurm says it to either task
+        ("1", "2", "2", [0]),
+        ("2,3", "4", "2(x2)", [0, 1]),  # --gpus-per-task=2
+        ("0,1,2,3", "4", "1(x2)", [0, 1, 2, 3]),  # one task a node
+        ("0,1", None, "2", None),  # GPUs that Slurm does not know
+        (None, None, "2", None),  # no GPUs
     ],
 )
-def test_tasks_of_slurm_take_gpus_that_they_see(visible, per_task, task, taken):
-    variables = {"CUDA_VISIBLE_DEVICES": visible, "SLURM_GPUS_PER_TASK": per_task, "SLURM_LOCALID": str(task)}
+def test_tasks_of_slurm_take_the_gpus_that_are_their_own(visible, on_node, tasks, taken):
+    variables = {"CUDA_VISIBLE_DEVICES": visible, "SLURM_GPUS_ON_NODE": on_node, "SLURM_STEP_TASKS_PER_NODE": tasks}
     environment = {name: value for name, value in variables.items() if value}
     assert _slurm_gpus(environment) == taken
     assert _slurm_gpus(environment | {"JAX_LOCAL_DEVICE_IDS": "1,0"}) is None
