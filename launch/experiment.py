@@ -9,6 +9,7 @@ import io
 import os
 import pathlib
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -110,10 +111,11 @@ def run(
                 if error.errno not in _REFUSALS:
                     raise
                 sys.exit(f"error: {error}")
-            except RuntimeError as error:
-                if not str(error).startswith("Unable to initialize backend"):  # of JAX_PLATFORMS, which it names
+            except (RuntimeError, AssertionError) as error:
+                if not traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py"):
                     raise
-                sys.exit(f"error: {' '.join(str(error).split())}")
+                reason = " ".join(str(error).split()) or "none of them is here"
+                sys.exit(f"error: JAX does not start with JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {reason}")
 
     app.run(start)
 

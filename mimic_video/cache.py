@@ -34,4 +34,4 @@ def keep_compiled_programs() -> None:
             tempfile.TemporaryFile(dir=folder).close()
     except (OSError, ConfigError) as error:
         logging.warning("compiled programs are not kept: %s; they can be in a folder that JAX_COMPILATION_CACHE_DIR names", error)
-        jax.config.update("jax_enable_compilation_cache", bool(folder) and os.path.isdir(folder))
+        jax.config.update("jax_enable_compilation_cache", folder is not None and os.path.isdir(folder))

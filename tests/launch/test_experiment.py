@@ -96,3 +96,21 @@ def test_a_mistake_is_a_line_and_anything_else_keeps_its_traceback(kind):
         assert ended.stderr == lines[kind]
     else:
         assert "Traceback" in ended.stderr and {"other": "KeyError", "system": "BrokenPipeError"}[kind] in ended.stderr
+
+
+@pytest.mark.parametrize("platform", ["cuda", "no_such_platform"])  # known to JAX, whose plugin is not there; and not known
+def test_a_platform_that_is_not_there_is_named(platform):
+    program = "import experiment, jax; experiment.run(lambda: print(jax.devices()), config=False, compilation_cache=None)"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'launch'}", "JAX_PLATFORMS": platform}
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    if ended.returncode == 0:
+        pytest.skip("there is such a platform")
+    assert ended.stderr.splitlines()[-1].startswith(f"error: JAX does not start with JAX_PLATFORMS={platform}: ")
+    assert "Traceback" not in ended.stderr
+
+
+def test_what_a_locale_lacks_is_printed_all_the_same():
+    program = "import experiment; experiment.run(lambda: print('σ'), config=False, compilation_cache=None)"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'launch'}", "PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.stdout == "\\u03c3\n"
