@@ -28,6 +28,7 @@ EXTRAS = {
     "text": ["torch", "transformers>=5", "sentencepiece", "protobuf"],
     "video": ["av"],  # MP4
     "serve": ["msgpack>=1.0.5", "prometheus-client", "websockets>=16"],  # the policy server, and mimic_video_client
+    "stablehlo": ["flatbuffers"],  # JAX reads and writes programs of policies with it
     "gcs": ["gcsfs"],  # run directories in Google Cloud Storage
     "wandb": ["wandb"],  # metrics there, too
     "tpu": ["jax[tpu]>=0.10"],
@@ -46,7 +47,7 @@ EXTRAS["test"] = [
     "ruff",
 ]
 EXTRAS["test-all"] = [
-    *(package for extra in ("test", "sim", "convert", "text", "wandb", "compile") for package in EXTRAS[extra]),
+    *(package for extra in ("test", "sim", "convert", "text", "wandb", "compile", "stablehlo") for package in EXTRAS[extra]),
     "diffusers",  # an independent implementation of both video networks, to compare ours with
     "opencv-python-headless",  # what the loader is measured beside
     "peft",

@@ -113,7 +113,8 @@ class OpenTrainingData:
             return []
         mixed = self._mixed(self.validation_windows, 0, robots)
         stream = self._batches(*mixed, 0, scales=self.config.train.validation_curves)
-        return list(itertools.islice(stream, self.config.train.validation_batches))
+        # Copied: those of worker processes are in shared memory, where they would stay as long as the run.
+        return [jax.tree.map(np.array, batch) for batch in itertools.islice(stream, self.config.train.validation_batches)]
 
     def state(self, step: int) -> dict[str, Any]:
         """`data_state` after `step` steps."""

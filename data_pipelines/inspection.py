@@ -16,6 +16,7 @@ from data_pipelines.oxe.spec import nearest as nearest_name
 from data_pipelines.sources.rlds import RldsSource, open_dataset
 from data_pipelines.windows import nearest, video_times
 from mimic_video.config import DataConfig
+from mimic_video.media import matplotlib_figure
 
 _COLUMNS = 8  # frames of a window that are drawn
 _HEIGHT = 96  # pixels of a frame
@@ -78,13 +79,9 @@ def thumbnail(frame: np.ndarray) -> np.ndarray:
 
 def plot_histograms(actions: np.ndarray, labels: Sequence[str], path: pathlib.Path) -> None:
     """Writes one histogram per dimension of actions (n, m)."""
-    try:
-        from matplotlib.figure import Figure  # without pyplot: the caller's backend is left alone
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("histograms need matplotlib: pip install -e '.[report]'") from error
     columns = min(5, actions.shape[1])
     rows = -(-actions.shape[1] // columns)
-    figure = Figure(figsize=(3 * columns, 2 * rows), layout="constrained")
+    figure = matplotlib_figure()(figsize=(3 * columns, 2 * rows), layout="constrained")
     for i, axes in enumerate(np.ravel(figure.subplots(rows, columns, squeeze=False))):
         if i >= actions.shape[1]:
             axes.axis("off")

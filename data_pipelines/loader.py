@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,12 +22,15 @@ from data_pipelines.precompute import LatentCache, first_rows
 from data_pipelines.sources.rlds import DatasetError, RldsSource
 from data_pipelines.windows import TOLERANCE, action_times, action_window, anchors, video_masks, video_times, video_window
 from mimic_video.batch import Batch, make_batch
-from mimic_video.config import ActionDecoderConfig, DataConfig
+from mimic_video.config import ActionDecoderConfig, ConfigError, DataConfig
 from mimic_video.embodiments import pad_last
 from mimic_video.transforms import Normalizer
 
 _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)  # whole batches; JPEG decoding releases the interpreter lock
+_BUFFERED = 2  # batches of a worker process
 _TEXT_CACHE = 256  # instructions; 2 MB each at 512 rows of 1024
+_SHARED = 6  # batches of a worker process that are in shared memory at most: in its queue, before it and behind it
+_SHARED_MEMORY = "/dev/shm"
 _ENDLESS = 2**62  # samples
 _ATTEMPTS = 100  # windows in a row that may be broken
 
@@ -191,22 +195,40 @@ def make_batches(
 
     Raises:
         ValueError: if there are no rows, or some that a batch does not have.
+        ConfigError: if there are `workers`, and shared memory for their batches is missing.
     """
     rows = range(batch_size) if rows is None else rows
     if not rows or not set(rows) <= set(range(batch_size)):
         raise ValueError(f"rows are {list(rows)}; expected one or more from 0 to batch_size-1={batch_size - 1}")
-    batches = (
-        grain.MapDataset.range(_ENDLESS // batch_size * len(rows))
-        .map(_SampleNumber(batch_size, tuple(rows)))
-        .map(_Load(tuple(parts), mixture, _Once(text), decoder, skip_broken, scales))
-        .batch(len(rows), batch_fn=_stack)
-    )
+    number, load = _SampleNumber(batch_size, tuple(rows)), _Load(tuple(parts), mixture, _Once(text), decoder, skip_broken, scales)
+    batches = grain.MapDataset.range(_ENDLESS // batch_size * len(rows)).map(number).map(load).batch(len(rows), batch_fn=_stack)
     iterator = batches[start_step:].to_iter_dataset(_READ)
     if workers:
+        sample = load(number(start_step * len(rows)))
+        _require_shared_memory(workers, len(rows) * sum(np.asarray(value).nbytes for value in sample.values()))
         if not flags.FLAGS.is_parsed():  # Grain's own, which nobody parses outside of a launch script
             flags.FLAGS.mark_as_parsed()
-        iterator = iterator.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+        iterator = iterator.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_BUFFERED))
     return iter(iterator)
+
+
+def _require_shared_memory(workers: int, size: int) -> None:
+    """Raises ConfigError if /dev/shm, through which `workers` hand over batches of `size` bytes, has no room for them.
+
+    Without room the system ends the workers (SIGBUS). Containers have 64 MB unless they are told otherwise.
+    """
+    needed = size * (workers * _SHARED + 2)  # and those that training has
+    try:
+        system = os.statvfs(_SHARED_MEMORY)
+        free = system.f_bavail * system.f_frsize
+    except FileNotFoundError:
+        free = 0
+    if needed > free:
+        raise ConfigError(
+            f"config field 'data.workers' is {workers}, whose batches of {size / 1e6:.4g} MB need {needed / 1e6:.4g} MB of "
+            f"shared memory, and {_SHARED_MEMORY} has {free / 1e6:.4g} MB left; expected more of it (docker run "
+            f"--shm-size={needed // 10**9 + 1}g), or data.workers=0, which reads in threads and needs none"
+        )
 
 
 def data_state(parts: Sequence[Part], mixture: Mixture, step: int) -> dict[str, Any]:

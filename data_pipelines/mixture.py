@@ -7,14 +7,17 @@ block; of its own windows a dataset visits each once an epoch. Nothing depends o
 import dataclasses
 import functools
 import math
+import os
+import re
 from collections.abc import Sequence
 
 import numpy as np
 
-from mimic_video.config import ConfigError
+from mimic_video.config import ConfigError, expanded_path, split_paths
 
 BLOCK = 1024  # samples; weights are exact to one sample of it
 _ROUNDS = 6
+_PART = re.compile(r'(?:"([^"]+)"|([^"*][^"]*?))\s*(?:\*([^*]*))?')  # a name, which may be quoted, and a weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,21 +32,24 @@ def parse_mixture(text: str, field: str) -> tuple[tuple[str, ...], tuple[Phase, 
     """Datasets and the phases of their weights, from "A", "A,B*2" or "A,B*2;10000:A*3,B".
 
     Parts are a dataset with a weight, 1 unless given; a phase after the first one begins with its step. A dataset that a phase
-    does not name has no share in it.
+    does not name has no share in it. The name of a folder with , ; or * in it is to be written in double quotes, but for a whole
+    text, or a part, that is a folder as it stands.
 
     Raises:
         ConfigError: naming the field and the part that is not of that form, a weight that is not positive, a dataset named twice
             in a phase, or steps that do not increase.
     """
+    if _is_folder(text):
+        text = f'"{text}"'
     phases: list[tuple[int, dict[str, float]]] = []
-    for number, phase in enumerate(text.split(";")):
+    for number, phase in enumerate(split_paths(text, ";")):
         start, colon, parts = phase.partition(":") if number else ("0", ":", phase)
         if not colon or not start.strip().isdigit() or (phases and int(start) <= phases[-1][0]):
             raise ConfigError(
                 f"config field '{field}': {phase.strip()!r} does not begin with the step of a later phase, as in '10000:A,B*2'"
             )
         weights: dict[str, float] = {}
-        for part in parts.split(","):
+        for part in split_paths(parts):
             name, weight = _parse_part(part, field)
             if name in weights:
                 raise ConfigError(f"config field '{field}' names {name!r} twice")
@@ -54,14 +60,19 @@ def parse_mixture(text: str, field: str) -> tuple[tuple[str, ...], tuple[Phase, 
 
 
 def _parse_part(part: str, field: str) -> tuple[str, float]:
-    name, weight = (piece.strip() for piece in part.rsplit("*", 1)) if "*" in part else (part.strip(), "1")
+    part = part.strip()
+    match = _PART.fullmatch(f'"{part}"' if _is_folder(part) else part)
     try:
-        value = float(weight)
+        value = math.nan if match is None else 1.0 if match[3] is None else float(match[3])
     except ValueError:
         value = math.nan
-    if not name or not 0 < value < math.inf:
-        raise ConfigError(f"config field '{field}': {part.strip()!r} is not a dataset, or a dataset*weight, weight > 0")
-    return name, value
+    if not match or not 0 < value < math.inf:
+        raise ConfigError(f"config field '{field}': {part!r} is not a dataset, or a dataset*weight, weight > 0")
+    return expanded_path(match[1] or match[2], f"config field '{field}'"), value
+
+
+def _is_folder(text: str) -> bool:
+    return os.path.isdir(os.path.expanduser(text))
 
 
 def block_counts(weights: Sequence[float], block: int = BLOCK) -> np.ndarray:

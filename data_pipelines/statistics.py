@@ -123,4 +123,4 @@ def _write(path: Path, statistics: dict[str, Statistics]) -> None:
         with atomically(path) as partial:
             partial.write_text(json.dumps(to_json(statistics)))
     except OSError as error:
-        logging.warning("statistics are not kept: %s", error)
+        logging.warning("statistics are not kept: %s; XDG_CACHE_HOME can name another folder for them", error)

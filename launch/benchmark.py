@@ -75,7 +75,7 @@ def training(config: ExperimentConfig) -> dict[str, Any]:
 def draws(config: ExperimentConfig) -> dict[str, Any]:
     run = run_path(_WORKDIR.value) if _WORKDIR.value else None
     params = load_params(run, START_PRECISION["action"])[0] if run else None
-    there = run and pathlib.Path(config.data.action_dataset).is_dir()
+    there = run and pathlib.Path(config.data.action_dataset).expanduser().is_dir()
     batch = real_batch(dataclasses.replace(config, stage="action"), run) if run and there else None
     numbers = list(map(int, _DRAWS.value))
     return {

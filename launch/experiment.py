@@ -4,8 +4,12 @@ Names of flags are those of docs/commands.md in every script.
 """
 
 import contextlib
+import errno
+import io
+import os
 import pathlib
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -16,11 +20,18 @@ from mimic_video.config import (
     ConfigError,
     ExperimentConfig,
     describe,
+    expanded_path,
     experiment_from,
     field_paths,
     unknown_field_message,
     value_at,
 )
+
+# Flags that are paths, in every script that has them; of --policy_run its own parser takes care.
+_PATHS = ("expert_run", "input", "out", "policy", "prompts", "register", "source", "video_run", "workdir")
+
+# Of a file system that may not be written, is full or has another thing at a path; the message names the file.
+_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 flags.disclaim_key_flags()  # flags that are defined here belong to the script that runs: its --help shows them
 
@@ -65,19 +76,21 @@ def run(
     """Parses the command line and calls `main`, inside of a context.
 
     A mistake of the user's, that is a ConfigError or one of `expected_errors`, ends the script with its message and exit
-    code 1; anything else keeps its traceback.
+    code 1, and so does a file system that refuses or is full; anything else keeps its traceback.
 
     Args:
         config: whether the script has --config; then `main` is called with the experiment, else without arguments.
         compilation_cache: whether compiled programs are kept if the flag does not say so; None for a script that compiles none.
     """
     mistakes: tuple[type[Exception], ...] = (ConfigError, *expected_errors)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: what is printed may be more than a locale has
     if config:
         _define_config(flags.FLAGS)
         flags.DEFINE_bool(
             "show_config", False, "Print every field of the configuration with its value, default and comment; then end"
         )
-        _check_config(sys.argv[1:])
+        sys.argv[1:] = _checked_config(sys.argv[1:])
         if any(argument.lstrip("-") in ("show_config", "show_config=true") for argument in sys.argv[1:]):
             sys.exit(_show_config())
         flags.mark_flag_as_required("config")
@@ -94,12 +107,32 @@ def run(
             _keep_compiled_programs()
         with contextlib.ExitStack() as stack:
             try:
+                _expand_paths(flags.FLAGS)
                 stack.enter_context(inside())
                 main(*([experiment_from(flags.FLAGS.config.to_dict())] if config else []))
             except mistakes as error:
                 sys.exit(f"error: {error}")
+            except OSError as error:
+                if error.errno not in _REFUSALS:
+                    raise
+                sys.exit(f"error: {error}")
+            except (RuntimeError, AssertionError) as error:
+                if not traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py"):
+                    raise
+                reason = " ".join(str(error).split()) or "none of them is here"
+                sys.exit(f"error: JAX does not start with JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {reason}")
 
     app.run(start)
+
+
+def _expand_paths(values: flags.FlagValues) -> None:
+    """Puts home directories into flags that are paths."""
+    for name in set(_PATHS) & set(values):
+        flag = values[name]
+        if isinstance(flag.value, list):
+            flag.value = [expanded_path(path, f"--{name}") for path in flag.value]
+        elif isinstance(flag.value, str):
+            flag.value = expanded_path(flag.value, f"--{name}")
 
 
 def _define_config(values: flags.FlagValues) -> None:
@@ -112,18 +145,21 @@ def _define_config(values: flags.FlagValues) -> None:
     )
 
 
-def _check_config(arguments: list[str]) -> None:
-    """Ends the script for a file that is missing, or a field that there is not."""
+def _checked_config(arguments: list[str]) -> list[str]:
+    """The arguments with --config's home directory; ends the script for a file that is missing, or a field that there is not."""
     known = field_paths(ExperimentConfig)
-    for argument in arguments:
+    for index, argument in enumerate(arguments):
         name, _, value = argument.lstrip("-").partition("=")
         if name == "config":
+            value = os.path.expanduser(value)
+            arguments[index] = f"--config={value}"
             file = pathlib.Path(value.split(":")[0])
             if not file.is_file():
                 sys.exit(f"error: --config: there is no file {file}")
             sys.path.append(str(file.parent.resolve()))  # for what an experiment imports that stands beside it
         if name.startswith("config.") and name.removeprefix("config.") not in known:
             sys.exit(f"error: {unknown_field_message(name.removeprefix('config.'), known)}")
+    return arguments
 
 
 def _show_config() -> str | None:

@@ -11,9 +11,10 @@ blocks in eight bits a weight: the published policy takes 3.2 GB instead of 5.2 
 Instructions in --prompts, one a line, and with T5 those in the run's text cache, are encoded now, so that the robot's machine
 needs no text encoder for them.
 
---stablehlo=cuda,tpu,cpu adds programs that JAX runs without this package (mimic_video/policy/stablehlo.py says how), for
---batch_size robots. Only the platform that this command runs on has its fastest attention; others have a general one, whose
-memory grows with the square of the tokens. --safetensors adds the networks in the published names.
+--stablehlo=cuda,tpu,cpu (with the extra `stablehlo`) adds programs that JAX and flatbuffers run without this package
+(mimic_video/policy/stablehlo.py says how), for --batch_size robots. Only the platform that this command runs on has its fastest
+attention; others have a general one, whose memory grows with the square of the tokens. --safetensors adds the networks in the
+published names.
 """
 
 import pathlib

@@ -83,7 +83,7 @@ def phases(work: pathlib.Path, smoke: bool) -> list[Phase]:
             result.append(Phase(f"act in the simulator ({name})", 30, script("evaluate", "action", run, **start)))
     result.append(Phase("act in the simulator (scripted expert)", 10, script("evaluate", "action", work / "expert", "--expert")))
     policies = [
-        f"--policy_run={backbone} backbone=" + ",".join(str(policy_run(work, backbone, seed)) for seed in seeds(smoke))
+        f"--policy_run={backbone} backbone=" + ",".join(f'"{policy_run(work, backbone, seed)}"' for seed in seeds(smoke))
         for backbone in BACKBONES
     ]
     places = [f"--out={work / 'report.html'}", f"--video_run={work / 'video'}", f"--expert_run={work / 'expert'}"]
@@ -98,7 +98,10 @@ def seeds(smoke: bool) -> tuple[int, ...]:
 def run_phases(work: pathlib.Path, smoke: bool) -> None:
     """Runs every phase that has not finished, saying how long is left at the pace so far."""
     record = work / "phases.json"  # [command, seconds] of each finished phase
-    finished = json.loads(record.read_text()) if record.exists() else []
+    try:
+        finished = json.loads(record.read_text()) if record.exists() else []
+    except ValueError as error:
+        sys.exit(f"error: {record} is damaged ({error}); without it the same command looks at every phase again")
     todo, expected = phases(work, smoke), 0.0
     for number, phase in enumerate(todo, start=1):
         spent = next((seconds for command, seconds in finished if command == phase.command), None)

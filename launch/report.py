@@ -4,7 +4,8 @@
         --policy_run='trained backbone=runs/quickstart/action' \\
         --policy_run='untrained backbone=runs/quickstart/action_scratch' --expert_run=runs/quickstart/expert
 
-A --policy_run is LABEL=DIR, or LABEL=DIR,DIR,... for several training seeds; the first is compared with each of the others.
+A --policy_run is LABEL=DIR, or LABEL=DIR,DIR,... for several training seeds; the first is compared with each of the others. A DIR
+with a comma in its name is to be written in double quotes where there are several.
 """
 
 import pathlib
@@ -12,6 +13,7 @@ import pathlib
 import experiment
 from absl import flags
 
+from mimic_video.config import split_paths
 from mimic_video.evaluation.report import write_report
 from mimic_video.runs.storage import RunError, local_path
 
@@ -27,7 +29,8 @@ def parse_policies(arguments: list[str]) -> dict[str, list[pathlib.Path]]:
     policies = {}
     for argument in arguments:
         label, equals, directories = argument.partition("=")
-        runs = [local_path(directory) for directory in directories.split(",") if directory]
+        names = [directories] if local_path(directories).is_dir() else split_paths(directories)
+        runs = [local_path(name.strip('"')) for name in names if name]
         if not (label and equals and runs):
             raise ValueError(f"--policy_run={argument!r} is not of the form LABEL=DIR[,DIR...]")
         if label in policies:

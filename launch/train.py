@@ -10,7 +10,7 @@ datasets have changed in between, or if another run is using the directory.
 
 SIGTERM, Ctrl-C and the notice of Google Compute Engine make it finish its step, save and end with exit code 75: start it again.
 
-On several hosts it runs once on each, or once per GPU under SLURM, with one --workdir for all; `mimic_video.parallel.distributed`
+On several hosts it runs once on each, or for each GPU under SLURM, with one --workdir for all; `mimic_video.parallel.distributed`
 says how the processes find each other, and that all of them end when one fails.
 """
 

@@ -9,9 +9,11 @@ import dataclasses
 import functools
 import importlib.util
 import math
+import os
+import re
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, Self, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
 from mimic_video.errors import ConfigError as ConfigError
 from mimic_video.errors import nearest
@@ -59,6 +61,7 @@ def extends(default: T, help: str) -> T:
     return _field(default, help, "extends", "")
 
 
+Path = Annotated[str, "path"]  # `~` is the home directory: `expanded_path`
 Cameras = tuple[Literal["primary", "secondary", "wrist"], ...]
 Normalization = Literal["identity", "variance", "squash", "squash_hard"]
 Precision = Literal["float32", "bfloat16"]
@@ -80,7 +83,7 @@ class DataConfig:
 
     video_dataset: str = free("", "RLDS folder for stage 1, where actions are not needed, or a mixture by weight: 'A,B*2'")
     action_dataset: str = free("", "the same for stage 2; 'A,B*2;10000:A' changes weights at a step")
-    root: str = free("", "folder of Open-X datasets, which those fields may name by their name in the registry")
+    root: Path = free("", "folder of Open-X datasets, which those fields may name by their name in the registry")
     train_split: str = fixed("train", "split that is trained on")
     validation_split: str = free("val", "split that validation and evaluation read")
     image_size: tuple[int, int] = fixed((480, 640), "height, width in pixels, as the tokenizer sees them", "window latents")
@@ -96,7 +99,7 @@ class DataConfig:
     raw_proprio_dims: tuple[int, ...] = fixed((), "the same of proprioception", "decoder")
     robots: tuple[tuple[str, str], ...] = fixed((), "(dataset, robot): whose a dataset is; else its entry's, or one of its own")
     statistics: Statistics = fixed("robot", "that normalise: of all datasets of a robot together, or of each 'dataset' alone")
-    latents: str = free("", "folder of launch/precompute_latents.py, read in training in place of frames; empty for frames")
+    latents: Path = free("", "folder of launch/precompute_latents.py, read in training in place of frames; empty for frames")
     frame_cache_mb: int = free(512, "decoded frames of a dataset that are kept in host memory")
     workers: int = free(0, "processes that read windows; 0 reads in threads of the training process")
     skip_broken: bool = free(False, "leaves out episodes and windows that cannot be read, counted in the log, instead of ending")
@@ -152,8 +155,8 @@ class TextConfig:
 
     kind: str = fixed("hash", "encoder: random rows for words, T5 (t5), or a registered one", "backbone")
     rows: int = fixed(512, "of an instruction's features, padding included", "backbone")
-    model: str = free("", "t5: folder of the encoder and its tokenizer, or their Hugging Face name")
-    cache: str = free("", "t5: folder that keeps features of prompts; empty for none")
+    model: Path = free("", "t5: folder of the encoder and its tokenizer, or their Hugging Face name")
+    cache: Path = free("", "t5: folder that keeps features of prompts; empty for none")
     precision: Precision = fixed("float32", "t5: of the encoder")
 
     def __post_init__(self):
@@ -445,8 +448,8 @@ class ExperimentConfig:
 
     stage: Literal["video", "action"] = fixed("action", "what is trained: the backbone, or the decoder")
     seed: int = fixed(0, "of initial parameters, the order of samples and noise")
-    backbone_run: str = free("", "run directory where tokenizer and backbone start; kept in the run, and not read again")
-    start_run: str = fixed("", "run directory where the trained network starts")
+    backbone_run: Path = free("", "run directory where tokenizer and backbone start; kept in the run, and not read again")
+    start_run: Path = fixed("", "run directory where the trained network starts")
     start_map: tuple[tuple[str, str], ...] = fixed((), "pairs (pattern, replacement) of parameters' paths in it")
     precision: Precision = fixed("float32", "of activations; optimised parameters stay float32", "rounded_latents")
     attention: Literal["auto", "xla", "cudnn", "splash"] = free("auto", "implementation; auto is the platform's fastest")
@@ -573,6 +576,28 @@ def stored_experiment(values: Mapping[str, Any]) -> ExperimentConfig:
     return config
 
 
+def expanded_path(path: str, what: str) -> str:
+    """A path with the home directory that a `~` or `~user` at its beginning stands for.
+
+    Shells see to that elsewhere, but not behind the "=" of --NAME=~/folder. Other paths, and gs://..., stay as they are.
+
+    Args:
+        what: is this path, for the message.
+
+    Raises:
+        ConfigError: if there is no such home directory.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ConfigError(f"{what} is {path!r}; expected a home directory that is there, or './{path}' for a folder of that name")
+    return expanded
+
+
+def split_paths(text: str, separator: str = ",") -> list[str]:
+    """The parts of a list of paths; what stands within double quotes is not divided."""
+    return re.split(rf'{separator}(?=(?:[^"]*"[^"]*")*[^"]*$)', text)
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested plain dict of a configuration, ready for JSON or `ml_collections.ConfigDict`; `experiment_from` inverts it."""
     return dataclasses.asdict(config)
@@ -625,7 +650,7 @@ def unknown_field_message(path: str, known: list[str]) -> str:
 
 
 def _build(config_class: Any, values: Mapping[str, Any], path: str) -> Any:
-    hints = typing.get_type_hints(config_class)
+    hints = typing.get_type_hints(config_class, include_extras=True)
     for name in values:
         if name not in hints:
             raise ConfigError(unknown_field_message(path + name, field_paths(config_class, path) + [path + n for n in hints]))
@@ -638,6 +663,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         _require(isinstance(value, Mapping) or hasattr(value, "items"), path, value, "a group of fields")
         return _build(hint, value, path + ".")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return expanded_path(_convert(arguments[0], value, path), f"config field '{path}'")
     if origin is Literal:
         _require(value in arguments, path, value, "one of " + ", ".join(map(repr, arguments)))
         return value

@@ -1,8 +1,11 @@
 """Pictures and videos on disk ↔ arrays of RGB frames, turned as the file says that they are to be seen."""
 
 import collections
+import contextlib
 import fractions
+import os
 import pathlib
+import sys
 import types
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
@@ -119,6 +122,30 @@ def check_writable(path: str | pathlib.Path, size: tuple[int, int]) -> None:
         _av()
         if size[0] % 2 or size[1] % 2:
             raise MediaError(f"{path}: frames of {size[0]}x{size[1]} pixels; MP4 needs even numbers")
+
+
+def matplotlib_figure() -> type:
+    """matplotlib's Figure, which draws with Agg and leaves the caller's backend alone.
+
+    Importing matplotlib fails if MPLBACKEND names a backend that is not installed, such as that of a notebook whose kernel has
+    started this process; so the variable is read only where it can be obeyed.
+
+    Raises:
+        ModuleNotFoundError: without matplotlib.
+    """
+    chosen = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("plots need matplotlib: pip install -e '.[report]'") from error
+    finally:
+        if chosen is not None:
+            os.environ["MPLBACKEND"] = chosen
+    if chosen:
+        with contextlib.suppress(ValueError):  # it is not installed here, and nothing of ours needs it
+            matplotlib.rcParams["backend"] = chosen
+    return Figure
 
 
 def crop_to_shape(frames: Frames, size: tuple[int, int]) -> UInt8[np.ndarray, "f y x 3"]:

@@ -18,9 +18,11 @@ from mimic_video.config import (
     experiment_from,
     field_paths,
     shaping,
+    split_paths,
     stored_experiment,
     to_dict,
     unknown_field_message,
+    value_at,
 )
 from mimic_video.trees import flat
 
@@ -231,3 +233,21 @@ def test_the_published_window():
 
 def test_no_compatibility_by_default():
     assert not any(dataclasses.astuple(ExperimentConfig().compat))
+
+
+def test_a_tilde_is_the_home_directory_in_every_field_that_is_a_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = [field.path for field in describe(ExperimentConfig) if "folder" in field.help or "run directory" in field.help]
+    assert {"data.root", "data.latents", "text.cache", "text.model", "backbone_run", "start_run"} < set(paths)
+    for path in set(paths) - {"data.video_dataset"}:  # a mixture of paths, see data_pipelines/mixture.py
+        group, _, name = path.rpartition(".")
+        for value, expected in (("~/a b", "/home/me/a b"), ("gs://bucket/~", "gs://bucket/~"), ("", ""), ("./~", "./~")):
+            fields = {"backbone_run": "run"} | ({group: {name: value}} if group else {name: value})
+            assert value_at(experiment_from(fields), path) == expected
+        with pytest.raises(ConfigError, match=rf"^config field '{path}' is '~of_nobody/x'; expected a home directory .*'\./~of"):
+            experiment_from({group: {name: "~of_nobody/x"}} if group else {name: "~of_nobody/x"})
+
+
+def test_lists_of_paths_are_divided_outside_of_quotes():
+    assert split_paths('a,"b,c*2"*3,d') == ["a", '"b,c*2"*3', "d"]
+    assert split_paths('"a;b",c;10:"d;e"', ";") == ['"a;b",c', '10:"d;e"']

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -158,3 +161,16 @@ def test_more_than_8_bits_are_not_clipped(tmp_path, dtype):
     Image.fromarray(np.full((4, 6), 1000, dtype)).save(path)
     with pytest.raises(media.MediaError, match=rf"{path} cannot be read: its pixels are of the mode .*; expected 8 bits"):
         media.read_frames(path, 5.0, 1)
+
+
+@pytest.mark.parametrize("backend", ["of_a_notebook_that_is_not_here", "svg"])
+def test_plots_need_no_backend_and_leave_the_one_that_was_chosen(tmp_path, backend):
+    program = (
+        "import os, sys; from mimic_video.media import matplotlib_figure; matplotlib_figure()().savefig(sys.argv[1]);"
+        "import matplotlib; print(os.environ['MPLBACKEND'], matplotlib.rcParams['backend'])"
+    )
+    command = [sys.executable, "-c", program, tmp_path / "plot.png"]
+    ended = subprocess.run(command, env=os.environ | {"MPLBACKEND": backend}, capture_output=True, text=True, timeout=60)
+    assert ended.stdout.split()[0] == backend, ended.stderr
+    assert (ended.stdout.split()[1] == backend) == (backend == "svg")
+    assert Image.open(tmp_path / "plot.png").size == (640, 480)

@@ -211,7 +211,7 @@ def _read_trajectory(folder: Path, cameras: Mapping[str, str], default_instructi
     measured, commanded = (np.clip(arrays[key][1:, 6:], 0, 1) for key in ("full_state", "desired_state"))
     language = folder / "lang.txt"
     # Bytes that are not UTF-8 become a sign that `clean_label` refuses.
-    text = language.read_text("utf-8", errors="replace") if language.is_file() else ""
+    text = language.read_text("utf-8-sig", errors="replace") if language.is_file() else ""
     return _Trajectory(
         folder=folder,
         cameras=found,

@@ -12,6 +12,7 @@ import numpy as np
 
 from data_pipelines.episode import ArrayFrames, Episode
 from data_pipelines.workers import worker_processes
+from mimic_video.errors import ConfigError
 from mimic_video.evaluation.environment import Environment, views
 from mimic_video.evaluation.simulators import Expert, ExpertFactory
 
@@ -41,6 +42,7 @@ def demonstrations(
         num_workers: simulator processes.
 
     Raises:
+        ConfigError: as of the factory.
         RuntimeError: when the simulator fails, naming the seed; and after the last seed, when the expert never succeeded.
     """
     succeeded = attempted = 0
@@ -99,6 +101,8 @@ def _demonstrate_all(
         seed, future = pending.popleft()
         try:
             return seed, future.result()
+        except ConfigError:
+            raise
         except Exception as error:
             raise RuntimeError(f"{name}, seed {seed}: the demonstration failed in its worker process") from error
 

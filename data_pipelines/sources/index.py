@@ -383,7 +383,7 @@ def _is_current(directory: Path, shards: Sequence[Shard]) -> bool:
     """Whether the index is there, and no shard has changed that had records which could not be read."""
     try:
         errors = _read_json(directory / "index.json")["errors"]
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last of a file that is damaged
         return False
     return all(_changed(shards[error["shard"]].path) == error["changed"] for error in errors)
 
@@ -408,7 +408,8 @@ def _writable(directories: Sequence[Path], name: str) -> Path:
             continue
         if os.access(directory, os.W_OK):
             return directory
-    raise DatasetError(f"the index of {name} cannot be written to {' or '.join(map(str, directories))}; pass cache_dir")
+    places = " or ".join(map(str, directories))
+    raise DatasetError(f"the index of {name} cannot be written to {places}; set XDG_CACHE_HOME to a folder where it can")
 
 
 @contextlib.contextmanager

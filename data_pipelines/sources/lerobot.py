@@ -286,7 +286,7 @@ def _read_info(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DatasetError(f"{directory} is not a LeRobot dataset: it has no meta/info.json")
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        info = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise DatasetError(f"{path} cannot be read: {error}") from error
     version = info.get("codebase_version") if isinstance(info, dict) else None
@@ -430,7 +430,7 @@ def _fill(directory: Path, info: Mapping[str, Any], field: str, values: Mapping[
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # other separators may be part of a text
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # other separators may be part of a text
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path} cannot be read: {error}") from error
     for number, line in enumerate(lines, 1):

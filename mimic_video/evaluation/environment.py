@@ -13,6 +13,8 @@ from typing import Any, Protocol, SupportsFloat
 
 import numpy as np
 
+from mimic_video.errors import ConfigError
+
 _CLOSE_SECONDS = 5.0  # a worker that has not left by then is killed
 
 
@@ -116,6 +118,7 @@ class EnvironmentPool:
 
         Raises:
             ValueError: without seeds or workers, or if the factory cannot be pickled.
+            ConfigError: as of the factory.
             WorkerError: when an environment cannot be built.
         """
         if len(seeds) == 0 or num_workers < 1:
@@ -212,6 +215,7 @@ class _Description:
 class _Failure:
     seed: int
     traceback: str
+    mistake: str  # the user's, if it is one
 
 
 class _Worker:
@@ -238,6 +242,8 @@ class _Worker:
         except (EOFError, ConnectionResetError):
             raise self._death() from None
         if isinstance(reply, _Failure):
+            if reply.mistake:
+                raise ConfigError(reply.mistake)
             raise WorkerError(f"{self._name}, seed {reply.seed}: the environment failed in its worker:\n\n{reply.traceback}")
         return reply
 
@@ -286,8 +292,8 @@ def _serve(connection: Connection, factory: bytes, seeds: tuple[int, ...]) -> No
         for row in zip(seeds, *columns, strict=True):
             try:
                 results.append(function(*row))
-            except Exception:
-                return _Failure(row[0], traceback.format_exc())
+            except Exception as error:
+                return _Failure(row[0], traceback.format_exc(), str(error) if isinstance(error, ConfigError) else "")
         return results
 
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent closed its end: time to leave

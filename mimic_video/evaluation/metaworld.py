@@ -1,11 +1,13 @@
 """Meta-World's tasks and scripted experts, with a software renderer that needs no GPU and no display."""
 
 import atexit
+import contextlib
 import ctypes.util
 import dataclasses
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -153,7 +155,7 @@ class MetaworldEnvironment:
     """
 
     def __init__(self, task: str, image_size: tuple[int, int], layout: str, cameras: tuple[str, ...]):
-        """Prefer `MetaworldFactory`, which checks its arguments. Raises ImportError when Meta-World or OpenGL is missing."""
+        """Prefer `MetaworldFactory`, which checks its arguments. Raises ConfigError when Meta-World or OpenGL is missing."""
         self._instruction, self._layout, self._cameras = INSTRUCTIONS[task], layout, cameras
         self._simulator = _make_simulator(task)
         self._renderer = _renderer_for(task, image_size, self._simulator.model)
@@ -252,9 +254,11 @@ def _to_native(actions: np.ndarray, layout: str) -> np.ndarray:
 def _make_simulator(task: str) -> Any:
     _choose_graphics()
     try:
+        with _graphics_explained():
+            import mujoco.gl_context  # noqa: F401
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
     except ModuleNotFoundError as error:
-        raise ImportError(f"Meta-World is not installed ({error}): pip install 'mimic-video-jax[sim]'") from error
+        raise ConfigError(f"Meta-World is not installed ({error}): pip install 'mimic-video-jax[sim]'") from error
     simulator = ALL_V3_ENVIRONMENTS[task]()
     simulator._set_task_called = True  # instead of set_task, which would freeze one goal
     simulator._freeze_rand_vec = False
@@ -288,17 +292,32 @@ def _settled_state(simulator: Any) -> np.ndarray:
 
 def _choose_graphics() -> None:
     """Points MuJoCo at a headless OpenGL. It reads the variable once, at import, so a choice made already is left alone."""
-    if not sys.platform.startswith("linux") or "MUJOCO_GL" in os.environ:
+    if not sys.platform.startswith("linux") or os.environ.get("MUJOCO_GL"):
         return
     if "mujoco" in sys.modules:
-        raise ImportError("mujoco was imported before its graphics could be chosen: set MUJOCO_GL=osmesa (or egl) in the shell")
+        raise ConfigError("mujoco was imported before its graphics could be chosen: set MUJOCO_GL=osmesa (or egl) in the shell")
     libraries = {"osmesa": "OSMesa", "egl": "EGL"}  # software first: the same image everywhere, and the GPU is left alone
     available = [backend for backend, library in libraries.items() if ctypes.util.find_library(library)]
     if not available:
-        raise ImportError(
+        raise ConfigError(
             "rendering needs OpenGL without a display, and neither libOSMesa nor libEGL was found: apt-get install libosmesa6"
         )
     os.environ["MUJOCO_GL"] = available[0]
+
+
+@contextlib.contextmanager
+def _graphics_explained() -> Iterator[None]:
+    """Makes ConfigErrors of what MuJoCo and PyOpenGL raise where a backend does not work, which is of many kinds."""
+    try:
+        yield
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"environment variable MUJOCO_GL is {os.environ.get('MUJOCO_GL', '')!r}, and MuJoCo cannot render with that here "
+            f"({' '.join(str(error).split())}); expected osmesa (apt-get install libosmesa6), egl where a GPU's driver has it, "
+            "or no value, for one that is installed"
+        ) from error
 
 
 _gl_context: Any = None  # the process's only one: under OSMesa a second silently returned stale or flipped images
@@ -308,14 +327,15 @@ _renderers: dict[tuple[str, tuple[int, ...]], "_Renderer"] = {}
 def _renderer_for(task: str, image_size: tuple[int, int], model: Any) -> "_Renderer":
     """The process's renderer for a task: its environments have identical meshes and textures, so one upload serves all."""
     global _gl_context
-    if _gl_context is None:
-        from mujoco.gl_context import GLContext
-
-        _gl_context = GLContext(64, 64)  # any size: images are drawn in MuJoCo's own offscreen buffer
-        atexit.register(_release_graphics)
     key = (task, tuple(image_size))
-    if key not in _renderers:
-        _renderers[key] = _Renderer(model, *image_size)
+    with _graphics_explained():
+        if _gl_context is None:
+            from mujoco.gl_context import GLContext
+
+            _gl_context = GLContext(64, 64)  # any size: images are drawn in MuJoCo's own offscreen buffer
+            atexit.register(_release_graphics)
+        if key not in _renderers:
+            _renderers[key] = _Renderer(model, *image_size)
     return _renderers[key]
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from mimic_video.config import ExperimentConfig, to_dict
 from mimic_video.evaluation.rollouts import wilson_interval
+from mimic_video.media import matplotlib_figure
 from mimic_video.runs.directory import read_config, read_metrics
 from mimic_video.runs.storage import RunError
 
@@ -77,7 +78,7 @@ def write_report(path: Path, *, title: str, video_run: Path, policies: Mapping[s
         RunError: naming the file that is missing or does not belong in this comparison.
         ModuleNotFoundError: without matplotlib.
     """
-    _matplotlib_figure()
+    matplotlib_figure()
     video = _read_run(Path(video_run), "video", "psnr", "psnr_last_frame_repeated", "samples", "checkpoint_step")
     arms = {
         label: [_read_run(Path(run), "action", "success", "episodes", "open_loop", "policy") for run in runs]
@@ -116,7 +117,10 @@ def _read_evaluation(directory: Path, *required: str) -> dict[str, Any]:
     path = directory / "evaluation.json"
     if not path.exists():
         raise RunError(f"{path} does not exist: run launch/evaluate.py on that directory first")
-    values = json.loads(path.read_text())
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise RunError(f"{path} is damaged: {error}; run launch/evaluate.py on that directory again") from error
     for name in required:
         if name not in values:
             raise RunError(f"{path} has no entry '{name}': it is not an evaluation of the kind expected here")
@@ -290,7 +294,7 @@ def _success_cells(rows: Sequence[Mapping]) -> list[str]:
 
 
 def _success_plot(compared: Mapping[str, list[dict]], tasks: Sequence[str], figures: Path) -> str:
-    figure = _matplotlib_figure()(figsize=(8, 0.7 + 0.24 * len(tasks) * (len(compared) + 1)), layout="constrained")
+    figure = matplotlib_figure()(figsize=(8, 0.7 + 0.24 * len(tasks) * (len(compared) + 1)), layout="constrained")
     axes = figure.subplots()
     for i, (label, tables) in enumerate(compared.items()):
         pooled = [_pool(table[task] for table in tables) for task in tasks]
@@ -312,7 +316,7 @@ def _success_plot(compared: Mapping[str, list[dict]], tasks: Sequence[str], figu
 
 
 def _training(arms: Mapping[str, list[_Run]], video: _Run, figures: Path) -> str:
-    figure = _matplotlib_figure()(figsize=(8, 3.2), layout="constrained")
+    figure = matplotlib_figure()(figsize=(8, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     _loss_curve(left, video, _GREY, "")
     for i, (label, runs) in enumerate(arms.items()):
@@ -348,7 +352,7 @@ def _video(video: _Run, figures: Path) -> str:
     strip = video.path / "videos" / "strip.png"
     if not strip.exists():
         raise RunError(f"{strip} does not exist: run launch/evaluate.py on {video.path} again")
-    figure = _matplotlib_figure()(figsize=(8, 3), layout="constrained")
+    figure = matplotlib_figure()(figsize=(8, 3), layout="constrained")
     axes, frames = figure.subplots(), range(1, len(model) + 1)
     axes.plot(frames, model, color=_COLOURS[0], marker="o", ms=4, label="predicted")
     axes.plot(frames, copying, color=_GREY, marker="o", ms=4, ls="--", label="last frame repeated")
@@ -379,7 +383,7 @@ def _video(video: _Run, figures: Path) -> str:
 
 
 def _open_loop(arms: Mapping[str, list[_Run]], figures: Path) -> str:
-    figure = _matplotlib_figure()(figsize=(8, 3), layout="constrained")
+    figure = matplotlib_figure()(figsize=(8, 3), layout="constrained")
     axes = figure.subplots()
     for i, (label, runs) in enumerate(arms.items()):
         curves = [run.evaluation["open_loop"]["rmse_per_step"] for run in runs]
@@ -400,7 +404,7 @@ def _traces(arms: Mapping[str, list[_Run]], figures: Path) -> str:
     examples = {label: runs[0].evaluation["open_loop"]["example"] for label, runs in arms.items()}
     recorded = next(iter(examples.values()))["recorded"][:_TRACE_WINDOWS]
     dims = min(len(recorded[0]), _TRACE_DIMS)
-    figure = _matplotlib_figure()(figsize=(8, 0.7 + 1.15 * dims), layout="constrained")
+    figure = matplotlib_figure()(figsize=(8, 0.7 + 1.15 * dims), layout="constrained")
     for dim, axes in enumerate(figure.subplots(dims, 1, sharex=True, squeeze=False)[:, 0]):
         axes.plot([action[dim] for action in recorded], color="black", lw=1.3, label="recorded")
         for i, (label, example) in enumerate(examples.items()):
@@ -542,15 +546,6 @@ def _grid(cells_html: Sequence[str], width: int, note: str = "") -> str:
 def _plot(figure: Any, path: Path, caption: str) -> str:
     figure.savefig(path, dpi=160, facecolor="white", metadata={"Software": None})
     return _image(path, path.stem.replace("_", " "), caption, "plot")
-
-
-def _matplotlib_figure() -> type:
-    """matplotlib's Figure, which draws with Agg and leaves the caller's backend alone."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("reports need matplotlib: pip install -e '.[report]'") from error
-    return Figure
 
 
 def _colour(i: int) -> str:

@@ -31,9 +31,9 @@ _HOW_TO_GET = (
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a UTF-8 file without the spaces around them, but for blank ones. Raises ConfigError if it cannot be read."""
+    """The lines of a UTF-8 file without byte-order mark, spaces around them and blank ones. Raises ConfigError if it is none."""
     try:
-        lines = path.read_text("utf-8").split("\n")  # `splitlines` would break prompts at signs such as U+2028
+        lines = path.read_text("utf-8-sig").split("\n")  # `splitlines` would break prompts at signs such as U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--prompts={path} cannot be read: {error}") from error
     return [line.strip() for line in lines if line.strip()]
@@ -138,8 +138,11 @@ class T5TextEncoder:
                 )
             self._encode = _load_t5(self._folder, self._config, self._device)
         encoded = self._torch_thread.submit(self._encode, prompts).result()
-        for prompt, features in zip(prompts, encoded, strict=True):
-            self._kept[prompt] = features
+        try:
+            for prompt, features in zip(prompts, encoded, strict=True):
+                self._kept[prompt] = features
+        except OSError as error:
+            raise ConfigError(f"config field 'text.cache' is {self._config.cache!r}, which cannot be written: {error}") from error
 
     def _recall(self, prompt: str) -> Float[np.ndarray, "n width"] | None:
         try:
@@ -284,7 +287,7 @@ def _check_model(folder: Path, config: TextConfig, width: int) -> None:
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_bytes())
     except ValueError as error:
         raise ConfigError(f"{path} of text.model cannot be read: {error}") from error
 

@@ -71,7 +71,8 @@ def initialize(environment: Mapping[str, str]) -> None:
 
     Processes are described by one of, in this order:
       * JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID;
-      * SLURM, in a step of several tasks; each task takes the GPU of its number on the node, or JAX_LOCAL_DEVICE_IDS ("0,1,2,3");
+      * SLURM, in a step of several tasks; each takes the GPUs that are its own (--gpus-per-task, or one task a node) or, where
+        all see the same, the one of its number on the node, or JAX_LOCAL_DEVICE_IDS ("0,1,2,3");
       * Cloud TPU, on every host of a pod slice, or of several slices.
     JAX_NUM_PROCESSES=1 keeps a process by itself on either of the latter.
 
@@ -81,6 +82,8 @@ def initialize(environment: Mapping[str, str]) -> None:
     explicit = {name: environment[name] for name in _EXPLICIT if environment.get(name)}
     if explicit.get("JAX_NUM_PROCESSES") == "1":
         return
+    if not re.fullmatch(r"(\d+(,\d+)*)?", devices := environment.get("JAX_LOCAL_DEVICE_IDS", "")):
+        raise ConfigError(f"environment variable JAX_LOCAL_DEVICE_IDS is {devices!r}; expected numbers of devices, such as 0,1")
     # JAX's own, a process's last beat of which may be half of this before its death: so ours comes first.
     connect = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=int(4 * SILENCE))
     if explicit:
@@ -96,11 +99,25 @@ def initialize(environment: Mapping[str, str]) -> None:
             raise ConfigError(f"environment variable JAX_COORDINATOR_ADDRESS is {address!r}; expected host:port")
         connect(address, count, index, cluster_detection_method="deactivate")
     elif "SLURM_STEP_NODELIST" in environment and _number("SLURM_NTASKS", environment, 1, 2**31) > 1:
-        connect(cluster_detection_method="slurm")
+        connect(local_device_ids=_slurm_gpus(environment), cluster_detection_method="slurm")
     elif cloud_tpu_init.running_in_cloud_tpu_vm:
         hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES", "")  # of GKE
         if "," in hosts or "MEGASCALE_NUM_SLICES" in environment or (not hosts and "TPU_SKIP_MDS_QUERY" not in environment):
             connect()
+
+
+def _slurm_gpus(environment: Mapping[str, str]) -> list[int] | None:
+    """Which of the GPUs that a task sees it takes; None leaves that to JAX: JAX_LOCAL_DEVICE_IDS, or the one of its number.
+
+    It takes all, which count from 0, where Slurm shows it its own alone (fewer than the job has on the node), or no other task is
+    on the node.
+    """
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if environment.get("JAX_LOCAL_DEVICE_IDS") or not visible:
+        return None
+    count, on_node = len(visible.split(",")), environment.get("SLURM_GPUS_ON_NODE", "")
+    alone = re.fullmatch(r"1(\(x\d+\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return list(range(count)) if alone or (on_node.isdecimal() and count < int(on_node)) else None
 
 
 def _number(name: str, environment: Mapping[str, str], low: int, end: int) -> int:

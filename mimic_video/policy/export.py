@@ -1,6 +1,7 @@
 """A trained run → a bundle, with text features, programs and published weights as asked for."""
 
 import dataclasses
+import importlib.util
 import pathlib
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -58,6 +59,11 @@ class Programs:
     def __post_init__(self):
         if unknown := set(self.platforms) - set(PLATFORMS):
             raise ConfigError(f"--stablehlo={','.join(self.platforms)} has {', '.join(sorted(unknown))}; expected {PLATFORMS}")
+        if self.platforms and importlib.util.find_spec("flatbuffers") is None:
+            raise ConfigError(
+                f"--stablehlo={','.join(self.platforms)}: the package flatbuffers, with which JAX writes programs, is missing; "
+                "expected after pip install 'mimic-video-jax[stablehlo]'"
+            )
 
 
 def export_policy(

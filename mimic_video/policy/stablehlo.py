@@ -1,4 +1,4 @@
-"""A policy as StableHLO: a file that JAX alone can run, without this package.
+"""A policy as StableHLO: a file that JAX can run without this package, after `pip install jax flatbuffers`.
 
     import jax, numpy as np
     program = jax.export.deserialize(bytearray(open("bundle/stablehlo/cuda.bin", "rb").read()))

@@ -91,16 +91,18 @@ def read_config(run: epath.Path) -> ExperimentConfig:
     """The configuration of a run or a bundle, which an earlier version may have written.
 
     Raises:
-        RunError: if there is no run.
+        RunError: if there is no run, or its configuration is damaged.
         ConfigError: naming the field, if it cannot be read by this version.
     """
     path = epath.Path(run) / "config.json"
     if not path.exists():
         raise RunError(f"{run} is not a run directory: it has no config.json")
     try:
-        return stored_experiment(json.loads(path.read_text()))
+        return stored_experiment(json.loads(path.read_bytes()))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}); put back a copy, or remove it if the experiment is the same") from error
 
 
 def read_policy_config(run: epath.Path) -> ExperimentConfig:
@@ -160,10 +162,25 @@ def load_embodiments(run: epath.Path) -> dict[str, Embodiment]:
 
 
 def read_metrics(run: epath.Path) -> list[dict[str, float]]:
-    """Every complete record of a run, oldest first; a last line that a kill cut short is left out."""
+    """Every complete record of a run, oldest first.
+
+    A last line that a kill cut short is left out, and so are, with a warning, lines that are no records: after a power cut there
+    may be zeros in their place.
+    """
     path = epath.Path(run) / "metrics.jsonl"
-    lines = path.read_text().split("\n") if path.exists() else [""]
-    return [json.loads(line) for line in lines[:-1]]
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    records = [record for line in lines if (record := _record(line))]
+    if len(records) < len(lines):
+        logging.warning("%s: %d of %d lines are no records and are left out", path, len(lines) - len(records), len(lines))
+    return records
+
+
+def _record(line: bytes) -> dict[str, float] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "step" in record else None
 
 
 @contextlib.contextmanager

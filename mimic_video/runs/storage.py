@@ -19,6 +19,8 @@ from typing import Any, Self
 from absl import logging
 from etils import epath
 
+from mimic_video.config import expanded_path
+
 # etils asks once, with its first path: where TensorFlow is installed, buckets are its business otherwise, and it is imported.
 os.environ.setdefault("EPATH_USE_TF", "false")
 
@@ -36,7 +38,7 @@ def run_path(path: str | os.PathLike) -> epath.Path:
     Raises:
         RunError: if it is a URL of another kind, or the package for buckets is missing.
     """
-    text = os.fspath(path)
+    text = expanded_path(os.fspath(path), "the directory of a run")
     if in_bucket(text):
         if importlib.util.find_spec("gcsfs") is None:
             raise RunError(
@@ -52,9 +54,10 @@ def run_path(path: str | os.PathLike) -> epath.Path:
 
 def local_path(path: str | os.PathLike) -> pathlib.Path:
     """Where a directory is that cannot be in a bucket. Raises RunError if it is a URL."""
-    if "://" in os.fspath(path):
-        raise RunError(f"{os.fspath(path)} is a URL; expected a directory on this machine, to be copied there or from there")
-    return pathlib.Path(path)
+    text = expanded_path(os.fspath(path), "a directory")
+    if "://" in text:
+        raise RunError(f"{text} is a URL; expected a directory on this machine, to be copied there or from there")
+    return pathlib.Path(text)
 
 
 def in_bucket(path: str | os.PathLike) -> bool:

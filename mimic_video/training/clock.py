@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from absl import logging
 from etils import epath
 
 from mimic_video.config import ConfigError
@@ -36,7 +37,10 @@ def first_start(run: epath.Path) -> float:
     """
     path, now = run / "first_start", time.time()
     if path.exists():
-        return float(path.read_text())
+        try:
+            return float(path.read_text())
+        except ValueError as error:
+            logging.warning("%s is damaged (%s): the run's goodput counts from now", path, error)
     if jax.process_index() == 0:
         write_json(path, now)
     return now

@@ -21,7 +21,7 @@ from mimic_video.runs.storage import RunError, run_path
 from mimic_video.stages import split_params
 from mimic_video.training.clock import ProfilerWindow, StepClock, first_start
 from mimic_video.training.data import Data, OpenData
-from mimic_video.training.metrics import MetricWriter, device_memory, wandb_package
+from mimic_video.training.metrics import MetricWriter, device_memory, require_wandb
 from mimic_video.training.preemption import PreemptedError, preemption_notices
 from mimic_video.training.start import find_robots, initial_params, read_tokenizer, require_backbone
 from mimic_video.training.steps import TrainState, abstract_state, initial_state, make_train_step
@@ -57,8 +57,8 @@ def train(config: ExperimentConfig, run: str | os.PathLike, data: Data, profile:
         Exception: what is wrong with the data.
     """
     run = run_path(run)
-    if config.train.wandb_project:
-        wandb_package()
+    if config.train.wandb_project and jax.process_index() == 0:
+        require_wandb()
     require_backbone(config, run)
     with locked(run):
         mesh = make_mesh(config.mesh)

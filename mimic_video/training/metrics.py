@@ -1,16 +1,22 @@
 """Training metrics: norms by group of parameters, memory, and where numbers and pictures go."""
 
+import contextlib
+import http.client
 import importlib
 import json
+import pathlib
 import re
 import secrets
 import types
-from collections.abc import Mapping
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import jax
 import numpy as np
 import optax
+from absl import logging
 from etils import epath
 from jaxtyping import Array, Float, UInt8
 
@@ -27,6 +33,11 @@ _GROUPS = (
     (r"final_", "final"),
     (r"", "embeddings"),  # of patches, actions, proprioception, positions, and times
 )
+
+
+_FINISH_SECONDS = 300.0  # for what Weights & Biases has not been sent when a run ends; `wandb sync` sends the rest
+_NO_SERVER = ("offline", "dryrun", "disabled")  # modes of it
+_ANSWER_SECONDS = 10.0  # that its server may take
 
 
 def group_norms(tree: Any, prefix: str) -> dict[str, Float[Array, ""]]:
@@ -56,7 +67,7 @@ class MetricWriter:
 
     A context manager; of several processes the first one writes. After a resume, records of steps that will be repeated are
     dropped first. Weights & Biases cannot drop any: there the same run goes on (its id is in the run directory) and keeps what it
-    has of those steps.
+    has of those steps. Whatever happens to it, or to the network, the run goes on.
 
     Attributes:
         folder: the run directory or, of one in a bucket, a local one whose files every record takes there with it.
@@ -87,8 +98,9 @@ class MetricWriter:
             return
         self._file.close()
         self._board.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        with self._wandb_or_warning():
+            if self._wandb is not None:
+                self._wandb.finish()
         self._spool.close()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -106,12 +118,22 @@ class MetricWriter:
         if not self._first:
             return
         self._board.add_image(name, image, step, dataformats="HWC")
-        if self._wandb is not None:
-            self._to_wandb(step, {name: wandb_package().Image(image)})
+        self._to_wandb(step, {name: image})
 
-    def _to_wandb(self, step: int, values: Mapping[str, Any]) -> None:
-        if self._wandb is not None and step >= self._wandb.step:
-            self._wandb.log(dict(values), step=step)
+    def _to_wandb(self, step: int, values: Mapping[str, float | np.ndarray]) -> None:
+        with self._wandb_or_warning():
+            if self._wandb is not None and step >= self._wandb.step:
+                image = wandb_package().Image
+                shown = {name: image(value) if isinstance(value, np.ndarray) else value for name, value in values.items()}
+                self._wandb.log(shown, step=step)
+
+    @contextlib.contextmanager
+    def _wandb_or_warning(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of its package or the process that this has started, of many kinds
+            logging.warning("Weights & Biases gets no more metrics of this start, %s has them: %r", self._file.name, error)
+            self._wandb = None
 
 
 def wandb_package() -> types.ModuleType:
@@ -125,16 +147,59 @@ def wandb_package() -> types.ModuleType:
         ) from error
 
 
+def require_wandb() -> None:
+    """Asks for what Weights & Biases needs, while nothing has been read. Without a network a run goes on, and keeps its metrics.
+
+    Raises:
+        ConfigError: if its package is missing, its settings are wrong, or there is no key, or one that its server does not take.
+    """
+    wandb = wandb_package()
+    try:
+        if not _unreachable(wandb.setup().settings):
+            wandb.login()
+    except Exception as error:  # of wandb, of pydantic, which reads the environment, and of the process that is started
+        raise ConfigError(
+            f"config field 'train.wandb_project' is set, but Weights & Biases cannot be used: {' '.join(str(error).split())}; "
+            "expected a key (wandb login, or WANDB_API_KEY), or WANDB_MODE=offline"
+        ) from error
+
+
+def _unreachable(settings: Any) -> str | None:
+    """Why the server in the settings of Weights & Biases cannot be reached; None if it can, or is not to be (WANDB_MODE)."""
+    if settings.mode in _NO_SERVER:
+        return None
+    try:
+        urllib.request.urlopen(settings.base_url, timeout=_ANSWER_SECONDS).close()
+    except urllib.error.HTTPError:  # an answer
+        return None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return f"{settings.base_url} cannot be reached: {error}"
+    return None
+
+
 def _wandb_run(run: epath.Path, config: ExperimentConfig) -> Any:
     """The run's run at Weights & Biases, which goes on if there is one. A bucket does not get its files."""
-    path = run / "wandb_id"
-    if not path.exists():
+    wandb, path = wandb_package(), run / "wandb_id"
+    if not path.exists() or not re.fullmatch(r"[\w-]+", path.read_text()):  # a power cut may have left zeros
         path.write_text(secrets.token_hex(8))
-    return wandb_package().init(
-        project=config.train.wandb_project,
-        id=path.read_text(),
-        name=run.name,
-        resume="allow",
-        dir=None if in_bucket(run) else str(run),
-        config=to_dict(config),
-    )
+    values = {
+        "project": config.train.wandb_project,
+        "id": path.read_text(),
+        "name": run.name,
+        "resume": "allow",
+        "dir": None if in_bucket(run) else str(run),
+        "config": to_dict(config),
+    }
+    settings = wandb.setup().settings
+    # Its own end waits for a network that has gone for as long as that takes, in the versions that can do otherwise, too.
+    impatient = settings.mode not in _NO_SERVER and getattr(settings, "finish_timeout", None) == 0
+    reason = _unreachable(settings)
+    if not reason:
+        try:
+            return wandb.init(**values, settings={"finish_timeout": _FINISH_SECONDS} if impatient else {})
+        except wandb.errors.Error as error:  # of a network that has just gone, or is too slow
+            reason = str(error)
+    offline = wandb.init(**values, mode="offline")
+    folder = pathlib.Path(offline.dir).parent
+    logging.warning("metrics do not go to Weights & Biases now (%s); `wandb sync %s` sends them", reason, folder)
+    return offline

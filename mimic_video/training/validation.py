@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from mimic_video.batch import Batch
 from mimic_video.config import DataConfig
 from mimic_video.flow import matching, solvers
-from mimic_video.media import film_strip, stacked, write_video
+from mimic_video.media import film_strip, matplotlib_figure, stacked, write_video
 from mimic_video.parallel.sharding import MeshFunction, global_batch
 from mimic_video.stages import join_params
 from mimic_video.training.metrics import MetricWriter
@@ -183,14 +183,14 @@ def _show_videos(step: int, videos: Videos, data: DataConfig, writer: MetricWrit
 
 def draw_curves(values: dict[str, float]) -> UInt8[np.ndarray, "h w 3"]:
     """A picture of what `make_action_curves` found."""
+    figure_class = matplotlib_figure()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for path, value in values.items():
         name, video, time = path.split("/")
         curves.setdefault(name, {}).setdefault(video, []).append((float(time.removeprefix("tau_")), value))
-    figure = Figure(figsize=(4 * len(curves), 3), layout="constrained")
+    figure = figure_class(figsize=(4 * len(curves), 3), layout="constrained")
     for axes, (name, lines) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
         for video, points in lines.items():
             axes.plot(*zip(*points, strict=True), marker="o", ms=4, label=video.replace("_", " "))

@@ -115,7 +115,7 @@ def read_statistics(path: pathlib.Path, config: ExperimentConfig) -> dict[str, S
         WeightsError: if it is no such file, or of another action space or horizon.
     """
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_bytes())
         statistics = from_json(values) if set(values) == {"action", "proprio"} else statistics_from_published(values)
     except (ValueError, AttributeError, TypeError) as error:
         raise WeightsError(f"{path} is not a dataset statistics file: {error}") from error

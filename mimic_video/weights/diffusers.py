@@ -120,7 +120,7 @@ def read_component(folder: pathlib.Path, name: str) -> dict[str, Any]:
     if not path.is_file():
         raise WeightsError(f"{folder} is not a diffusers folder: it has no {name}/config.json")
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_bytes())
     except ValueError as error:
         raise WeightsError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):

@@ -131,9 +131,9 @@ def _open_folder(folder: pathlib.Path) -> dict[str, LazyTensor]:
     indices, files = sorted(folder.glob("*.safetensors.index.json")), sorted(folder.glob("*.safetensors"))
     if len(indices) == 1:
         try:
-            shards = json.loads(indices[0].read_text())["weight_map"]
+            shards = json.loads(indices[0].read_bytes())["weight_map"]
             opened = {shard: open_tensors(folder / shard) for shard in sorted(set(shards.values()))}
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise WeightsError(f"{indices[0]} is not an index of safetensors shards: {error!r}") from error
         absent = [f"'{name}' in {shard}" for name, shard in shards.items() if name not in opened[shard]]
         if absent:

@@ -225,6 +225,8 @@ def test_default_instruction(tmp_path):
     folder = write_bridge(tmp_path, "c/pick")
     (folder / "lang.txt").write_bytes("poser la théière".encode("latin1") + b"\nput it down\n")
     assert BridgeSource(tmp_path)[2].instruction == "put it down"
+    (folder / "lang.txt").write_text("put it up\n", encoding="utf-8-sig")
+    assert BridgeSource(tmp_path)[2].instruction == "put it up"
 
 
 @pytest.mark.parametrize(

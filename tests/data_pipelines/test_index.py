@@ -112,6 +112,14 @@ def test_it_is_built_once_by_content(shards, tmp_path, monkeypatch):
             build(**{"shards": shards, "cache": tmp_path / "cache"} | other)
 
 
+@pytest.mark.parametrize("damage", ["", "\0" * 99])
+def test_a_damaged_one_is_built_again(shards, tmp_path, damage):
+    folder = build(shards, tmp_path / "cache")
+    whole = (folder / "index.json").read_text()
+    (folder / "index.json").write_text(damage)
+    assert build(shards, tmp_path / "cache") == folder and (folder / "index.json").read_text() == whole
+
+
 def test_an_interrupted_build_continues(shards, tmp_path, monkeypatch):
     original, seen = index_module._index_shard, []
 
@@ -203,7 +211,7 @@ def test_where_it_is_kept(shards, tmp_path, monkeypatch):
     assert built.parent == user
     assert open_index(shards, "tfrecord", COLUMNS, directories=[own, user], **options) == built
     assert json.loads((built / "index.json").read_text())["errors"] == []
-    with pytest.raises(DatasetError, match=r"index of demo cannot be written to .*file/cache; pass cache_dir"):
+    with pytest.raises(DatasetError, match=r"index of demo cannot be written to .*file/cache; set XDG_CACHE_HOME"):
         open_index(shards, "tfrecord", COLUMNS[:1], directories=[blocked / "cache"], **options)
 
 

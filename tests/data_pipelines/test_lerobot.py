@@ -1,3 +1,4 @@
+import codecs
 import concurrent.futures
 import dataclasses
 import itertools
@@ -516,3 +517,10 @@ def test_videos_are_turned(dataset, turn):
     edit_info(dataset, lambda info: info["features"][TOP].update(shape=list(expected.shape)))
     (seen,) = LeRobotSource(dataset)[0].frames.take([5])
     np.testing.assert_allclose(seen[4::8, 4::8].astype(int), expected[4::8, 4::8], atol=12)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(dataset):
+    before = [episode.instruction for episode in LeRobotSource(dataset)]
+    for path in [*dataset.glob("meta/*.json"), *dataset.glob("meta/*.jsonl")]:
+        path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    assert [episode.instruction for episode in LeRobotSource(dataset)] == before

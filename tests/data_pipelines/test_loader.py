@@ -1,6 +1,8 @@
 import dataclasses
 import itertools
+import os
 import re
+import types
 
 import chex
 import jax
@@ -8,12 +10,13 @@ import numpy as np
 import pytest
 from synthetic import BrokenFrames, NarrowSource, WristSource
 
+from data_pipelines import loader
 from data_pipelines.loader import Part, WindowDataset, make_batches
 from data_pipelines.mixture import Mixture, Phase
 from data_pipelines.sources.rlds import DatasetError
 from data_pipelines.statistics import action_statistics
 from mimic_video.batch import fields
-from mimic_video.config import ActionDecoderConfig
+from mimic_video.config import ActionDecoderConfig, ConfigError
 from mimic_video.transforms import Normalizer
 
 DECODER = ActionDecoderConfig(action_dim=2, proprio_dim=3)
@@ -256,3 +259,20 @@ def test_a_window_has_the_instruction_of_its_anchor(make_source, config):
     assert [dataset[i]["instruction"] for i in range(len(dataset))] == list(words[:11])
     with pytest.raises(ValueError, match="episode 0: instruction has 11 steps, timestamps have 12"):
         dataclasses.replace(source[0], instruction=words[1:])
+
+
+def test_workers_for_whose_batches_shared_memory_has_no_room(dataset, monkeypatch):
+    """As in a container. Without the check the system ends the workers with SIGBUS."""
+    size = sum(value.nbytes for value in fields(batches(dataset, 1)[0]).values())
+    free = types.SimpleNamespace(f_bavail=15, f_frsize=size)
+    monkeypatch.setattr(os, "statvfs", lambda path: free)
+    with pytest.raises(ConfigError) as error:
+        batches(dataset, 1, workers=3)
+    assert f"'data.workers' is 3, whose batches of {size / 1e6:.4g} MB need {20 * size / 1e6:.4g} MB" in str(error.value)
+    assert f"/dev/shm has {15 * size / 1e6:.4g} MB left; expected more of it (docker run --shm-size=1g)" in str(error.value)
+    free.f_bavail = 20
+    loader._require_shared_memory(3, size)
+    monkeypatch.undo()
+    monkeypatch.setattr(loader, "_SHARED_MEMORY", "/nowhere")
+    with pytest.raises(ConfigError, match="/nowhere has 0 MB left"):
+        batches(dataset, 1, workers=1)

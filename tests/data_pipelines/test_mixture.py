@@ -69,14 +69,34 @@ def test_parsing():
     assert phases == (Phase(0, (2.0, 1.0, 0.0)), Phase(1000, (0.0, 3.0, 1.0)), Phase(5000, (1.0, 0.0, 0.0)))
 
 
+def test_names_of_folders(tmp_path, monkeypatch):
+    """A folder with a separator in its name is one dataset, as it stands or in quotes; `~` is the home directory."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a,b*2;3:c", "d*2"):
+        (tmp_path / name).mkdir()
+    odd, star = str(tmp_path / "a,b*2;3:c"), str(tmp_path / "d*2")
+    alone = (Phase(0, (1.0,)),)
+    for text in (odd, f'"{odd}"', '"~/a,b*2;3:c"', "~/a,b*2;3:c"):
+        assert parse_mixture(text, "f") == ((odd,), alone)
+    assert parse_mixture(star, "f") == ((star,), alone)
+    names, phases = parse_mixture(f'"{odd}" * 3,{star},~/e*4,gs://b/~;10:"{odd}",{star}*5', "f")
+    assert names == (odd, star, str(tmp_path / "e"), "gs://b/~")
+    assert phases == (Phase(0, (3.0, 1.0, 4.0, 1.0)), Phase(10, (1.0, 5.0, 0.0, 0.0)))
+    with pytest.raises(ConfigError, match="config field 'f' is '~of_nobody/a'; expected a home directory"):
+        parse_mixture("b,~of_nobody/a*2", "f")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("a,,b", "'f': '' is not a dataset"),
         ("*2", "is not a dataset"),
+        ("a*", "is not a dataset"),
         ("a*-1", r"'f': 'a\*-1' is not a dataset, or a dataset\*weight"),
         ("a*much", r"'a\*much' is not"),
         ("a*nan", r"'a\*nan' is not"),
+        ('"a', "'f': '\"a' is not a dataset"),
+        ('"a"b', "is not a dataset"),
         ("a,b,a*2", "'f' names 'a' twice"),
         ("a;b", "'b' does not begin with the step"),
         ("a;100:b;50:a", "'50:a' does not begin with the step of a later phase"),

@@ -6,6 +6,8 @@ import types
 
 import numpy as np
 
+from mimic_video.errors import ConfigError
+
 
 @dataclasses.dataclass(frozen=True)
 class CountingFactory:
@@ -17,11 +19,13 @@ class CountingFactory:
     goal: float = 3.0
     limit: int = 1000
     break_seed: int | None = None
-    breakage: str = ""  # "build", "reset", "raise" or "die"
+    breakage: str = ""  # "build", "mistake", "reset", "raise" or "die"
 
     def __call__(self):
         if self.breakage == "build":
             raise OSError("no such simulator")
+        if self.breakage == "mistake":
+            raise ConfigError("no such task")
         return CountingEnvironment(self)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from counting import CountingFactory
 
+from mimic_video.errors import ConfigError
 from mimic_video.evaluation.environment import EnvironmentPool, WorkerError, checked_action, checked_observation
 
 
@@ -77,6 +78,8 @@ def test_a_worker_that_was_killed_between_two_steps_is_an_error():
 def test_a_factory_that_fails_is_an_error_of_the_constructor():
     with pytest.raises(WorkerError, match="no such simulator"):
         EnvironmentPool(CountingFactory(breakage="build"), seeds=[1, 2], num_workers=2)
+    with pytest.raises(ConfigError, match=r"^no such task$"):  # a mistake of the user's has no traceback
+        EnvironmentPool(CountingFactory(breakage="mistake"), seeds=[1, 2], num_workers=2)
 
 
 def test_an_interrupt_while_waiting_closes_the_pool(monkeypatch):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from counting import CountingEnvironment, CountingFactory
 
+from data_pipelines.sources.experts import demonstrations
 from mimic_video.config import ConfigError, experiment_from
 from mimic_video.evaluation.environment import EnvironmentPool
 from mimic_video.evaluation.metaworld import (
@@ -186,6 +187,19 @@ def test_graphics_that_can_no_longer_be_chosen_are_an_error():
     )
     finished = _run(program)
     assert finished.returncode == 1 and b"set MUJOCO_GL=osmesa" in finished.stderr
+
+
+@pytest.mark.parametrize("backend", ["glfw", "vulkan", "off"])  # without a display; not known to MuJoCo; no graphics
+def test_graphics_that_do_not_work_are_named(backend, monkeypatch):
+    """From a worker of a pool and from one that makes demonstrations; neither has a traceback."""
+    monkeypatch.setenv("MUJOCO_GL", backend)
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "PYOPENGL_PLATFORM"):
+        monkeypatch.delenv(name, raising=False)
+    message = f"^environment variable MUJOCO_GL is '{backend}', and MuJoCo cannot render with that here .*; expected osmesa .*$"
+    with pytest.raises(ConfigError, match=message):
+        EnvironmentPool(DRAWER, seeds=[0], num_workers=1)
+    with pytest.raises(ConfigError, match=message):
+        next(demonstrations(DRAWER, "drawer", [0], num_workers=1))
 
 
 def test_a_missing_package_names_the_extra():

@@ -200,6 +200,13 @@ def test_a_missing_file_is_named(runs, tmp_path, name):
     assert not (tmp_path / "report.html").exists()
 
 
+def test_a_damaged_evaluation_is_named(runs, tmp_path):
+    run = make_policy_run(tmp_path / "run", 1, 0.5)
+    (run / "evaluation.json").write_text("\0" * 99)
+    with pytest.raises(RunError, match=r"run.evaluation\.json is damaged: .*; run launch/evaluate\.py on that directory again"):
+        write_report(tmp_path / "report.html", title="t", video_run=runs["video_run"], policies={"a": [run]}, expert=None)
+
+
 def test_runs_that_cannot_be_compared_are_rejected(runs, tmp_path):
     def write(**changed):
         write_report(tmp_path / "report.html", title="t", **{**runs, **changed})

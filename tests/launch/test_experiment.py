@@ -71,22 +71,46 @@ def test_sizes_are_height_and_width(experiment):
 
 
 SCRIPT = """
-import sys, experiment
+import errno, experiment
 
 def main():
-    raise {{"expected": RuntimeError, "other": KeyError}}[{kind!r}]("what is wrong")
+    raise {{
+        "expected": RuntimeError("what is wrong"),
+        "disk": OSError(errno.ENOSPC, "what is wrong", "/a/file"),
+        "other": KeyError("what is wrong"),
+        "system": OSError(errno.EPIPE, "what is wrong"),
+    }}[{kind!r}]
 
 experiment.run(main, (RuntimeError,), config=False, compilation_cache=None)
 """
 
 
-@pytest.mark.parametrize("kind", ["expected", "other"])
+@pytest.mark.parametrize("kind", ["expected", "disk", "other", "system"])
 def test_a_mistake_is_a_line_and_anything_else_keeps_its_traceback(kind):
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'launch'}"}
     command = [sys.executable, "-c", SCRIPT.format(kind=kind)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1
-    if kind == "expected":
-        assert ended.stderr == "error: what is wrong\n"
+    lines = {"expected": "error: what is wrong\n", "disk": "error: [Errno 28] what is wrong: '/a/file'\n"}
+    if kind in lines:
+        assert ended.stderr == lines[kind]
     else:
-        assert "Traceback" in ended.stderr and "KeyError" in ended.stderr
+        assert "Traceback" in ended.stderr and {"other": "KeyError", "system": "BrokenPipeError"}[kind] in ended.stderr
+
+
+@pytest.mark.parametrize("platform", ["cuda", "no_such_platform"])  # known to JAX, whose plugin is not there; and not known
+def test_a_platform_that_is_not_there_is_named(platform):
+    program = "import experiment, jax; experiment.run(lambda: print(jax.devices()), config=False, compilation_cache=None)"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'launch'}", "JAX_PLATFORMS": platform}
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    if ended.returncode == 0:
+        pytest.skip("there is such a platform")
+    assert ended.stderr.splitlines()[-1].startswith(f"error: JAX does not start with JAX_PLATFORMS={platform}: ")
+    assert "Traceback" not in ended.stderr
+
+
+def test_what_a_locale_lacks_is_printed_all_the_same():
+    program = "import experiment; experiment.run(lambda: print('σ'), config=False, compilation_cache=None)"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'launch'}", "PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.stdout == "\\u03c3\n"

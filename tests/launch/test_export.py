@@ -154,10 +154,13 @@ def test_weights_of_eight_bits(launch, run, inputs, tmp_path):
     assert 0 < np.abs((expected - exact) / ROBOT.statistics["action"].std_clamped).max() < 0.05
 
 
-def test_what_cannot_be_exported(launch, run, tmp_path):
+def test_what_cannot_be_exported(launch, run, tmp_path, monkeypatch):
     out = f"--out={tmp_path / 'bundle'}"
     assert "is not a run directory" in launch("export", f"--workdir={tmp_path}", out)
     assert "has gpu; expected" in launch("export", f"--workdir={run}", out, "--stablehlo=gpu")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "flatbuffers", None)
+        assert "pip install 'mimic-video-jax[stablehlo]'" in launch("export", f"--workdir={run}", out, "--stablehlo=cpu")
     (tmp_path / "prompts.txt").write_text("one two three four five\n")
     assert "has 5 words; text.rows is 4" in launch("export", f"--workdir={run}", out, f"--prompts={tmp_path / 'prompts.txt'}")
     assert f"--prompts={tmp_path} cannot be read" in launch("export", f"--workdir={run}", out, f"--prompts={tmp_path}")

@@ -131,3 +131,16 @@ def test_a_corrected_command_may_use_the_same_workdir(train, tmp_path, dataset):
 def test_a_directory_that_another_run_is_using(train, tmp_path):
     with directory.locked(tmp_path / "run"):
         assert_says(train(), f"process {os.getpid()} on .* has been training in .*run since", "or use another --workdir")
+
+
+def test_a_tilde_in_a_flag_is_the_home_directory(launch, tmp_path, experiment_file, monkeypatch):
+    """Shells leave it there behind "="."""
+    home = experiment_file.parent
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    config = f"--config=~/{experiment_file.name}"
+    assert_says(launch("train", config, "--workdir=~/run", "--config.backbone_run=~/nowhere"), f"{home}/nowhere is not a run")
+    assert_says(launch("train", config, "--workdir=~of_nobody/run"), "--workdir is '~of_nobody/run'; expected a home directory")
+    assert_says(launch("train", "--config=~/other.py", "--workdir=~/run"), f"there is no file {home}/other.py")
+    assert_says(launch("inspect_data", "--source=~/none"), f"{home}/none")
+    assert not list(tmp_path.iterdir())

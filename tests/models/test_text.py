@@ -18,7 +18,14 @@ import torch
 from transformers import AutoTokenizer, T5EncoderModel, T5ForConditionalGeneration
 
 from mimic_video.config import ConfigError, TextConfig
-from mimic_video.models.text import DamagedEntryError, FeatureCache, T5TextEncoder, fingerprint, make_text_encoder
+from mimic_video.models.text import (
+    DamagedEntryError,
+    FeatureCache,
+    T5TextEncoder,
+    fingerprint,
+    make_text_encoder,
+    read_prompts,
+)
 
 pytestmark = pytest.mark.reference
 
@@ -408,3 +415,12 @@ def test_weights_that_are_damaged_or_incomplete(model):
     (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(ConfigError, match=rf"text\.model {model} cannot be loaded on 'cpu'"):
         encoder_of(t5(model))(CARROT)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])  # the second as Windows writes it
+def test_prompts_of_a_file(tmp_path, encoding):
+    (tmp_path / "prompts.txt").write_text("hebe das Möhrchen auf\r\n\r\n  open it \n", encoding=encoding)
+    assert read_prompts(tmp_path / "prompts.txt") == ["hebe das Möhrchen auf", "open it"]
+    (tmp_path / "prompts.txt").write_text("open it", encoding="utf-16")
+    with pytest.raises(ConfigError, match=r"--prompts=.*prompts\.txt cannot be read: 'utf-8' codec"):
+        read_prompts(tmp_path / "prompts.txt")

@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from mimic_video.config import ConfigError
-from mimic_video.parallel.distributed import _BEAT, OTHER_FAILED, initialize, of_another_process, processes
+from mimic_video.parallel.distributed import _BEAT, OTHER_FAILED, _slurm_gpus, initialize, of_another_process, processes
 from mimic_video.runs.storage import RunError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -40,12 +40,32 @@ ROOT = pathlib.Path(__file__).parents[2]
             {"JAX_COORDINATOR_ADDRESS": "host", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "0"},
             "JAX_COORDINATOR_ADDRESS is 'host'",
         ),
+        ({"JAX_LOCAL_DEVICE_IDS": "0;1"}, "JAX_LOCAL_DEVICE_IDS is '0;1'; expected numbers of devices, such as 0,1"),
         ({"SLURM_STEP_NODELIST": "host[1-4]", "SLURM_NTASKS": "?"}, r"SLURM_NTASKS is '\?'"),
     ],
 )
 def test_half_set_and_impossible_variables_are_named(environment, message):
     with pytest.raises(ConfigError, match=f"environment variable {message}"):
         initialize(environment)
+
+
+@pytest.mark.parametrize(
+    ("visible", "on_node", "tasks", "taken"),
+    [
+        ("0,1,2,3", "4", "4", None),  # all tasks see all GPUs: JAX takes that of the task's number
+        ("0", "2", "2", [0]),  # --gpus-per-task=1, as a real Slurm says it to either task
+        ("1", "2", "2", [0]),
+        ("2,3", "4", "2(x2)", [0, 1]),  # --gpus-per-task=2
+        ("0,1,2,3", "4", "1(x2)", [0, 1, 2, 3]),  # one task a node
+        ("0,1", None, "2", None),  # GPUs that Slurm does not know
+        (None, None, "2", None),  # no GPUs
+    ],
+)
+def test_tasks_of_slurm_take_the_gpus_that_are_their_own(visible, on_node, tasks, taken):
+    variables = {"CUDA_VISIBLE_DEVICES": visible, "SLURM_GPUS_ON_NODE": on_node, "SLURM_STEP_TASKS_PER_NODE": tasks}
+    environment = {name: value for name, value in variables.items() if value}
+    assert _slurm_gpus(environment) == taken
+    assert _slurm_gpus(environment | {"JAX_LOCAL_DEVICE_IDS": "1,0"}) is None
 
 
 @pytest.mark.parametrize("environment", [{}, {"JAX_NUM_PROCESSES": "1"}, {"SLURM_STEP_NODELIST": "a", "SLURM_NTASKS": "1"}])

@@ -22,6 +22,10 @@ def test_configuration_of_a_run(tmp_path):
     directory.write_config(run, CONFIG)
     assert directory.read_config(run) == CONFIG
     directory.write_config(run, CONFIG)
+    for damage in ("", "\0" * 99):  # of a power cut
+        (run / "config.json").write_text(damage)
+        with pytest.raises(directory.RunError, match=r"config\.json is damaged \(.*\); put back a copy, or remove it"):
+            directory.write_config(run, CONFIG)
 
 
 def test_what_a_run_may_not_change_is_listed(tmp_path):

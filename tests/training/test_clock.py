@@ -100,3 +100,11 @@ def test_the_first_start_is_kept(tmp_path, time):
 def test_steps_to_profile_that_there_are_not(tmp_path, window):
     with pytest.raises(ConfigError, match=r"steps to profile are \d:\d; expected FIRST:LAST within 1:4"):
         ProfilerWindow(tmp_path, window, 4)
+
+
+def test_a_damaged_first_start_is_replaced(tmp_path, time, caplog):
+    for damage in ("", "\0" * 18):
+        (tmp_path / "first_start").write_text(damage)
+        assert first_start(tmp_path) == first_start(tmp_path) == time.time()
+        assert "first_start is damaged" in caplog.text
+        time.now += 1

@@ -1,5 +1,7 @@
+import http.server
 import json
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -8,7 +10,7 @@ import tiny
 
 from mimic_video.config import ConfigError
 from mimic_video.runs.directory import read_metrics
-from mimic_video.training.metrics import MetricWriter, device_memory, group_norms, wandb_package
+from mimic_video.training.metrics import MetricWriter, device_memory, group_norms, require_wandb, wandb_package
 
 CONFIG = tiny.experiment()
 
@@ -56,6 +58,19 @@ def test_a_line_that_a_kill_cut_short_is_ignored(tmp_path):
         assert losses(tmp_path) == {10: 1.0, 20: 1.0}
     write(tmp_path, 20, [30], 2.0)
     assert losses(tmp_path) == {10: 1.0, 20: 1.0, 30: 2.0}
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 20, 30]
+
+
+@pytest.mark.parametrize("damage", [b"\0" * 512 + b"\n", b"\0\xff\n", b"[1]\n", b"\n", b'{"loss": 1.0}\n'])
+def test_lines_that_are_no_records_are_left_out_with_a_warning(tmp_path, damage, caplog):
+    """As a power cut leaves them, in the midst of what later starts have written."""
+    write(tmp_path, 0, [10, 20], 1.0)
+    path = tmp_path / "metrics.jsonl"
+    first, second = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + damage + second + b"\0" * 99)
+    assert losses(tmp_path) == {10: 1.0, 20: 1.0}
+    assert "metrics.jsonl: 1 of 3 lines are no records and are left out" in caplog.text
+    write(tmp_path, 20, [30], 2.0)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 20, 30]
 
 
@@ -109,6 +124,83 @@ def test_weights_and_biases_has_to_be_installed(monkeypatch):
         wandb_package()
 
 
+def test_a_run_goes_on_whatever_happens_to_weights_and_biases(tmp_path, caplog):
+    class Gone:
+        step = 0
+
+        def log(self, *arguments, **options):
+            raise BrokenPipeError("its process has ended")
+
+        finish = log
+
+    for steps in ([10, 20], []):  # without steps, its last words fail
+        with MetricWriter(tmp_path, 0, CONFIG) as writer:
+            writer._wandb = Gone()
+            for step in steps:
+                writer.write(step, {"loss": 1.0})
+        assert list(losses(tmp_path)) == steps
+        assert caplog.text.count("Weights & Biases gets no more metrics") == 1 and "its process has ended" in caplog.text
+        caplog.clear()
+
+
+@pytest.fixture
+def wandb(monkeypatch, tmp_path):
+    """The package as if just imported, of a user without a key and without a terminal. Returns what sets its server."""
+    package = wandb_package()
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setattr(sys, "stdin", None)
+
+    def server(url):
+        package.teardown()
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+
+    yield server
+    package.teardown()
+
+
+@pytest.mark.reference
+def test_weights_and_biases_without_a_key_or_a_server(wandb, monkeypatch, tmp_path, caplog):
+    class Nothing(http.server.BaseHTTPRequestHandler):
+        """A server that knows no key."""
+
+        def do_GET(self):
+            self.send_error(404)
+
+        do_POST = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    config = tiny.experiment(train={"wandb_project": "tests"})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Nothing) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        wandb(f"http://127.0.0.1:{server.server_port}")
+        message = "'train.wandb_project' is set, but Weights & Biases cannot be used: .*; expected a key .* or WANDB_MODE=offline"
+        with pytest.raises(ConfigError, match=message) as error:
+            require_wandb()
+        assert "\n" not in str(error.value)
+        server.shutdown()
+        thread.join()
+    require_wandb()  # nobody answers any more, and nothing is asked for
+    with MetricWriter(tmp_path, 0, config) as writer:
+        writer.write(10, {"loss": 1.0})
+    (kept,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert "cannot be reached: " in caplog.text and f"`wandb sync {kept.parent}` sends them" in caplog.text
+    assert losses(tmp_path) == {10: 1.0}
+
+
+@pytest.mark.reference
+def test_settings_of_weights_and_biases_that_are_wrong(wandb, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offlne")
+    wandb("http://127.0.0.1:1")
+    with pytest.raises(ConfigError, match=r"'train.wandb_project' is set, but .*offlne"):
+        require_wandb()
+
+
 @pytest.mark.reference
 def test_a_resumed_run_goes_on_in_weights_and_biases(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -118,6 +210,7 @@ def test_a_resumed_run_goes_on_in_weights_and_biases(monkeypatch, tmp_path):
     with MetricWriter(tmp_path, 20, config) as writer:
         writer.write(30, {"validation_loss": 2.0})
         writer.write_image(30, "curves", np.zeros((4, 6, 3), np.uint8))
+    wandb_package().teardown()  # its process has written then
     identity = (tmp_path / "wandb_id").read_text()
     records = [path.read_bytes() for path in sorted(tmp_path.glob(f"wandb/offline-run-*/run-{identity}.wandb"))]
     assert b"learning_rate" in records[0]  # the configuration

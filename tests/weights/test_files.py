@@ -1,5 +1,6 @@
 """Weight files: what other libraries write is read, what we write they read, and everything else is refused."""
 
+import codecs
 import io
 import json
 import os
@@ -164,6 +165,9 @@ def shards(folder, index=None):
 
 def test_folders(tmp_path):
     tensors = shards(tmp_path)
+    assert_same(open_tensors(tmp_path), tensors)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_bytes(codecs.BOM_UTF8 + index.read_bytes())
     assert_same(open_tensors(tmp_path), tensors)
     (tmp_path / "one").mkdir()
     safetensors.torch.save_file(tensors, tmp_path / "one" / "model.safetensors")
