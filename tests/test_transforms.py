@@ -118,10 +118,8 @@ def test_what_is_rare_survives_at_a_size_that_can_be_learned(mode, dtype):
     statistics = compute_statistics(rng.permutation(values))
     normalizer = Normalizer.from_statistics(statistics, mode, dtype=dtype)
     normalized = normalizer.normalize(values)
-    back = normalizer.unnormalize(normalized)
-    np.testing.assert_allclose(
-        back, values, rtol=2**-7, atol=np.abs(values).max((0, 1)) * (1e-6 if dtype == np.float32 else 2**-7)
-    )
+    error, size = (np.abs(x).max((0, 1)) for x in (normalizer.unnormalize(normalized) - values, values))
+    assert (error <= size * (1e-6 if dtype == np.float32 else 2**-6)).all()
     event = np.abs(normalized - np.median(normalized, axis=0)).max(0)
     assert (event[:, [0, 1, 3]] > 1).all() and event[1, 2] > 1 and event.max() <= 1.02 / np.sqrt(4 / count)
     assert event[0, 2] == 0  # constant there
@@ -135,20 +133,18 @@ def test_a_clamp_that_loses_what_is_rare_is_remarked_upon(mode):
     values[:10, :, 1], values[:10, 1, 2], values[..., 3] = 255.0, 1.0, 7.0
     statistics = compute_statistics(values)
     published = Normalizer.from_statistics(statistics, mode, "action", percentile_clamp=True)
-    assert np.ptp(published.normalize(values)[..., 1]) <= _BEYOND_SQUASH[mode]
+    # 255 is lost: without a range there is no scale, so that 1.5 and 1 are raw units.
+    assert np.ptp(published.normalize(values)[..., 1]) == {"variance": 0, "squash": 1.5, "squash_hard": 1}[mode]
     first, second = remarks(statistics, published)
     assert re.fullmatch(
         r"the clamp changes \d+\.\d% of action dimension 1, which is 0 to 255, and leaves .* to .*; "
         "compat.percentile_clamp=False keeps them",
         first,
     )
-    assert "of action dimension 2, which is -0.03" in second and " 1.0% " in second
+    assert re.match(r"the clamp changes 1\.\d% of action dimension 2, which is -0\.0\d* to 1, and leaves -0\.\d* to 0\.", second)
     assert remarks(statistics, Normalizer.from_statistics(statistics, mode, "action")) == []
     raw = Normalizer.from_statistics(statistics, mode, "action", raw_dims=(1, 2), percentile_clamp=True)
     assert remarks(statistics, raw) == []
-
-
-_BEYOND_SQUASH = {"variance": 0, "squash": 1.5, "squash_hard": 0}  # without a range there is no scale, so 1.5 is in raw units
 
 
 def test_values_far_from_all_others_are_remarked_upon():
