@@ -292,8 +292,7 @@ def remarks(statistics: Statistics, normalizer: Normalizer) -> list[str]:
             left = f"leaves {low[at]:.4g} to {high[at]:.4g}"
             found.append(f"the clamp changes {lost[at]:.1%} of {values}, and {left}; compat.percentile_clamp=False keeps them")
         elif far[at] > _FAR:
-            errors = "if those are errors, compat.percentile_clamp=True cuts them"
-            found.append(f"{values}, has some at {far[at]:.0f} standard deviations from the mean; {errors}")
+            found.append(f"{values}, has some at {far[at]:.0f} standard deviations from the mean: errors there spoil its scale")
     return found
 
 

@@ -153,8 +153,8 @@ def test_values_far_from_all_others_are_remarked_upon():
     statistics = compute_statistics(values)
     (remark,) = remarks(statistics, Normalizer.from_statistics(statistics, "variance", "proprio"))
     assert re.fullmatch(
-        r"proprio dimension 1, which is -\d.* to 1e\+04, has some at 63 standard deviations from the mean; if those are errors, "
-        "compat.percentile_clamp=True cuts them",
+        r"proprio dimension 1, which is -\d.* to 1e\+04, has some at 63 standard deviations from the mean: errors there spoil "
+        "its scale",
         remark,
     )
     assert remarks(statistics, Normalizer.from_statistics(statistics, "variance", raw_dims=(1,))) == []

@@ -121,10 +121,6 @@ def read_statistics(path: pathlib.Path, config: ExperimentConfig) -> dict[str, S
         statistics = statistics_from_published(values) if published else from_json(values)
     except (ValueError, AttributeError, TypeError) as error:
         raise WeightsError(f"{path} is not a dataset statistics file: {error}") from error
-    if published and not config.compat.percentile_clamp:
-        raise ConfigError(
-            f"config field 'compat.percentile_clamp' is False; expected True, since {path} has published statistics"
-        )
     decoder = config.decoder
     expected = {"action": (config.data.action_horizon, decoder.action_dim), "proprio": (1, decoder.proprio_dim)}
     wrong = [
@@ -134,6 +130,10 @@ def read_statistics(path: pathlib.Path, config: ExperimentConfig) -> dict[str, S
     ]
     if wrong:
         raise WeightsError(f"the statistics of {path} are of other windows: " + "; ".join(wrong))
+    if published and not config.compat.percentile_clamp:
+        raise ConfigError(
+            f"config field 'compat.percentile_clamp' is False; expected True, since {path} has published statistics"
+        )
     return statistics
 
 
