@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 
 from data_pipelines.datasets import Datasets, open_datasets, with_latents
@@ -99,9 +100,16 @@ class OpenTrainingData:
         return (datasets[owner][int(index - first[owner])] for owner, index in zip(owners, chosen, strict=True))
 
     def robots(self) -> dict[str, Embodiment]:
-        """By name, with statistics that several hosts compute together; all have to call this."""
+        """By name, with statistics that several hosts compute together; all have to call this.
+
+        A warning names the dimensions whose rare values the clamp loses, or that have some far from all others.
+        """
         hosts = Hosts(jax.process_index(), jax.process_count(), multihost_utils.process_allgather)
-        return find_embodiments(self.training.windows, self.config.data, hosts)
+        found = find_embodiments(self.training.windows, self.config.data, hosts)
+        for robot in found.values():
+            for remark in robot.remarks(self.config):
+                logging.warning("dataset %s: %s", ", ".join(map(repr, robot.datasets)), remark)
+        return found
 
     def batches(self, step: int, robots: Mapping[str, Embodiment] | None = None) -> Iterator[Batch]:
         """The batches of training after `step` steps. Without `robots` those of `robots()` normalise."""

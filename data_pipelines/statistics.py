@@ -16,7 +16,7 @@ from mimic_video.cache import user_cache
 from mimic_video.config import DataConfig
 from mimic_video.transforms import PERCENTILES, Statistics, compute_statistics, from_json, to_json
 
-_VERSION = 1  # of what is computed
+_VERSION = 2  # of what is computed
 _MEMORY = 2**29  # bytes of actions that are held at once
 _ROWS = {name: len(PERCENTILES) if name == "percentiles" else 1 for name in Statistics.__dataclass_fields__}
 

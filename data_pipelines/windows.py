@@ -137,14 +137,14 @@ def linear(timestamps: np.ndarray, values: np.ndarray, times: np.ndarray) -> np.
 def poses_at(timestamps: np.ndarray, poses: np.ndarray, times: np.ndarray) -> np.ndarray:
     """Pose vectors (n, 10) at `times` (...), constant outside the episode: float32 (..., 10) (SPEC 8.3).
 
-    Positions are interpolated linearly and rotations along the shortest arc; the gripper linearly, or if it is only ever 0 or 1
-    as the nearest step has it.
+    Positions are interpolated linearly and rotations along the shortest arc; the gripper linearly, or if it has at most two
+    values, as the nearest step has it: there is nothing between open and closed.
     """
     if len(timestamps) == 1:
         return np.broadcast_to(poses[0], (*times.shape, POSE_DIM)).astype(np.float32)
     turns = Slerp(timestamps, Rotation.from_matrix(matrix_from_rot6d(poses[:, 3:9])))
     matrices = turns(np.clip(times, timestamps[0], timestamps[-1]).ravel()).as_matrix()
-    binary = np.isin(poses[:, 9:], (0, 1)).all()
+    binary = len(np.unique(poses[:, 9])) <= 2
     gripper = poses[nearest(timestamps, times), 9:] if binary else linear(timestamps, poses[:, 9:], times)
     rotation = rot6d_from_matrix(matrices).reshape(*times.shape, 6)
     return np.concatenate([linear(timestamps, poses[:, :3], times), rotation, gripper], axis=-1).astype(np.float32)

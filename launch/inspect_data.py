@@ -7,6 +7,7 @@
 
 --dataset is a registered dataset or a mixture; by default it is named as the folder --source is. With --source, the prepared
 version's folder, the dataset's features are checked against its entry and `windows.png` and `actions.png` are written to --out.
+Dimensions with rare values that `compat.percentile_clamp` would lose, or with values that may be errors, are named.
 Of a mixture --source is the folder that holds its datasets, for their shares of samples. --register runs a Python file first,
 which registers a dataset of your own.
 """

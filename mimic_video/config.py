@@ -232,13 +232,14 @@ class ActionDecoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CompatConfig:
-    """Roundings of the published system that its released weights were trained with (SPEC 12). All off unless asked for."""
+    """What the published system's released weights were trained with: roundings, a clamp (SPEC 12). All off unless asked for."""
 
     bfloat16_rope: bool = fixed(False, "the backbone's rotary frequencies and angles (SPEC 3.4)")
     bfloat16_times: bool = fixed(False, "the backbone's flow times (SPEC 4.1)")
     bfloat16_latent_statistics: bool = fixed(False, "the Wan VAE's means and scales (SPEC 1.3)", "rounded_latents")
     bfloat16_low_dim: bool = fixed(False, "proprioception, actions and their normaliser (SPEC 7.1)")
     bfloat16_action_state: bool = fixed(False, "the action sampler's state after each step (SPEC 7)")
+    percentile_clamp: bool = fixed(False, "of the normaliser, which loses rare commands (SPEC 7.1)", "decoder")
 
     @classmethod
     def published(cls) -> Self:
@@ -569,6 +570,9 @@ def stored_experiment(values: Mapping[str, Any]) -> ExperimentConfig:
     derived = {path: value for path in _DERIVED if (value := pop(path)) is not None}
     if (stream := pop("policy.noise")) is not None:  # its name up to 0.1
         groups["policy"]["noise_stream"] = stream
+    compat = groups.setdefault("compat", {})
+    if isinstance(compat, dict):
+        compat.setdefault("percentile_clamp", True)  # up to 0.1 there was no other normaliser
     config = experiment_from(groups)
     for path, value in derived.items():
         source, derive = _DERIVED[path]

@@ -10,9 +10,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
+from numpy.typing import DTypeLike
 
 from mimic_video.config import ConfigError, ExperimentConfig
-from mimic_video.transforms import Normalizer, Statistics, from_json, to_json
+from mimic_video.transforms import Normalizer, Statistics, from_json, remarks, to_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +46,17 @@ class Embodiment:
 
     def normalizers(self, config: ExperimentConfig) -> dict[str, Normalizer]:
         """Normalisers of "action" and "proprio" as the experiment configures them."""
-        dtype = jnp.bfloat16 if config.compat.bfloat16_low_dim else np.float32
+        return self._normalizers(config, jnp.bfloat16 if config.compat.bfloat16_low_dim else np.float32)
+
+    def remarks(self, config: ExperimentConfig) -> list[str]:
+        """`transforms.remarks` on these normalisers, whose clamp a rounding is no part of."""
+        exact = self._normalizers(config, np.float32)
+        return [remark for key, normalizer in exact.items() for remark in remarks(self.statistics[key], normalizer)]
+
+    def _normalizers(self, config: ExperimentConfig, dtype: DTypeLike) -> dict[str, Normalizer]:
+        mode, clamp = config.data.normalization, config.compat.percentile_clamp
         return {
-            key: Normalizer.from_statistics(entry, config.data.normalization, key, raw_dims=self.raw_dims[key], dtype=dtype)
+            key: Normalizer.from_statistics(entry, mode, key, self.raw_dims[key], dtype, clamp)
             for key, entry in self.statistics.items()
         }
 

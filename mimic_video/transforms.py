@@ -21,6 +21,7 @@ _P2, _P98 = 20, 980  # rows of that grid
 _CLAMP_MARGIN = 1.5  # values are clamped at this multiple of the distance from the centre to the 2nd or 98th percentile
 _IDENTITY = (0.0, 1.0, -np.inf, np.inf)  # shift, scale, low, high
 _CONSTANT = 1e-5  # a dimension that spreads less than this is shifted but not scaled
+_FAR = 50.0  # standard deviations: only one value in 2500 can be as far from the mean, so it may be an error
 
 _POSE_PARTS, _POSE_BOUNDS, _POSE_DIM = (3, 6, 1), (3, 9), 10  # position, rot6d and gripper of a pose vector (SPEC 8.5)
 _SHORTEST = 1e-9  # a row of a rotation shorter than this has no direction
@@ -56,6 +57,13 @@ class Statistics:
     clamp_max: PerStep  # mean + 1.5 (p98 − mean)
     mean_clamped: PerStep  # of the values clipped to [clamp_min, clamp_max]
     std_clamped: PerStep
+
+    @property
+    def two_valued(self) -> tuple[int, ...]:
+        """Dimensions that have two values at every step, as a gripper's commands do, up to one value in a hundred."""
+        low, high, mean, std = (np.float64(value) for value in (self.min, self.max, self.mean, self.std))
+        at_ends = std**2 >= 0.99 * (high - mean) * (mean - low)  # the largest variance, which only values at both ends have
+        return tuple(np.flatnonzero(at_ends.all(0) & (high - low > _CONSTANT).any(0)).tolist())
 
 
 def compute_statistics(samples: Float[np.ndarray, "n h d"]) -> Statistics:
@@ -208,16 +216,23 @@ class Normalizer:
         key: str = "values",
         raw_dims: Sequence[int] = (),
         dtype: DTypeLike = np.float32,
+        percentile_clamp: bool = False,
     ) -> Self:
         """Parameters of one mode, computed in float32 and then rounded to `dtype`.
 
-        identity: leaves values as they are.
-        variance: clamped mean and deviation to 0 and 1, clamped at `clamp_min` and `clamp_max`.
-        squash: 2nd and 98th percentile to −1 and 1, clamped at ±1.5.
-        squash_hard: that clamp range, cut to [min, max], to −1 and 1, clamped at ±1.
+        Values are clamped at `min` and `max`, so that none of the training set changes, however rare it is.
+
+        identity: leaves values as they are, and clamps nothing.
+        variance: mean and deviation to 0 and 1.
+        squash: 2nd and 98th percentile to −1 and 1, or where rare values spread further, one deviation around their centre.
+        squash_hard: `min` and `max` to −1 and 1.
 
         Args:
             raw_dims: dimensions, of 0 to d−1, that any mode leaves as they are and does not clamp: 6-D rotations.
+            percentile_clamp: as published. variance: clamped mean and deviation to 0 and 1, clamped at `clamp_min` and
+                `clamp_max`; squash: 2nd and 98th percentile to −1 and 1, clamped at ±1.5; squash_hard: that clamp range, cut to
+                [min, max], to −1 and 1, clamped at ±1. What fewer than 2 % of the values command is lost where the others hardly
+                spread: see `remarks`.
             dtype: float32, or bfloat16, which the published system normalises in, both ways. Positions between 0.5 and
                 1 m then lie on a grid of 4 mm.
 
@@ -232,7 +247,7 @@ class Normalizer:
         raw = np.isin(np.arange(width), raw_dims)
         shift, scale, low, high = (
             np.where(raw, identity, np.broadcast_to(value, statistics.mean.shape)).astype(np.float32).astype(dtype)
-            for value, identity in zip(_parameters(statistics, mode, key), _IDENTITY, strict=True)
+            for value, identity in zip(_parameters(statistics, mode, percentile_clamp, key), _IDENTITY, strict=True)
         )
         return cls(shift, scale, low, high, key)
 
@@ -253,21 +268,65 @@ class Normalizer:
         return np.asarray(values, np.float32).astype(self.shift.dtype)
 
 
-def _parameters(statistics: Statistics, mode: NormalizerMode, key: str) -> tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike]:
+def clamped(statistics: Statistics, normalizer: Normalizer) -> PerStep:
+    """Share of the training set's values that a normaliser's clamp changes, in steps of 0.1 %."""
+    return (_moved(statistics, normalizer) > _CONSTANT).mean(0)
+
+
+def remarks(statistics: Statistics, normalizer: Normalizer) -> list[str]:
+    """What becomes of rare values of the training set: a sentence for each dimension with something to say, of its worst step.
+
+    Either its clamp moves some by more than the range that it leaves, so that what they command is lost; or some that are kept
+    are so far from all others that they may be errors.
+    """
+    key, share, found = normalizer.key, clamped(statistics, normalizer), []
+    low, high = normalizer.unnormalize(normalizer.low), normalizer.unnormalize(normalizer.high)
+    lost = np.where(_moved(statistics, normalizer).max(0) > np.maximum(high - low, _CONSTANT), share, 0)
+    distance = np.maximum(statistics.max - statistics.mean, statistics.mean - statistics.min) * _reciprocal(statistics.std)
+    far = np.where(np.isfinite(high), distance, 0)  # what is not normalised may be anywhere
+    for dim in range(lost.shape[1]):
+        step = int(lost[:, dim].argmax()) if lost[:, dim].any() else int(far[:, dim].argmax())
+        at = step, dim
+        values = f"{key} dimension {dim}, which is {statistics.min[at]:.4g} to {statistics.max[at]:.4g}"
+        if lost[at]:
+            left = f"leaves {low[at]:.4g} to {high[at]:.4g}"
+            found.append(f"the clamp changes {lost[at]:.1%} of {values}, and {left}; compat.percentile_clamp=False keeps them")
+        elif far[at] > _FAR:
+            found.append(f"{values}, has some at {far[at]:.0f} standard deviations from the mean: errors there spoil its scale")
+    return found
+
+
+def _moved(statistics: Statistics, normalizer: Normalizer) -> Float[np.ndarray, "1001 h d"]:
+    """How far the clamp moves each percentile, in raw units."""
+    low, high = normalizer.unnormalize(normalizer.low), normalizer.unnormalize(normalizer.high)
+    return np.abs(statistics.percentiles - np.clip(statistics.percentiles, low, high))
+
+
+def _parameters(
+    statistics: Statistics, mode: NormalizerMode, percentile_clamp: bool, key: str
+) -> tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike]:
     """Shift, scale, low and high of a mode; each (H, d), or a number for all of it."""
     if mode == "identity":
         return _IDENTITY
-    if mode == "variance":
+    if mode not in ("variance", "squash", "squash_hard"):
+        raise ValueError(f"normaliser mode of '{key}' is {mode!r}; expected identity, variance, squash or squash_hard")
+    low, high, p2, p98 = statistics.min, statistics.max, statistics.percentiles[_P2], statistics.percentiles[_P98]
+    if percentile_clamp and mode == "variance":
         shift, scale = statistics.mean_clamped, _reciprocal(statistics.std_clamped)
         return shift, scale, (statistics.clamp_min - shift) * scale, (statistics.clamp_max - shift) * scale
-    p2, p98 = statistics.percentiles[_P2], statistics.percentiles[_P98]
-    if mode == "squash":
+    if percentile_clamp and mode == "squash":
         return (p98 + p2) / 2, _reciprocal((p98 - p2) / 2), -_CLAMP_MARGIN, _CLAMP_MARGIN
-    if mode == "squash_hard":
+    if percentile_clamp:
         centre, reach = (p98 + p2) / 2, _CLAMP_MARGIN * (p98 - p2) / 2
-        low, high = np.maximum(centre - reach, statistics.min), np.minimum(centre + reach, statistics.max)
+        low, high = np.maximum(centre - reach, low), np.minimum(centre + reach, high)
         return (high + low) / 2, _reciprocal((high - low) / 2), -1.0, 1.0
-    raise ValueError(f"normaliser mode of '{key}' is {mode!r}; expected identity, variance, squash or squash_hard")
+    shift, spread = {
+        "variance": (statistics.mean, statistics.std),
+        "squash": ((p98 + p2) / 2, np.maximum((p98 - p2) / 2, statistics.std)),
+        "squash_hard": ((high + low) / 2, (high - low) / 2),
+    }[mode]
+    scale = _reciprocal(spread)
+    return shift, scale, (low - shift) * scale, (high - shift) * scale
 
 
 # A pose vector is [position 3 | rot6d 6 | gripper 1]: metres in the robot's base frame, the first two rows of the rotation

@@ -51,7 +51,8 @@ class LoopSettings:
         actions: "targets" are where to go, such as joint positions; "displacements" how far from here.
         max_step: limit of what one command moves in each dimension, (m,) or one number for all.
         excess: what to do with a command beyond it: "error" ends the loop, "limit" goes as far as allowed and logs it.
-        robot_hz: commands per second, a whole multiple of the policy's rate; 0 for that rate. Targets are interpolated.
+        robot_hz: commands per second, a whole multiple of the policy's rate; 0 for that rate. Targets are interpolated, but for
+            dimensions that have two values by the server's description, such as a gripper's: `max_step` has to allow their jump.
     """
 
     actions: Literal["targets", "displacements"]
@@ -87,6 +88,7 @@ def run_robot(
         ProtocolError: if the server does not tell its policy's rates, as openpi's do not.
     """
     control_hz, execute_steps, action = client.told("control_hz", "execute_steps", "action")
+    two_valued = action.get("two_valued", ())  # earlier servers do not say
     repeat = settings.commands_per_action(control_hz)
     period = 1 / (repeat * control_hz)
     client.reset()
@@ -98,7 +100,7 @@ def run_robot(
             observation = {**robot.observe(), "task": task, "timestamp": clock()}
             if step % execute_steps == 0:
                 chunk = client.infer(observation)["actions"]
-                commands = resample_actions(chunk, control_hz, repeat * control_hz)
+                commands = resample_actions(chunk, control_hz, repeat * control_hz, two_valued)
                 due = max(due, clock())  # the plan starts now, however long it took
             else:
                 client.observe(observation)

@@ -121,6 +121,17 @@ def test_a_stored_configuration_may_have_fields_that_are_derived_now():
     assert stored_experiment(to_dict(config)) == config
 
 
+def test_a_stored_configuration_of_before_the_other_normaliser_has_the_published_clamp():
+    old = to_dict(ExperimentConfig())
+    del old["compat"]["percentile_clamp"]
+    assert (
+        stored_experiment(old).compat.percentile_clamp
+        and not stored_experiment(to_dict(ExperimentConfig())).compat.percentile_clamp
+    )
+    assert stored_experiment(STORED).compat.percentile_clamp
+    assert not experiment_from(old).compat.percentile_clamp  # one that is written, not stored
+
+
 @pytest.mark.parametrize(
     ("path", "complaint"),
     [

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 
 import ml_dtypes
 import numpy as np
@@ -11,10 +12,12 @@ from mimic_video.transforms import (
     Normalizer,
     Statistics,
     absolute_poses,
+    clamped,
     compute_statistics,
     from_json,
     matrix_from_rot6d,
     relative_poses,
+    remarks,
     resize_images,
     rot6d_from_matrix,
     statistics_from_published,
@@ -67,9 +70,10 @@ def test_unusable_samples_are_refused(bad, message):
         compute_statistics(bad)
 
 
+@pytest.mark.parametrize("clamp", [False, True])
 @pytest.mark.parametrize("mode", ["identity", "variance", "squash", "squash_hard"])
-def test_round_trip_inside_the_bounds(statistics, samples, mode):
-    normalizer = Normalizer.from_statistics(statistics, mode)
+def test_round_trip_inside_the_bounds(statistics, samples, mode, clamp):
+    normalizer = Normalizer.from_statistics(statistics, mode, percentile_clamp=clamp)
     inside = np.clip(samples, statistics.percentiles[20], statistics.percentiles[980]).reshape(10, 100, 3, 2)  # two batch axes
     normalized = normalizer.normalize(inside)
     assert normalized.dtype == np.float32 and normalized.shape == inside.shape
@@ -77,7 +81,7 @@ def test_round_trip_inside_the_bounds(statistics, samples, mode):
 
 
 def test_variance_standardises_and_clamps(statistics, samples):
-    normalizer = Normalizer.from_statistics(statistics, "variance")
+    normalizer = Normalizer.from_statistics(statistics, "variance", percentile_clamp=True)
     clamped = np.clip(samples, statistics.clamp_min, statistics.clamp_max)
     normalized = normalizer.normalize(samples)
     np.testing.assert_allclose(normalized.mean(axis=0), 0, atol=1e-5)
@@ -88,7 +92,7 @@ def test_variance_standardises_and_clamps(statistics, samples):
 
 
 def test_squash_maps_the_percentiles_to_one_and_clamps_beyond(statistics):
-    normalizer = Normalizer.from_statistics(statistics, "squash")
+    normalizer = Normalizer.from_statistics(statistics, "squash", percentile_clamp=True)
     np.testing.assert_allclose(normalizer.normalize(statistics.percentiles[20]), -1, atol=1e-5)
     np.testing.assert_allclose(normalizer.normalize(statistics.percentiles[980]), 1, atol=1e-5)
     np.testing.assert_array_equal(normalizer.normalize(np.full((3, 2), 1e6)), 1.5)
@@ -96,14 +100,82 @@ def test_squash_maps_the_percentiles_to_one_and_clamps_beyond(statistics):
 
 def test_squash_hard_maps_the_reachable_range_to_one():
     statistics = compute_statistics(np.arange(101.0)[:, None, None])
-    normalizer = Normalizer.from_statistics(statistics, "squash_hard")  # 50 ± 72 reaches beyond the data: [0, 100]
     values = np.array([0.0, 50.0, 100.0, 999.0])[:, None, None]
-    np.testing.assert_allclose(normalizer.normalize(values).ravel(), [-1, 0, 1, 1], atol=1e-6)
+    for clamp in (False, True):  # 50 ± 72 reaches beyond the data: [0, 100]
+        normalizer = Normalizer.from_statistics(statistics, "squash_hard", percentile_clamp=clamp)
+        np.testing.assert_allclose(normalizer.normalize(values).ravel(), [-1, 0, 1, 1], atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("mode", ["variance", "squash", "squash_hard"])
+def test_what_is_rare_survives_at_a_size_that_can_be_learned(mode, dtype):
+    """Events of 1 %, 0.1 % and at one step of the horizon alone, with and without noise around zero."""
+    rng, count = np.random.default_rng(3), 4000
+    values = np.zeros((count, 2, 4), np.float32)
+    values[:40, :, 0], values[:4, :, 1], values[:60, 1, 2] = 1.0, -255.0, 0.08
+    values[..., 3] = rng.normal(0, 1e-3, (count, 2))
+    values[:40, :, 3] = 0.7  # a rare rotation
+    statistics = compute_statistics(rng.permutation(values))
+    normalizer = Normalizer.from_statistics(statistics, mode, dtype=dtype)
+    normalized = normalizer.normalize(values)
+    error, size = (np.abs(x).max((0, 1)) for x in (normalizer.unnormalize(normalized) - values, values))
+    assert (error <= size * (1e-6 if dtype == np.float32 else 2**-6)).all()
+    event = np.abs(normalized - np.median(normalized, axis=0)).max(0)
+    assert (event[:, [0, 1, 3]] > 1).all() and event[1, 2] > 1 and event.max() <= 1.02 / np.sqrt(4 / count)
+    assert event[0, 2] == 0  # constant there
+    assert not clamped(statistics, Normalizer.from_statistics(statistics, mode)).any()
 
 
 @pytest.mark.parametrize("mode", ["variance", "squash", "squash_hard"])
-def test_a_constant_dimension_is_shifted_not_divided(mode):
-    normalizer = Normalizer.from_statistics(compute_statistics(np.full((5, 1, 1), 3.0)), mode)
+def test_a_clamp_that_loses_what_is_rare_is_remarked_upon(mode):
+    values = np.random.default_rng(4).normal(0, 0.01, (1000, 2, 4))
+    values[..., 1] = 0
+    values[:10, :, 1], values[:10, 1, 2], values[..., 3] = 255.0, 1.0, 7.0
+    statistics = compute_statistics(values)
+    published = Normalizer.from_statistics(statistics, mode, "action", percentile_clamp=True)
+    # 255 is lost: without a range there is no scale, so that 1.5 and 1 are raw units.
+    assert np.ptp(published.normalize(values)[..., 1]) == {"variance": 0, "squash": 1.5, "squash_hard": 1}[mode]
+    first, second = remarks(statistics, published)
+    assert re.fullmatch(
+        r"the clamp changes \d+\.\d% of action dimension 1, which is 0 to 255, and leaves .* to .*; "
+        "compat.percentile_clamp=False keeps them",
+        first,
+    )
+    assert re.match(r"the clamp changes 1\.\d% of action dimension 2, which is -0\.0\d* to 1, and leaves -0\.\d* to 0\.", second)
+    assert remarks(statistics, Normalizer.from_statistics(statistics, mode, "action")) == []
+    raw = Normalizer.from_statistics(statistics, mode, "action", raw_dims=(1, 2), percentile_clamp=True)
+    assert remarks(statistics, raw) == []
+
+
+def test_values_far_from_all_others_are_remarked_upon():
+    values = np.random.default_rng(4).normal(size=(4000, 1, 2))
+    values[7, 0, 1] = 1e4
+    statistics = compute_statistics(values)
+    (remark,) = remarks(statistics, Normalizer.from_statistics(statistics, "variance", "proprio"))
+    assert re.fullmatch(
+        r"proprio dimension 1, which is -\d.* to 1e\+04, has some at 63 standard deviations from the mean: errors there spoil "
+        "its scale",
+        remark,
+    )
+    assert remarks(statistics, Normalizer.from_statistics(statistics, "variance", raw_dims=(1,))) == []
+
+
+def test_dimensions_of_two_values():
+    rng = np.random.default_rng(5)
+    values = rng.normal(size=(500, 3, 6))
+    values[..., 1] = rng.choice([-1.0, 1.0], (500, 3))
+    values[..., 2] = np.where(np.arange(500)[:, None] < 3, 0.08, 0.0)  # rare
+    values[..., 3] = 4.0
+    values[..., 4] = np.where(np.arange(3) == 1, rng.choice([0.0, 255.0], (500, 3)), 0.0)  # constant at two steps
+    values[..., 5] = rng.choice([0.0, 0.5, 1.0], (500, 3))
+    assert compute_statistics(values).two_valued == (1, 2, 4)
+    assert compute_statistics(np.float32([[[0.3]], [[0.7]], [[0.3]]])).two_valued == (0,)
+
+
+@pytest.mark.parametrize("clamp", [False, True])
+@pytest.mark.parametrize("mode", ["variance", "squash", "squash_hard"])
+def test_a_constant_dimension_is_shifted_not_divided(mode, clamp):
+    normalizer = Normalizer.from_statistics(compute_statistics(np.full((5, 1, 1), 3.0)), mode, percentile_clamp=clamp)
     np.testing.assert_array_equal(normalizer.normalize(np.array([[3.0]])), 0)
     np.testing.assert_array_equal(normalizer.unnormalize(np.array([[0.0]])), 3)
 
@@ -201,7 +273,7 @@ def test_bfloat16_is_that_of_torch_bit_for_bit(poses_of_bridge):
         return torch.from_numpy(getattr(statistics, field)[..., part].copy())
 
     for key, statistics in poses_of_bridge.items():
-        normalizer = Normalizer.from_statistics(statistics, "variance", key, tuple(ROTATION), ml_dtypes.bfloat16)
+        normalizer = Normalizer.from_statistics(statistics, "variance", key, tuple(ROTATION), ml_dtypes.bfloat16, True)
         raw = np.random.default_rng(7).normal(size=(500, *statistics.mean.shape)) * statistics.std * 2 + statistics.mean
         raw = raw.astype(np.float32)  # two deviations: some values are clamped
         raw[0, 0, 0] = statistics.mean_clamped[0, 0]
@@ -232,7 +304,7 @@ def test_bfloat16_quantises_positions_to_millimetres(poses_of_bridge):
         for dtype in (ml_dtypes.bfloat16, np.float32)
     )
     assert not np.ptp(coarse, axis=0).any()
-    np.testing.assert_allclose(np.ptp(fine, axis=0), 0.002 / poses_of_bridge["action"].std_clamped[:, 0], rtol=1e-3)
+    np.testing.assert_allclose(np.ptp(fine, axis=0), 0.002 / poses_of_bridge["action"].std[:, 0], rtol=1e-3)
 
 
 def published_file(robot: str, horizon: int) -> dict:

@@ -23,8 +23,12 @@ def action_errors(
         normalizer: of the actions; errors are root mean squares in its units, where 1 is one standard deviation.
 
     Returns:
-        `rmse` over all real (not padded) actions; `rmse_per_step` (a,) along the chunk; `first_step_rmse`; `windows`, their
-        count; and `example`, the recorded and planned first actions of each window in order, (n, m), raw units.
+        `rmse` over all real (not padded) actions; `rmse_per_step` along the chunk, of the steps that are real in some window;
+        `first_step_rmse`; `windows`, their count; and `example`, the recorded and planned first actions of each window in order,
+        (n, m), raw units.
+
+    Raises:
+        ValueError: if no action is real.
     """
     chunks = []
     for first in range(0, len(windows), batch_size):
@@ -40,10 +44,13 @@ def action_errors(
     planned = np.concatenate(chunks)
     recorded = np.stack([window["actions"] for window in windows])
     mask = np.stack([window["action_mask"] for window in windows])
+    if not mask.any():
+        raise ValueError(f"'action_mask' of {len(windows)} windows is False throughout; expected a real action to compare with")
     squares = ((planned - recorded) * normalizer.scale) ** 2
-    per_step = np.sqrt((squares.mean(-1) * mask).sum(0) / np.maximum(mask.sum(0), 1))
+    squares, counts = squares.mean(-1), mask.sum(0)
+    per_step = np.sqrt((squares * mask).sum(0)[counts > 0] / counts[counts > 0])
     return {
-        "rmse": float(np.sqrt(squares.mean(-1)[mask].mean())),
+        "rmse": float(np.sqrt(squares[mask].mean())),
         "first_step_rmse": float(per_step[0]),
         "rmse_per_step": per_step.tolist(),
         "windows": len(windows),
@@ -53,8 +60,9 @@ def action_errors(
 
 def psnr(
     predicted: UInt8[np.ndarray, "n f h w 3"], real: UInt8[np.ndarray, "n f h w 3"], mask: Bool[np.ndarray, "n f"]
-) -> Float[np.ndarray, " f"]:
-    """Peak signal-to-noise ratio in dB of each frame index, over the windows whose frame is real."""
+) -> Float[np.ndarray, " g"]:
+    """Peak signal-to-noise ratio in dB of the frame indices that are real in some window, over the windows whose frame is."""
     squares = ((predicted.astype(np.float32) - real.astype(np.float32)) / 255) ** 2
-    mse = (squares.mean(axis=(2, 3, 4)) * mask).sum(0) / np.maximum(mask.sum(0), 1)
+    counts = mask.sum(0)
+    mse = (squares.mean(axis=(2, 3, 4)) * mask).sum(0)[counts > 0] / counts[counts > 0]
     return -10 * np.log10(np.maximum(mse, 1e-10))

@@ -27,7 +27,7 @@ def evaluate_video(
         out: gets `videos/NN.gif`, real beside predicted, of the first `record` windows, and `videos/strip.png` of the first four.
 
     Returns:
-        In dB for each future frame `psnr` and `psnr_last_frame_repeated`; and `samples`, the instructions.
+        In dB for each future frame that some window has `psnr` and `psnr_last_frame_repeated`; and `samples`, the instructions.
     """
     vam, past = VideoActionModel(config), config.data.past_frames
     real = np.stack([window["video"] for window in windows])

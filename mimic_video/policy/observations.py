@@ -85,6 +85,7 @@ class PolicyLayout:
     action_horizon: int
     control_hz: float
     execute_steps: int  # actions that are meant to be executed before planning again
+    two_valued: tuple[int, ...] = ()  # dimensions of actions that have two values, which are not to be interpolated
 
     @classmethod
     def of(cls, policy: Policy) -> "PolicyLayout":
@@ -101,13 +102,19 @@ class PolicyLayout:
             action_horizon=data.action_horizon,
             control_hz=data.control_hz,
             execute_steps=policy.config.policy.execute_steps,
+            two_valued=robot.statistics["action"].two_valued,
         )
 
     def metadata(self) -> dict[str, Any]:
         """Plain values for the handshake."""
         return {
             "embodiment": self.embodiment,
-            "action": {"horizon": self.action_horizon, "dim": self.action_dim, "dtype": "float32"},
+            "action": {
+                "horizon": self.action_horizon,
+                "dim": self.action_dim,
+                "dtype": "float32",
+                "two_valued": list(self.two_valued),
+            },
             "state": {"dim": self.proprio_dim},
             "images": {
                 "cameras": list(self.cameras),

@@ -113,10 +113,12 @@ def read_statistics(path: pathlib.Path, config: ExperimentConfig) -> dict[str, S
 
     Raises:
         WeightsError: if it is no such file, or of another action space or horizon.
+        ConfigError: for published ones without the published clamp, which their decoder presupposes.
     """
     try:
         values = json.loads(path.read_bytes())
-        statistics = from_json(values) if set(values) == {"action", "proprio"} else statistics_from_published(values)
+        published = set(values) != {"action", "proprio"}
+        statistics = statistics_from_published(values) if published else from_json(values)
     except (ValueError, AttributeError, TypeError) as error:
         raise WeightsError(f"{path} is not a dataset statistics file: {error}") from error
     decoder = config.decoder
@@ -128,6 +130,10 @@ def read_statistics(path: pathlib.Path, config: ExperimentConfig) -> dict[str, S
     ]
     if wrong:
         raise WeightsError(f"the statistics of {path} are of other windows: " + "; ".join(wrong))
+    if published and not config.compat.percentile_clamp:
+        raise ConfigError(
+            f"config field 'compat.percentile_clamp' is False; expected True, since {path} has published statistics"
+        )
     return statistics
 
 
@@ -176,6 +182,11 @@ def export_weights(
     run, config = absolute(run), directory.read_config(run)
     statistics = None
     if config.stage == "action":
+        if published_keys and not config.compat.percentile_clamp:
+            raise WeightsError(
+                f"--published_keys={published_keys} of {run}, whose 'compat.percentile_clamp' is False; expected True: who reads "
+                "those keys normalises with the clamp"
+            )
         own = choose(directory.load_embodiments(run), None).statistics
         statistics = statistics_to_published(own, published_keys) if published_keys else to_json(own)
     params, step = checkpoints.load_params(run, precision)

@@ -1,3 +1,4 @@
+import dataclasses
 import logging
 
 import numpy as np
@@ -17,6 +18,18 @@ def test_targets_are_interpolated_between():
     np.testing.assert_allclose(resample_actions(chunk[:1], 10.0, 30.0), chunk[:1])
     with pytest.raises(ValueError, match=r"actions have shape \(0, 2\)"):
         resample_actions(chunk[:0], 10.0, 10.0)
+
+
+def test_what_has_two_values_is_the_nearest_actions():
+    chunk = np.array([[0.0, -0.98], [1.0, 1.01], [2.0, 0.99], [3.0, -1.0]])
+    got = resample_actions(chunk, 10.0, 40.0, two_valued=[1])
+    np.testing.assert_allclose(got[:, 0], np.arange(13) / 4)
+    np.testing.assert_array_equal(got[:, 1], chunk[[0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3], 1])  # the earlier of two as near
+    for hz in (10.0, 30.0, 5.0):
+        assert set(resample_actions(chunk, 10.0, hz, [1])[:, 1]) <= set(chunk[:, 1])
+    for wrong in ([2], [-1], [0.5]):
+        with pytest.raises(ValueError, match=r"two_valued is \[.*\]; expected dimensions of 0 to 1"):
+            resample_actions(chunk, 10.0, 20.0, wrong)
 
 
 def test_a_command_that_is_too_far(caplog):
@@ -79,6 +92,16 @@ def test_the_loop_looks_at_the_policys_rate_and_commands_at_the_robots():
     np.testing.assert_allclose(np.diff(times), 0.05, atol=2e-3)
     frames = [action.tolist() for _, action in arm.commands[8:12]]  # of the third plan: frames at looks 1 to 5, then the state
     assert frames == [[1, 2, 3, 4, 5], [3, 3.5, 4, 2, 2.5], [5, 5, 5, 0, 0], pytest.approx(frames[3])]
+
+
+def test_the_loop_does_not_interpolate_what_the_server_says_has_two_values():
+    clock = Clock()
+    arm = Arm(clock)
+    layout = dataclasses.replace(LAYOUT, two_valued=(0,))
+    with serving(Recorder(), layout=layout) as running, running.client() as client:
+        assert client.metadata["action"]["two_valued"] == [0]
+        run_robot(client, arm, "a", LoopSettings("targets", 1e9, "error", robot_hz=20.0), 0.2, clock, clock.sleep)
+    assert arm.commands[1][1].tolist() == [1, 1, 1, 0.5, 0.5]  # between the frames, all 1, and the state, of three numbers
 
 
 def test_the_loop_ends_at_a_command_that_is_too_far_or_limits_it(caplog):

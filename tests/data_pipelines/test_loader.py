@@ -161,6 +161,18 @@ def test_windows_longer_than_every_episode_name_the_field(make_source, config):
         dataset(action_horizon=12, actions=True)
     assert len(dataset(action_horizon=12, actions=False)) == 12 + 9
     assert len(dataset(action_horizon=11, actions=True)) == 11 + 8  # fits the longest exactly
+    for actions in (False, True):
+        with pytest.raises(
+            DatasetError, match=r"'data\.future_frames' is 4: .* the longest of 2 episodes of memory lasts 0\.00 s"
+        ):
+            WindowDataset(make_source(1, 1), config, actions=actions)
+
+
+def test_an_episode_of_one_step_has_one_action_or_no_window(make_source, config):
+    late, now = (WindowDataset(make_source(1, 9), dataclasses.replace(config, action_delay=d), actions=True) for d in (0.1, 0.0))
+    assert len(late) == 8 and len(now) == 1 + 9
+    assert now[0]["action_mask"].tolist() == [True, False, False, False] and now[0]["actions"][:, 0].tolist() == [0.5] * 4
+    assert all(now[i]["action_mask"][0] for i in range(10)) and all(late[i]["action_mask"][0] for i in range(8))
 
 
 def test_missing_actions(make_source, config):

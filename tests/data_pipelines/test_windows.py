@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import tiny
 
+from data_pipelines.episode import ArrayFrames, Episode
+from data_pipelines.importing import resampled
 from data_pipelines.windows import (
     action_window,
     action_windows,
@@ -154,6 +156,20 @@ def test_poses_between_steps():
     poses[:, 9] = [1.0, 0.5, 0.0]
     np.testing.assert_allclose(poses_at(times, poses, asked)[..., 9], [[1.0, 0.75], [0.625, 0.25], [0.0, 0.0]], atol=1e-6)
     np.testing.assert_array_equal(poses_at(times[:1], poses[:1], asked), np.broadcast_to(poses[0], (3, 2, 10)))
+
+
+@pytest.mark.parametrize("ends", [(-1.0, 1.0), (0.0, 0.08), (0.0, 255.0)])
+def test_a_gripper_of_two_values_is_never_between_them(ends, config):
+    times, asked = np.arange(6) / 10, np.linspace(-0.1, 0.7, 81)
+    poses = np.float32([pose([k, 0, 0], 10 * k, ends[k in (2, 3)]) for k in range(6)])
+    np.testing.assert_array_equal(poses_at(times, poses, asked)[:, 9], poses[nearest(times, asked), 9])
+    episode = Episode("e", times, ArrayFrames(np.zeros((6, 2, 2, 3), np.uint8)), "", poses, poses, "pose")
+    chunk = action_windows(episode, [0, 1, 2, 3], dataclasses.replace(config, control_hz=35.0))["actions"]
+    assert set(np.unique(chunk[..., 9])) == set(np.float32(ends))
+    faster = resampled(dataclasses.replace(episode, timestamps=times * 1.3), 10.0)  # as recordings are imported
+    assert set(np.unique(faster.actions[:, 9])) == set(np.unique(faster.proprio[:, 9])) == set(np.float32(ends))
+    poses[4, 9] = np.mean(ends)  # a third value: a width
+    assert len(np.unique(poses_at(times, poses, asked)[:, 9])) > 3
 
 
 def test_actions_of_a_pose_layout_are_seen_from_the_current_pose():

@@ -1,5 +1,6 @@
 """Published weights → run → published weights, and what is refused on the way."""
 
+import dataclasses
 import json
 import re
 
@@ -14,6 +15,7 @@ import tiny
 import torch
 from diffusers import AutoencoderKLWan, CosmosTransformer3DModel
 
+from mimic_video.config import CompatConfig
 from mimic_video.embodiments import Embodiment
 from mimic_video.policy.policy import Policy
 from mimic_video.runs import checkpoints, directory
@@ -32,6 +34,7 @@ ACTION = tiny.experiment(
     decoder={"action_dim": 10, "proprio_dim": 10},
     data={"raw_action_dims": (3, 4, 5, 6, 7, 8)},
     train={"ema_decay": 0.0},
+    compat={"percentile_clamp": True},
 )
 NAMES = {"tokenizer": WAN_VAE_NAMES, "backbone": VIDEO_DIT_NAMES, "decoder": ACTION_DECODER_NAMES}
 FILES = {
@@ -334,13 +337,18 @@ def test_a_folder_of_the_name_run_is_no_request_to_export(launch, config_file, t
     assert message == "error: stage 'action' needs --decoder and --statistics"  # of the other direction
 
 
+def test_published_statistics_without_the_published_clamp_are_refused(convert, source):
+    message = convert(source, *PATTERNS, config=dataclasses.replace(ACTION, compat=CompatConfig()))
+    assert_refused(message, "'compat.percentile_clamp' is False; expected True, since .*json has published statistics")
+
+
 def test_exports_that_are_refused(convert, launch, source, tmp_path):
     assert_refused(
         launch("convert", f"--workdir={tmp_path / 'none'}", f"--out={tmp_path / 'export'}"), "none is not a run directory"
     )
     assert not (tmp_path / "none").exists()
     other = {"action_dim": 4, "proprio_dim": 10}
-    config = tiny.experiment(decoder=other)
+    config = tiny.experiment(decoder=other, compat={"percentile_clamp": True})
     random = np.random.default_rng(0)
     statistics = {
         key: compute_statistics(random.standard_normal((5, 1, width))) for key, width in (("action", 4), ("proprio", 10))
@@ -350,6 +358,12 @@ def test_exports_that_are_refused(convert, launch, source, tmp_path):
     assert_refused(
         launch("convert", f"--workdir={tmp_path / 'narrow'}", f"--out={tmp_path / 'export'}", "--published_keys=bridge"),
         r"\(1, 4\)",
+    )
+    config = tiny.experiment(decoder=other)
+    checkpoints.save_converted(tmp_path / "kept", config, tiny.params(config), {"narrow": robot})
+    assert_refused(
+        launch("convert", f"--workdir={tmp_path / 'kept'}", f"--out={tmp_path / 'export'}", "--published_keys=bridge"),
+        "--published_keys=bridge of .*kept, whose 'compat.percentile_clamp' is False; expected True",
     )
 
 

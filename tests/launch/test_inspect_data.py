@@ -88,7 +88,7 @@ def test_dataset_on_disk(launch, tmp_path, by_name):
     assert lines(output, "steps/action") == ["steps/action tensor float32 (7,); expected numbers of shape (7,)"]
     assert lines(output, "episode 0, primary") == ["episode 0, primary, -0.8 to +11.2 s around step 3 of 6: 'task 0'"]
     # All dimensions of step k are k / 10; x is a position that was reached, from 0 to 0.5.
-    assert lines(output, "position 0") == ["position 0 [m] 0.0000 0.2500 0.5000"]
+    assert lines(output, "position 0") == ["position 0 [m] 0.0000 0.2500 0.5000 0.0%"]
     picture = np.asarray(Image.open(tmp_path / "out" / "bridge_orig" / "windows.png"))
     assert picture.shape == (2 * (96 + 2), 8 * 128, 3)  # two cameras
     assert picture[40, 5, 0] < picture[40, -5, 0] and picture[140].min() > 240
@@ -106,7 +106,7 @@ def test_datasets_with_all_of_their_published_features(launch, tmp_path, name, c
     # x of the poses: reached at steps 0 to 7, or commanded two steps ahead.
     ahead = {"bridge_orig": 0, "droid": 2}[name]
     first, last = (oxe_schemas.position(k + ahead)[0] for k in (0, oxe_schemas.STEPS - 1))
-    assert lines(output, "position 0") == [f"position 0 [m] {first:.4f} {(first + last) / 2:.4f} {last:.4f}"]
+    assert lines(output, "position 0") == [f"position 0 [m] {first:.4f} {(first + last) / 2:.4f} {last:.4f} 0.0%"]
     out = tmp_path / "out" / name
     assert np.asarray(Image.open(out / "windows.png")).shape[0] == 2 * cameras * (96 + 2)
     assert Image.open(out / "actions.png").size[0] > 500
@@ -133,10 +133,28 @@ def test_our_own_layout(launch, tmp_path, labelled):
     directory = write_rlds(tmp_path, "mine", {"train": [episode]}, control_hz=5.0, image_size=(16, 16), description="")
     output = launch("inspect_data", f"--source={directory}", f"--out={tmp_path / 'out'}")
     assert "dataset mine: not registered" in output
-    assert (lines(output, "action 0") == ["action 0 0.0000 2.5000 5.0000"]) is labelled
+    assert (lines(output, "action 0") == ["action 0 0.0000 2.5000 5.0000 0.0%"]) is labelled
     assert ("no actions" in output) is not labelled
     written = {path.name for path in (tmp_path / "out" / "mine").iterdir()}
     assert written == ({"windows.png", "actions.png"} if labelled else {"windows.png"})
+
+
+def test_what_a_clamp_would_lose_and_what_may_be_errors(launch, tmp_path):
+    steps = 3000
+    actions, proprio = np.zeros((steps, 2), np.float32), np.sin(np.arange(steps, dtype=np.float32))[:, None]
+    actions[-30:, 1], proprio[7] = 1.0, 1e4
+    frames = ArrayFrames(np.zeros((steps, 8, 8, 3), np.uint8))
+    episode = Episode("e", np.arange(steps) / 5.0, frames, "wait", proprio, actions)
+    directory = write_rlds(tmp_path, "rare", {"train": [episode]}, control_hz=5.0, image_size=(8, 8), description="")
+    output = launch("inspect_data", f"--source={directory}", f"--out={tmp_path / 'out'}")
+    assert lines(output, "action 1") == ["action 1 0.0000 0.0100 1.0000 100.0%"]
+    assert lines(output, "the clamp") == [
+        "the clamp changes 55.5% of proprio dimension 0, which is -1 to 1e+04, and leaves -3.164 to -0.1701; "
+        "compat.percentile_clamp=False keeps them",
+        "the clamp changes 100.0% of action dimension 1, which is 0 to 1, and leaves -0.005 to -0.005; "
+        "compat.percentile_clamp=False keeps them",
+    ]
+    assert lines(output, "proprio dimension 0, which is -1 to 1e+04, has some at 55 standard deviations")
 
 
 def test_mixture(launch, tmp_path):

@@ -49,7 +49,12 @@ def metric(running, name):
 
 def test_a_client_learns_the_layout_and_gets_plans():
     with serving(Recorder()) as running, running.client() as client:
-        assert client.metadata["protocol"] == 1 and client.metadata["action"] == {"horizon": 4, "dim": 5, "dtype": "float32"}
+        assert client.metadata["protocol"] == 1 and client.metadata["action"] == {
+            "horizon": 4,
+            "dim": 5,
+            "dtype": "float32",
+            "two_valued": [],
+        }
         assert client.metadata["images"]["cameras"] == ["primary"] and client.metadata["control_hz"] == 10.0
         answer = client.infer(observation(7, prompt="open", timestamp=0.0))
         np.testing.assert_array_equal(answer["actions"][:3], plan_of(7, (1, 2, 3), "open"))

@@ -42,7 +42,7 @@ def test_configurations(runs):
     for name, changes in (("video", {"lora": {"rank": 2}}), ("action", {"backbone_run": "video"})):
         stored = directory.read_config(runs / name)
         data = {field: getattr(stored.data, field) for field in ("video_dataset", "action_dataset")}
-        assert stored == tiny.experiment(stage=name, train=SETTINGS, data=data, **changes)
+        assert stored == tiny.experiment(stage=name, train=SETTINGS, data=data, compat={"percentile_clamp": True}, **changes)
     assert directory.read_config(runs / "bundle") == directory.read_config(runs / "action")
 
 
@@ -53,6 +53,11 @@ def test_the_policy_acts_as_it_did(runs, name):
     actions = policy(stored["images"], stored["proprio"], stored["instructions"].tolist(), query=3)
     normalize = policy.normalizers["action"].normalize
     np.testing.assert_allclose(normalize(actions), normalize(stored["actions"]), atol=1e-5)
+    for key, normalizer in policy.normalizers.items():  # that of then, by hand (SPEC 7.1)
+        entry = policy.embodiment.statistics[key]
+        np.testing.assert_array_equal(normalizer.shift, entry.mean_clamped)
+        np.testing.assert_array_equal(normalizer.scale, 1 / entry.std_clamped)
+        np.testing.assert_array_equal(normalizer.high, (entry.clamp_max - entry.mean_clamped) * normalizer.scale)
 
 
 def test_the_run_can_be_a_backbone_and_be_continued(runs, tmp_path):
