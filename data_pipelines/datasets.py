@@ -141,8 +141,9 @@ def find_instructions(config: ExperimentConfig) -> dict[str, None]:
 
 
 def _instructions(place: Place, config: ExperimentConfig) -> Iterator[str]:
-    size = config.data.image_size  # needed where images may have any
-    for split in open_dataset(place.directory).info.splits:
+    dataset, size = open_dataset(place.directory), config.data.image_size  # a size, since images may have any
+    dataset.shards(config.data.train_split)  # raises what training would
+    for split in dataset.info.splits:
         source = RldsSource(place.directory, split, spec=place.spec, image_size=size)
         for index in tqdm(range(len(source)), desc=source.name, unit="episode"):
             yield from source[index].instructions
