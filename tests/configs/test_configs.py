@@ -91,6 +91,11 @@ def test_published_experiments(name, stage, blocks):
     assert (config.data.action_horizon, config.data.control_hz) == (horizon, rate)
 
 
+@pytest.mark.parametrize(("name", "argument", "_"), EXPERIMENTS)
+def test_only_decoders_as_published_lose_rare_commands(name, argument, _):
+    assert shipped(name, argument).compat.percentile_clamp == (name == "published")
+
+
 def test_the_published_recipes():
     """SPEC 4.3 and 4.4."""
     for name, batch in (("bridge_video", 64), ("libero_video", 32), ("bridge", 256), ("libero", 128)):
