@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import sys
 
 import pytest
 import tiny
@@ -144,3 +145,9 @@ def test_a_tilde_in_a_flag_is_the_home_directory(launch, tmp_path, experiment_fi
     assert_says(launch("train", "--config=~/other.py", "--workdir=~/run"), f"there is no file {home}/other.py")
     assert_says(launch("inspect_data", "--source=~/none"), f"{home}/none")
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_and_biases_is_asked_for_before_data(train, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    message = train("--config.train.wandb_project=tests", "--config.data.action_dataset=/nowhere")
+    assert_says(message, "'train.wandb_project' is set, but the package wandb is missing")
