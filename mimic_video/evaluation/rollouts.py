@@ -143,7 +143,7 @@ def run_task(
     def checked_plan(*arguments: Any) -> np.ndarray:
         actions = np.asarray(plan(*arguments))
         if actions.ndim != 3 or (len(actions), actions.shape[2]) != (n, pool.action_dim) or actions.shape[1] < execute_steps:
-            raise ValueError(
+            raise ConfigError(
                 f"{task}: the plan has shape {actions.shape}; expected ({n}, {execute_steps} or more, {pool.action_dim})"
             )
         return actions
