@@ -149,8 +149,10 @@ def _checked_config(arguments: list[str]) -> list[str]:
     """The arguments with --config's home directory; ends the script for a file that is missing, or a field that there is not."""
     known = field_paths(ExperimentConfig)
     for index, argument in enumerate(arguments):
-        name, _, value = argument.lstrip("-").partition("=")
+        name, given, value = argument.lstrip("-").partition("=")
         if name == "config":
+            if not given and arguments[index + 1 :]:  # --config FILE
+                value = arguments.pop(index + 1)
             value = os.path.expanduser(value)
             arguments[index] = f"--config={value}"
             file = pathlib.Path(value.split(":")[0])

@@ -142,7 +142,8 @@ def test_a_tilde_in_a_flag_is_the_home_directory(launch, tmp_path, experiment_fi
     config = f"--config=~/{experiment_file.name}"
     assert_says(launch("train", config, "--workdir=~/run", "--config.backbone_run=~/nowhere"), f"{home}/nowhere is not a run")
     assert_says(launch("train", config, "--workdir=~of_nobody/run"), "--workdir is '~of_nobody/run'; expected a home directory")
-    assert_says(launch("train", "--config=~/other.py", "--workdir=~/run"), f"there is no file {home}/other.py")
+    for config in (["--config=~/other.py"], ["--config", "~/other.py"]):
+        assert_says(launch("train", *config, "--workdir=~/run"), f"there is no file {home}/other.py")
     assert_says(launch("inspect_data", "--source=~/none"), f"{home}/none")
     assert not list(tmp_path.iterdir())
 
