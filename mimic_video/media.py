@@ -163,11 +163,13 @@ def _upright(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def _pictures(image: Image.Image, hz: float) -> Iterator[tuple[float, np.ndarray]]:
-    """Times in seconds and frames of a picture that may be animated."""
-    milliseconds = 0.0
+    """Times in seconds and frames of a picture that may be animated; a frame that stands still for long comes again at `hz`."""
+    start = 0.0
     for frame in ImageSequence.Iterator(image):
-        yield milliseconds / 1000, _upright(frame)
-        milliseconds += max(image.info.get("duration", 1000 / hz), 1)
+        pixels, seconds = _upright(frame), max(image.info.get("duration", 1000 / hz), 1) / 1000
+        for period in range(max(1, round(seconds * hz))):
+            yield start + period / hz, pixels
+        start += seconds
 
 
 def _tail(frames: Iterable[tuple[float, Any]], span: float) -> list[tuple[float, Any]]:

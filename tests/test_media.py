@@ -137,7 +137,7 @@ def test_rates_of_a_video_may_change(tmp_path):
     images = [Image.fromarray(frame) for frame in frames(4)]
     images[0].save(tmp_path / "uneven.gif", save_all=True, append_images=images[1:], duration=[100, 400, 200, 100], disposal=1)
     read = media.read_frames(tmp_path / "uneven.gif", 10.0, 8)  # frames begin at 0, 0.1, 0.5 and 0.7 s
-    assert read[:, 5, 5, 0].tolist() == [0, 10, 10, 10, 20, 20, 20, 30]
+    assert read[:, 5, 5, 0].tolist() == [0, 10, 10, 10, 10, 20, 20, 30]
 
 
 def test_damaged_files_are_named(tmp_path):
