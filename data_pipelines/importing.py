@@ -20,6 +20,8 @@ from data_pipelines.sources.rlds import DatasetError
 from data_pipelines.windows import at_rate, nearest, poses_at, rate_tolerance
 from data_pipelines.writers import FileFormat, write_rlds
 
+_OTHER_RATE = 1.5  # times as many or few steps: other units, or another rate than the source says
+_LONGEST_BREAK = 100.0  # periods that the nearest step may stand for what was not recorded
 _VALIDATION_SEED = 42  # as the published system's choice (SPEC 8.5)
 _LISTED = 5  # names that are printed for a reason
 
@@ -79,6 +81,21 @@ class _ChosenFrames:
 
     def take(self, indices: Sequence[int]) -> np.ndarray:
         return self.frames.take(self.steps[np.asarray(indices, int)].tolist())
+
+
+def check_times(episode: Episode, hz: float) -> None:
+    """Raises DatasetError for time stamps that cannot be seconds of a recording at about `hz` steps a second without a break."""
+    if len(episode) == 1:
+        return
+    periods = np.diff(episode.timestamps)
+    middle, longest = float(np.median(periods)), int(periods.argmax())
+    if not 1 / _OTHER_RATE < middle * hz < _OTHER_RATE:
+        raise DatasetError(f"{episode.name}: time stamps are {middle:.4g} apart; expected {1 / hz:.4g}, in seconds")
+    if periods[longest] * hz > _LONGEST_BREAK:
+        raise DatasetError(
+            f"{episode.name}: time stamps go {periods[longest]:.4g} s ahead after step {longest}; expected about {1 / hz:.4g}: a "
+            "clock was set, or recording was interrupted"
+        )
 
 
 def resampled(episode: Episode, hz: float) -> Episode:
@@ -145,6 +162,7 @@ class Import:
                 self.skipped[f"it has no camera '{min(missing)}'"].append(episode.name)
                 continue
             try:
+                check_times(episode, self._source.control_hz)
                 episode = resampled(episode, self._hz)
                 for frames in episode.cameras.values() if self._skip_damaged else ():
                     for _ in blocks(frames):  # what is damaged must show before the episode is handed on

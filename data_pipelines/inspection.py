@@ -39,7 +39,10 @@ def describe(spec: DatasetSpec) -> str:
 
 
 def print_schema(directory: pathlib.Path, spec: DatasetSpec | None) -> None:
-    """Every feature that is there, beside what is expected of it. Raises SchemaError as `check_schema`."""
+    """Every feature that is there, beside what is expected of it, and cameras that are not.
+
+    Raises SchemaError as `check_schema`, but for cameras besides the primary one, which training does without.
+    """
     features = flatten_features(open_dataset(directory).features)
     expected = expected_features(spec) if spec else {}
     width = max(map(len, features))
@@ -47,7 +50,10 @@ def print_schema(directory: pathlib.Path, spec: DatasetSpec | None) -> None:
     for path, feature in sorted(features.items()):
         print(f"  {path:{width}}  {feature}" + (f"; expected {expected[path]}" if path in expected else ""))
     if spec:
-        check_schema(features, spec)
+        check_schema(features, dataclasses.replace(spec, secondary=None, wrist=None))
+        for camera, key in spec.cameras.items():
+            if f"steps/observation/{key}" not in features:
+                print(f"  left out camera '{camera}': there is no 'steps/observation/{key}'")
 
 
 def draw_windows(source: Sequence[Episode], count: int) -> tuple[Image.Image, list[str]]:

@@ -8,12 +8,19 @@ import signal
 import threading
 from collections.abc import Iterator
 
+from mimic_video.errors import ConfigError
+
 
 @contextlib.contextmanager
 def worker_processes(count: int) -> Iterator[concurrent.futures.Executor]:
     """Processes that end with this one, whatever ends it; what they have not begun is given up when the block is left."""
     context = multiprocessing.get_context("spawn")  # graphics contexts and JAX do not survive a fork
-    executor = concurrent.futures.ProcessPoolExecutor(count, mp_context=context, initializer=_end_with_parent)
+    try:
+        executor = concurrent.futures.ProcessPoolExecutor(count, mp_context=context, initializer=_end_with_parent)
+    except OSError as error:  # of a semaphore
+        raise ConfigError(
+            f"{count} worker processes need shared memory: /dev/shm: {error}; expected room (docker run --shm-size=1g)"
+        ) from error
     try:
         yield executor
     finally:

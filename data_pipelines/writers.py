@@ -17,6 +17,7 @@ from data_pipelines.episode import CAMERAS, Episode, Frames, blocks
 from data_pipelines.sources.records import RecordWriter
 from data_pipelines.windows import at_rate
 from mimic_video.atomic import atomically
+from mimic_video.config import expanded_path
 from mimic_video.transforms import resize_images
 
 VERSION = "1.0.0"
@@ -86,7 +87,7 @@ def write_rlds(
         ValueError: for another file format or a name that no robot can have, a split without episodes, an episode whose features
             differ from the first one's, or one whose timestamps are not at `control_hz`.
     """
-    path = Path(directory) / name / VERSION
+    path = Path(expanded_path(os.fspath(directory), "the folder for datasets")) / name / VERSION
     if path.exists():
         raise FileExistsError(f"dataset {path} exists already: delete it or choose another name")
     if not control_hz > 0:

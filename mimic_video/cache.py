@@ -24,10 +24,10 @@ def keep_compiled_programs() -> None:
     To be called before anything is compiled. JAX keeps what took a second or more to compile. Where nothing can be written, a
     warning says so, and what is there already is found.
     """
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    folder = named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     try:
-        if folder is None:
-            folder = str(user_cache("xla"))
+        folder = str(user_cache("xla")) if named is None else os.path.expanduser(named)
+        if folder != named:
             jax.config.update("jax_compilation_cache_dir", folder)
         if folder and "://" not in folder:
             os.makedirs(folder, exist_ok=True)

@@ -269,8 +269,12 @@ class Normalizer:
 
 
 def clamped(statistics: Statistics, normalizer: Normalizer) -> PerStep:
-    """Share of the training set's values that a normaliser's clamp changes, in steps of 0.1 %."""
-    return (_moved(statistics, normalizer) > _CONSTANT).mean(0)
+    """Share of the training set's values that a normaliser's clamp changes, in steps of 0.1 %.
+
+    Where it leaves one value, those near that do not count: what the others commanded is lost.
+    """
+    moved, left = _moved(statistics, normalizer), normalizer.unnormalize(normalizer.high) - normalizer.unnormalize(normalizer.low)
+    return (moved > np.where(left > _CONSTANT, 0, np.median(moved, 0)) + _CONSTANT).mean(0)
 
 
 def remarks(statistics: Statistics, normalizer: Normalizer) -> list[str]:

@@ -7,6 +7,7 @@ import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidProxy, InvalidStatus, InvalidURI
 from websockets.proxy import parse_proxy
 from websockets.sync.client import ClientConnection, connect
@@ -108,8 +109,9 @@ class PolicyClient:
         except ConnectionClosed as error:
             raise ConnectionLost(f"the connection to the policy server is closed: {error}") from error
         reply = self._receive(timeout)
-        if not self._has_history and "actions" not in reply:
-            raise protocol.ProtocolError(f"the server answers with {sorted(reply)}; expected 'actions' among them")
+        plans = not self._has_history or (observation.get("plan", True) and not observation.get("reset"))
+        if (plans or "actions" in reply) and not isinstance(reply.get("actions"), np.ndarray):
+            raise protocol.ProtocolError(f"the server answers with {sorted(reply)}; expected an array 'actions' among them")
         if "warning" in reply:
             _log.warning("the policy server warns: %s", reply["warning"])
         return reply

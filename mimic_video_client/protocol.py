@@ -92,9 +92,9 @@ def error_text(kind: str, message: str) -> str:
 
 
 def parse_error(text: str) -> tuple[str, str]:
-    """(kind, message) of a text frame; one of another server's is INTERNAL, as a whole."""
+    """(kind, message) of a text frame; one of another server's is INTERNAL, in one line."""
     kind, separator, message = text.partition(": ")
-    return (kind, message) if separator and kind in ERROR_KINDS else (INTERNAL, text)
+    return (kind, message) if separator and kind in ERROR_KINDS else (INTERNAL, " ".join(text.split()))
 
 
 def _encode(value: Any) -> Any:

@@ -54,3 +54,10 @@ def test_programs_that_cannot_be_kept_are_compiled_all_the_same(no_home, setting
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     cache.keep_compiled_programs()
     assert settings == {"jax_compilation_cache_dir": str(tmp_path / "new/mimic_video/xla")} and not caplog.text
+
+
+def test_a_tilde_is_the_home_directory_in_the_compilers_cache(monkeypatch, tmp_path, settings):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "~/xla")
+    cache.keep_compiled_programs()
+    assert settings["jax_compilation_cache_dir"] == str(tmp_path / "xla") and (tmp_path / "xla").is_dir()

@@ -155,6 +155,17 @@ def test_damaged_files_are_named(tmp_path):
         media.read_frames(path, 5.0, 3)
 
 
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_a_video_whose_end_is_missing_is_refused(tmp_path, share):
+    """Its frames can be read without it, and the last ones would be those of another time."""
+    path, noise = tmp_path / "cut.mkv", np.random.default_rng(0).integers(0, 256, (100, 32, 32, 3), np.uint8)
+    encode(path, noise, 10)
+    assert len(media.read_frames(path, 10.0, 3)) == 3
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(media.MediaError, match=rf"^{path} is cut off at \d\.\d\d of 10\.00 s$"):
+        media.read_frames(path, 10.0, 3)
+
+
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
 def test_more_than_8_bits_are_not_clipped(tmp_path, dtype):
     path = tmp_path / f"depth.{'png' if dtype is np.uint16 else 'tiff'}"

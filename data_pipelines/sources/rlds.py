@@ -21,6 +21,7 @@ from data_pipelines.episode import CAMERAS, ActionLayout, Episode, Frames
 from data_pipelines.sources.index import Column, Index, Shard, cache_directories, open_index
 from data_pipelines.sources.records import DatasetError, RecordFiles, file_sizes, is_remote, parse_example, read_file
 from mimic_video.atomic import INCOMPLETE
+from mimic_video.config import expanded_path
 from mimic_video.media import MediaError, read_picture
 from mimic_video.transforms import resize_images
 
@@ -120,7 +121,7 @@ class RldsSource(Sequence[Episode]):
     ):
         self.name = f"{directory} split '{split}'"
         dataset = open_dataset(directory)
-        shards = dataset.shards(split)
+        directory, shards = dataset.directory, dataset.shards(split)
         features = _Features(dataset.directory, dataset.features)
         self._resize, self._format = image_size, dataset.file_format
         self._paths = [shard.path for shard in shards]
@@ -353,7 +354,7 @@ def decode_image(
 
 
 def _has_exif(jpeg: bytes) -> bool:
-    return jpeg.find(b"Exif\0\0", 0, jpeg.find(b"\xff\xda")) >= 0  # before the first scan
+    return b"Exif\0\0" in jpeg or b"http://ns.adobe.com/xap/1.0/" in jpeg  # in pixels by chance, too: they are read all the same
 
 
 class Dataset(NamedTuple):
@@ -385,7 +386,7 @@ def open_dataset(directory: str | os.PathLike) -> Dataset:
     """Reads a dataset's metadata. Raises DatasetError as `RldsSource`."""
     if is_remote(directory):
         return _open_remote(os.fspath(directory).rstrip("/"))
-    directory = Path(directory)
+    directory = Path(expanded_path(os.fspath(directory), "the dataset"))
     if directory.name.startswith(INCOMPLETE):
         raise DatasetError(f"{directory} is a half-written dataset: its writer did not finish")
     if not directory.is_dir():

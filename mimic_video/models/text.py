@@ -36,7 +36,8 @@ def read_prompts(path: Path) -> list[str]:
         lines = path.read_text("utf-8-sig").split("\n")  # `splitlines` would break prompts at signs such as U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--prompts={path} cannot be read: {error}") from error
-    return [line.strip() for line in lines if line.strip()]
+    prompts = (line.strip("\ufeff").strip() for line in lines)  # marks also where marked files were put together
+    return [prompt for prompt in prompts if prompt]
 
 
 class HashTextEncoder:

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -35,6 +35,7 @@ SILENCE = 30.0  # seconds; collectives, compilation and I/O release the interpre
 _MESSAGE_BYTES = 1000  # of what `agree` sends
 _BEAT = 2.0  # seconds between signs of life, and that a process waits for the others to do something
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_GRPC_PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # that gRPC heeds
 _FAILURE, _ALIVE, _LEAVING = "mimic_video/failure", "mimic_video/alive", "mimic_video/leaving"
 # What JAX and gloo raise where another process is missing begins with a status; local mistakes of a program have other types.
 _STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|DATA_LOSS): ")
@@ -85,7 +86,7 @@ def initialize(environment: Mapping[str, str]) -> None:
     if not re.fullmatch(r"(\d+(,\d+)*)?", devices := environment.get("JAX_LOCAL_DEVICE_IDS", "")):
         raise ConfigError(f"environment variable JAX_LOCAL_DEVICE_IDS is {devices!r}; expected numbers of devices, such as 0,1")
     # JAX's own, a process's last beat of which may be half of this before its death: so ours comes first.
-    connect = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=int(4 * SILENCE))
+    connect = _without_proxies(functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=int(4 * SILENCE)))
     if explicit:
         for name in _EXPLICIT:
             if name not in explicit:
@@ -106,18 +107,33 @@ def initialize(environment: Mapping[str, str]) -> None:
             connect()
 
 
+def _without_proxies(connect: Callable[..., None]) -> Callable[..., None]:
+    """The same, in an environment without proxies: gRPC would reach even this machine through them, or hang."""
+
+    def connect_directly(*arguments: Any, **options: Any) -> None:
+        proxies = {name: os.environ.pop(name) for name in _GRPC_PROXIES if name in os.environ}
+        try:
+            connect(*arguments, **options)
+        finally:
+            os.environ.update(proxies)  # for downloads and buckets
+
+    return connect_directly
+
+
 def _slurm_gpus(environment: Mapping[str, str]) -> list[int] | None:
     """Which of the GPUs that a task sees it takes; None leaves that to JAX: JAX_LOCAL_DEVICE_IDS, or the one of its number.
 
-    It takes all, which count from 0, where Slurm shows it its own alone (fewer than the job has on the node), or no other task is
-    on the node.
+    It takes all, which count from 0, where Slurm shows it its own alone (fewer than the job has on the node, or than there are
+    tasks before it there), or no other task is on the node.
     """
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if environment.get("JAX_LOCAL_DEVICE_IDS") or not visible:
         return None
     count, on_node = len(visible.split(",")), environment.get("SLURM_GPUS_ON_NODE", "")
     alone = re.fullmatch(r"1(\(x\d+\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
-    return list(range(count)) if alone or (on_node.isdecimal() and count < int(on_node)) else None
+    before = environment.get("SLURM_LOCALID", "")
+    own = count < int(on_node) if on_node.isdecimal() else before.isdecimal() and count <= int(before)
+    return list(range(count)) if alone or own else None
 
 
 def _number(name: str, environment: Mapping[str, str], low: int, end: int) -> int:

@@ -178,9 +178,9 @@ def read_metrics(run: epath.Path) -> list[dict[str, float]]:
 def _record(line: bytes) -> dict[str, float] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and "step" in record else None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 @contextlib.contextmanager

@@ -58,7 +58,7 @@ def train(config: ExperimentConfig, run: str | os.PathLike, data: Data, profile:
     """
     run = run_path(run)
     if config.train.wandb_project and jax.process_index() == 0:
-        require_wandb()
+        require_wandb(config.train.wandb_project)
     require_backbone(config, run)
     with locked(run):
         mesh = make_mesh(config.mesh)

@@ -147,7 +147,7 @@ def wandb_package() -> types.ModuleType:
         ) from error
 
 
-def require_wandb() -> None:
+def require_wandb(project: str) -> None:
     """Asks for what Weights & Biases needs, while nothing has been read. Without a network a run goes on, and keeps its metrics.
 
     Raises:
@@ -155,11 +155,12 @@ def require_wandb() -> None:
     """
     wandb = wandb_package()
     try:
+        wandb.Settings(project=project)
         if not _unreachable(wandb.setup().settings):
             wandb.login()
     except Exception as error:  # of wandb, of pydantic, which reads the environment, and of the process that is started
         raise ConfigError(
-            f"config field 'train.wandb_project' is set, but Weights & Biases cannot be used: {' '.join(str(error).split())}; "
+            f"config field 'train.wandb_project' is {project!r}, but that cannot be used: {' '.join(str(error).split())}; "
             "expected a key (wandb login, or WANDB_API_KEY), or WANDB_MODE=offline"
         ) from error
 

@@ -209,9 +209,12 @@ def test_a_server_of_another_protocol():
 
 def test_another_server_without_actions():
     with OtherServer({"policy": "pi0"}, {"action": 1}) as uri, PolicyClient(uri) as client:
-        with pytest.raises(ProtocolError, match=r"the server answers with \['action'\]; expected 'actions' among them"):
+        with pytest.raises(ProtocolError, match=r"the server answers with \['action'\]; expected an array 'actions' among them"):
             client.infer({"state": np.zeros(3)})
         with pytest.raises(
             ProtocolError, match=r"tells \['policy'\] of its policy; expected \['video_hz'\], as a server of mimic"
         ):
             client.told("policy", "video_hz")
+    expected = pytest.raises(ProtocolError, match=r"answers with \['actions'\]; expected an array 'actions' among them")
+    with OtherServer({"policy": "pi0"}, {"actions": [[1.0, 2.0]]}) as uri, PolicyClient(uri) as client, expected:
+        client.infer({"state": np.zeros(3)})

@@ -436,11 +436,12 @@ assert "tensorflow" not in sys.modules
 
 
 @pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (3, 2), (6, -1), (8, 1)])
-def test_images_are_turned_as_exif_says(orientation, turns):
+@pytest.mark.parametrize("profile", [None, b"\xff\xda" * 99])  # bytes as of a scan, before or behind the EXIF data
+def test_images_are_turned_as_exif_says(orientation, turns, profile):
     file, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = orientation
     image = resize_images(np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8), (16, 32))
-    Image.fromarray(image).save(file, "JPEG", exif=exif)
+    Image.fromarray(image).save(file, "JPEG", exif=exif, icc_profile=profile)
     stored = np.asarray(Image.open(file).convert("RGB"))
     np.testing.assert_array_equal(decode_image(file.getvalue()), np.rot90(stored, turns))
     if turns % 2:

@@ -171,3 +171,11 @@ def test_rates_of_long_episodes(tmp_path, make_episode):
     rounded = dataclasses.replace(episode, timestamps=episode.timestamps.astype(np.float32).astype(np.float64))
     source = RldsSource(write(tmp_path, {"train": [rounded]}, control_hz=0.7), "train")
     np.testing.assert_allclose(source[0].timestamps, np.arange(1500) / 0.7, rtol=1e-6)
+
+
+def test_a_tilde_is_the_home_directory_for_programs_too(monkeypatch, tmp_path, make_episode):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write = {"control_hz": 10.0, "image_size": SIZE, "description": ""}
+    written = write_rlds("~/data", "tiny", {"train": [make_episode(5)]}, **write)
+    assert written == tmp_path / "data" / "tiny" / "1.0.0"
+    assert len(RldsSource("~/data/tiny/1.0.0", "train")[0]) == 5

@@ -147,11 +147,11 @@ def test_what_a_clamp_would_lose_and_what_may_be_errors(launch, tmp_path):
     episode = Episode("e", np.arange(steps) / 5.0, frames, "wait", proprio, actions)
     directory = write_rlds(tmp_path, "rare", {"train": [episode]}, control_hz=5.0, image_size=(8, 8), description="")
     output = launch("inspect_data", f"--source={directory}", f"--out={tmp_path / 'out'}")
-    assert lines(output, "action 1") == ["action 1 0.0000 0.0100 1.0000 100.0%"]
+    assert lines(output, "action 1") == ["action 1 0.0000 0.0100 1.0000 1.1%"]
     assert lines(output, "the clamp") == [
         "the clamp changes 55.5% of proprio dimension 0, which is -1 to 1e+04, and leaves -3.164 to -0.1701; "
         "compat.percentile_clamp=False keeps them",
-        "the clamp changes 100.0% of action dimension 1, which is 0 to 1, and leaves -0.005 to -0.005; "
+        "the clamp changes 1.1% of action dimension 1, which is 0 to 1, and leaves -0.005 to -0.005; "
         "compat.percentile_clamp=False keeps them",
     ]
     assert lines(output, "proprio dimension 0, which is -1 to 1e+04, has some at 55 standard deviations")

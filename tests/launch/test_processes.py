@@ -68,7 +68,10 @@ class Processes:
                 }
             else:
                 job = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": count, "JAX_PROCESS_ID": index}
-            environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)} | {k: str(v) for k, v in job.items()}
+            absent = {"http_proxy": "http://127.0.0.1:9"}  # a proxy that is not there, and not for processes of a run
+            environment = (
+                os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)} | absent | {k: str(v) for k, v in job.items()}
+            )
             arguments = [sys.executable, "launch/train.py", *command, *(extra or {}).get(index, [])]
             with error.open("w") as file:
                 self.processes.append(subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=file, stderr=file))

@@ -421,6 +421,8 @@ def test_weights_that_are_damaged_or_incomplete(model):
 def test_prompts_of_a_file(tmp_path, encoding):
     (tmp_path / "prompts.txt").write_text("hebe das Möhrchen auf\r\n\r\n  open it \n", encoding=encoding)
     assert read_prompts(tmp_path / "prompts.txt") == ["hebe das Möhrchen auf", "open it"]
+    (tmp_path / "prompts.txt").write_bytes(2 * "open it\n".encode("utf-8-sig"))  # of two files
+    assert read_prompts(tmp_path / "prompts.txt") == ["open it", "open it"]
     (tmp_path / "prompts.txt").write_text("open it", encoding="utf-16")
     with pytest.raises(ConfigError, match=r"--prompts=.*prompts\.txt cannot be read: 'utf-8' codec"):
         read_prompts(tmp_path / "prompts.txt")

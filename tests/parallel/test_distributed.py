@@ -58,12 +58,13 @@ def test_half_set_and_impossible_variables_are_named(environment, message):
         ("2,3", "4", "2(x2)", [0, 1]),  # --gpus-per-task=2
         ("0,1,2,3", "4", "1(x2)", [0, 1, 2, 3]),  # one task a node
         ("0,1", None, "2", None),  # GPUs that Slurm does not know
+        ("0", None, "4", [0]),  # but three tasks before this one cannot have had one each
         (None, None, "2", None),  # no GPUs
     ],
 )
 def test_tasks_of_slurm_take_the_gpus_that_are_their_own(visible, on_node, tasks, taken):
     variables = {"CUDA_VISIBLE_DEVICES": visible, "SLURM_GPUS_ON_NODE": on_node, "SLURM_STEP_TASKS_PER_NODE": tasks}
-    environment = {name: value for name, value in variables.items() if value}
+    environment = {name: value for name, value in variables.items() if value} | {"SLURM_LOCALID": "1"}
     assert _slurm_gpus(environment) == taken
     assert _slurm_gpus(environment | {"JAX_LOCAL_DEVICE_IDS": "1,0"}) is None
 
@@ -199,3 +200,13 @@ def test_process_0_waits_for_one_that_is_late(failing, late):
     for index, code in enumerate(codes):
         assert "no data" in printed[index]
         assert code == (1 if index == failing else OTHER_FAILED), printed[index]
+
+
+@pytest.mark.parametrize("variable", ["grpc_proxy", "http_proxy"])
+def test_processes_reach_each_other_without_proxies(monkeypatch, variable):
+    """gRPC would ask a proxy even for this machine; tests/launch/test_processes.py has one that is not there."""
+    seen = []
+    monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: seen.append(os.environ.get(variable)))
+    initialize({"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"})
+    assert seen == [None] and os.environ[variable] == "http://127.0.0.1:9"

@@ -61,7 +61,9 @@ def test_a_line_that_a_kill_cut_short_is_ignored(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 20, 30]
 
 
-@pytest.mark.parametrize("damage", [b"\0" * 512 + b"\n", b"\0\xff\n", b"[1]\n", b"\n", b'{"loss": 1.0}\n'])
+@pytest.mark.parametrize(
+    "damage", [b"\0" * 512 + b"\n", b"\0\xff\n", b"[1]\n", b"\n", b'{"loss": 1.0}\n', b'{"step": null}\n', b"[" * 10**5 + b"\n"]
+)
 def test_lines_that_are_no_records_are_left_out_with_a_warning(tmp_path, damage, caplog):
     """As a power cut leaves them, in the midst of what later starts have written."""
     write(tmp_path, 0, [10, 20], 1.0)
@@ -179,13 +181,13 @@ def test_weights_and_biases_without_a_key_or_a_server(wandb, monkeypatch, tmp_pa
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         wandb(f"http://127.0.0.1:{server.server_port}")
-        message = "'train.wandb_project' is set, but Weights & Biases cannot be used: .*; expected a key .* or WANDB_MODE=offline"
+        message = "'train.wandb_project' is 'tests', but that cannot be used: .*; expected a key .* or WANDB_MODE=offline"
         with pytest.raises(ConfigError, match=message) as error:
-            require_wandb()
+            require_wandb("tests")
         assert "\n" not in str(error.value)
         server.shutdown()
         thread.join()
-    require_wandb()  # nobody answers any more, and nothing is asked for
+    require_wandb("tests")  # nobody answers any more, and nothing is asked for
     with MetricWriter(tmp_path, 0, config) as writer:
         writer.write(10, {"loss": 1.0})
     (kept,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
@@ -197,8 +199,18 @@ def test_weights_and_biases_without_a_key_or_a_server(wandb, monkeypatch, tmp_pa
 def test_settings_of_weights_and_biases_that_are_wrong(wandb, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offlne")
     wandb("http://127.0.0.1:1")
-    with pytest.raises(ConfigError, match=r"'train.wandb_project' is set, but .*offlne"):
-        require_wandb()
+    with pytest.raises(ConfigError, match=r"'train.wandb_project' is 'tests', but .*offlne"):
+        require_wandb("tests")
+
+
+@pytest.mark.reference
+def test_a_project_that_weights_and_biases_does_not_take(wandb, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb("http://127.0.0.1:1")
+    with pytest.raises(
+        ConfigError, match=r"'train.wandb_project' is 'a/b#c', but that cannot be used: .*[Ii]nvalid project name"
+    ):
+        require_wandb("a/b#c")
 
 
 @pytest.mark.reference
