@@ -123,9 +123,8 @@ class MetricWriter:
     def _to_wandb(self, step: int, values: Mapping[str, float | np.ndarray]) -> None:
         with self._wandb_or_warning():
             if self._wandb is not None and step >= self._wandb.step:
-                image = wandb_package().Image
-                shown = {name: image(value) if isinstance(value, np.ndarray) else value for name, value in values.items()}
-                self._wandb.log(shown, step=step)
+                images = {name: wandb_package().Image(value) for name, value in values.items() if isinstance(value, np.ndarray)}
+                self._wandb.log({**values, **images}, step=step)
 
     @contextlib.contextmanager
     def _wandb_or_warning(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ import concurrent.futures
 import importlib.util
 import json
 import os
+import threading
 
 import jax
 import pytest
@@ -54,13 +55,17 @@ def test_a_run_in_a_bucket_keeps_others_out_until_it_ends_or_is_killed(bucket, m
 
 
 def test_of_two_runs_that_start_together_one_has_the_bucket(bucket, monkeypatch):
-    monkeypatch.setattr(storage, "_SETTLING", 0.5)
+    for name, seconds in {"_SETTLING": 0.5, "_BEAT": 0.1, "_SILENCE": 2.0}.items():
+        monkeypatch.setattr(storage, name, seconds)
+    refused = threading.Event()
 
     def start(number):
         try:
             with storage.lease(bucket / "together", {"number": number}):
+                refused.wait(60)  # else one that comes a little later would find it free
                 return "has it"
         except RunError as error:
+            refused.set()
             return str(error)
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
