@@ -124,32 +124,33 @@ def inspect_dataset(directory: pathlib.Path, name: str, spec: DatasetSpec | None
     actions = [episode.actions for episode in episodes if episode.actions is not None]
     proprio = [episode.proprio for episode in episodes if episode.proprio is not None]
     if proprio:
-        print_remarks("proprio", np.concatenate(proprio), spec.proprio.rotation_dims if spec and spec.proprio else ())
+        rotations = spec.proprio.rotation_dims if spec and spec.proprio else ()
+        print_remarks("proprio", compute_statistics(np.concatenate(proprio)[:, None]), rotations)
     if not actions:
         print("no actions: no histograms")
         return
-    values, raw_dims = np.concatenate(actions), spec.actions.rotation_dims if spec and spec.actions else ()
+    values, rotations = np.concatenate(actions), spec.actions.rotation_dims if spec and spec.actions else ()
     labels = spec.actions.dimensions if spec and spec.actions else [f"action {i}" for i in range(values.shape[1])]
     plot_histograms(values, labels, out / "actions.png")
     print(f"wrote {out / 'actions.png'}: {len(values)} steps of {len(actions)} episodes")
     width = max(map(len, labels))
     print(f"  {'':{width}}  {'minimum':>10} {'mean':>10} {'maximum':>10}  beyond compat.percentile_clamp")
-    beyond = clamped(*_normalised("action", values, raw_dims, percentile_clamp=True))[0]
+    statistics = compute_statistics(values[:, None])
+    beyond = clamped(statistics, _normalizer("action", statistics, rotations, percentile_clamp=True))[0]
     for label, column, share in zip(labels, values.T, beyond, strict=True):
         print(f"  {label:{width}}  {column.min():10.4f} {column.mean():10.4f} {column.max():10.4f} {share:7.1%}")
-    print_remarks("action", values, raw_dims)
+    print_remarks("action", statistics, rotations)
 
 
-def print_remarks(key: str, values: np.ndarray, raw_dims: Sequence[int]) -> None:
-    """`transforms.remarks` on steps (n, d), with and without the published clamp."""
+def print_remarks(key: str, statistics: Statistics, raw_dims: Sequence[int]) -> None:
+    """`transforms.remarks`, with and without the published clamp."""
     for clamp in (False, True):
-        for remark in remarks(*_normalised(key, values, raw_dims, clamp)):
+        for remark in remarks(statistics, _normalizer(key, statistics, raw_dims, clamp)):
             print(f"  {remark}")
 
 
-def _normalised(key: str, values: np.ndarray, raw_dims: Sequence[int], percentile_clamp: bool) -> tuple[Statistics, Normalizer]:
-    statistics = compute_statistics(values[:, None])
-    return statistics, Normalizer.from_statistics(statistics, "variance", key, raw_dims, percentile_clamp=percentile_clamp)
+def _normalizer(key: str, statistics: Statistics, raw_dims: Sequence[int], percentile_clamp: bool) -> Normalizer:
+    return Normalizer.from_statistics(statistics, "variance", key, raw_dims, percentile_clamp=percentile_clamp)
 
 
 def inspect_mixture(name: str, root: pathlib.Path | None, split: str) -> None:

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 Frames = UInt8[np.ndarray, "f h w 3"]
 
 _SEEK_MARGIN = 1.0  # seconds. Keyframes lie by their decoding time, which is a few frames from the one that they are shown at
-_CUT_OFF = 0.5  # seconds that the last frame may begin before the end that its file states
+_CUT_OFF = 0.5  # seconds that the last frame may begin before its file says that it does
 _TIE = 1e-6  # seconds: of two frames that are as near, the earlier one is meant
 _SMALLEST_GIF = 192  # pixels; smaller frames are enlarged, so that they can be looked at
 
@@ -191,7 +191,8 @@ def _video_tail(path: pathlib.Path, span: float, seek: bool = True) -> list[tupl
             stream = container.streams.video[0]
             first, rate = stream.start_time or 0, stream.average_rate or 1
             length = stream.duration or int((container.duration or 0) / (av.time_base * stream.time_base))
-            end, alone = float((first + length) * stream.time_base), len(container.streams) == 1 or stream.duration is not None
+            end = float((first + length) * stream.time_base - 1 / rate)  # when the last frame begins
+            known = stream.duration is None and len(container.streams) == 1  # another stream may be longer
             start = first + length - int((span + _SEEK_MARGIN) / stream.time_base)
             seek = seek and start > first
             if seek:
@@ -206,8 +207,8 @@ def _video_tail(path: pathlib.Path, span: float, seek: bool = True) -> list[tupl
         return _video_tail(path, span, seek=False)
     if damaged or not frames:
         raise MediaError(f"{path} " + (f"is damaged at {damaged[0]:.2f} s" if damaged else "has no frames"))
-    if alone and frames[-1][0] < end - _CUT_OFF:  # of a container whose last frames need not be there to be read
-        raise MediaError(f"{path} is cut off at {frames[-1][0]:.2f} of {end:.2f} s")
+    if known and frames[-1][0] < end - _CUT_OFF:  # of a container that can be read though its end is missing
+        raise MediaError(f"{path} is cut off: its last frame is at {frames[-1][0]:.2f} s; expected {end:.2f} s")
     return frames
 
 

@@ -162,8 +162,15 @@ def test_a_video_whose_end_is_missing_is_refused(tmp_path, share):
     encode(path, noise, 10)
     assert len(media.read_frames(path, 10.0, 3)) == 3
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(media.MediaError, match=rf"^{path} is cut off at \d\.\d\d of 10\.00 s$"):
+    with pytest.raises(media.MediaError, match=rf"^{path} is cut off: its last frame is at \d\.\d\d s; expected 9\.90 s$"):
         media.read_frames(path, 10.0, 3)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi"])
+def test_slow_videos_end_with_a_frame_that_lasts(tmp_path, suffix):
+    encode(tmp_path / f"slow.{suffix}", frames(10, 32, 32), 1)
+    read = media.read_frames(tmp_path / f"slow.{suffix}", 1.0, 3)
+    np.testing.assert_allclose(read[:, 5, 5].astype(int), frames(10, 32, 32)[-3:, 5, 5].astype(int), atol=4)
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])

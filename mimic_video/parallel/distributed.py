@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -86,7 +86,7 @@ def initialize(environment: Mapping[str, str]) -> None:
     if not re.fullmatch(r"(\d+(,\d+)*)?", devices := environment.get("JAX_LOCAL_DEVICE_IDS", "")):
         raise ConfigError(f"environment variable JAX_LOCAL_DEVICE_IDS is {devices!r}; expected numbers of devices, such as 0,1")
     # JAX's own, a process's last beat of which may be half of this before its death: so ours comes first.
-    connect = _without_proxies(functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=int(4 * SILENCE)))
+    connect = _without_proxies()(functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=int(4 * SILENCE)))
     if explicit:
         for name in _EXPLICIT:
             if name not in explicit:
@@ -107,17 +107,14 @@ def initialize(environment: Mapping[str, str]) -> None:
             connect()
 
 
-def _without_proxies(connect: Callable[..., None]) -> Callable[..., None]:
-    """The same, in an environment without proxies: gRPC would reach even this machine through them, or hang."""
-
-    def connect_directly(*arguments: Any, **options: Any) -> None:
-        proxies = {name: os.environ.pop(name) for name in _GRPC_PROXIES if name in os.environ}
-        try:
-            connect(*arguments, **options)
-        finally:
-            os.environ.update(proxies)  # for downloads and buckets
-
-    return connect_directly
+@contextlib.contextmanager
+def _without_proxies() -> Iterator[None]:
+    """An environment without proxies: gRPC would reach even this machine through them, or hang."""
+    proxies = {name: os.environ.pop(name) for name in _GRPC_PROXIES if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(proxies)  # for downloads and buckets
 
 
 def _slurm_gpus(environment: Mapping[str, str]) -> list[int] | None:
