@@ -24,7 +24,7 @@ def jpeg(value):
     return file
 
 
-def write_bridge(root, name="bridge_orig", episodes=2, action_dim=7):
+def write_bridge(root, name="bridge_orig", episodes=2, action_dim=7, cameras=("image_0", "image_1")):
     """A dataset of the features of BridgeData V2, with small images."""
     directory = root / name / "1.0.0"
     directory.mkdir(parents=True)
@@ -34,8 +34,7 @@ def write_bridge(root, name="bridge_orig", episodes=2, action_dim=7):
             "steps": tfds.features.Dataset(
                 {
                     "observation": {
-                        "image_0": image,
-                        "image_1": image,
+                        **dict.fromkeys(cameras, image),
                         "state": tfds.features.Tensor(shape=(7,), dtype=np.float32),
                     },
                     "action": tfds.features.Tensor(shape=(action_dim,), dtype=np.float32),
@@ -54,7 +53,10 @@ def write_bridge(root, name="bridge_orig", episodes=2, action_dim=7):
     for episode in range(episodes):
         steps = [
             {
-                "observation": {"image_0": jpeg(40 * k), "image_1": jpeg(255), "state": np.full(7, 0.1 * k, np.float32)},
+                "observation": {
+                    **{camera: jpeg(40 * k if camera == "image_0" else 255) for camera in cameras},
+                    "state": np.full(7, 0.1 * k, np.float32),
+                },
                 "action": np.full(action_dim, 0.1 * k, np.float32),
                 "language_instruction": f"task {episode}",
                 "is_first": k == 0,
@@ -93,6 +95,15 @@ def test_dataset_on_disk(launch, tmp_path, by_name):
     assert picture.shape == (2 * (96 + 2), 8 * 128, 3)  # two cameras
     assert picture[40, 5, 0] < picture[40, -5, 0] and picture[140].min() > 240
     assert Image.open(tmp_path / "out" / "bridge_orig" / "actions.png").size[0] > 500
+
+
+def test_a_camera_that_training_does_without_is_left_out(launch, tmp_path):
+    directory = write_bridge(tmp_path, cameras=("image_0",))
+    output = launch("inspect_data", f"--source={directory}", f"--out={tmp_path / 'out'}", "--samples=1")
+    assert "left out camera 'secondary': there is no 'steps/observation/image_1'" in output
+    assert np.asarray(Image.open(tmp_path / "out" / "bridge_orig" / "windows.png")).shape == (96 + 2, 8 * 128, 3)
+    message = launch("inspect_data", f"--source={write_bridge(tmp_path / 'other', cameras=('image_1',))}", f"--out={tmp_path}")
+    assert "'steps/observation/image_0' is missing; expected the primary camera" in message
 
 
 @pytest.mark.parametrize(("name", "cameras"), [("bridge_orig", 2), ("droid", 3)])
