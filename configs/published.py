@@ -2,7 +2,7 @@
 
     python launch/convert.py --config=configs/published.py:bridge --source=DIR --workdir=runs/bridge --backbone=... --decoder=...
 
-turns released weights into a run directory that every other command reads (README, "The published checkpoints").
+turns released weights into a run directory that every other command reads (docs/checkpoints.md).
 
     python launch/train.py --config=configs/published.py:bridge --config.backbone_run=runs/cosmos --workdir=runs/action
 

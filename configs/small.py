@@ -11,13 +11,19 @@ registry's Bridge from `data.root`. Whether they fit:
 
     python launch/compile.py --config=configs/small.py:half_video --topology=v5e:2x4
     python launch/compile.py --config=configs/small.py:colab_video --topology=v5e:1x1
+
+Sweeps (docs/sweeps.md) are declared below `get_config`.
 """
+
+import itertools
+from collections.abc import Iterator
 
 import ml_collections
 
 from mimic_video.config import CompatConfig, ExperimentConfig, to_dict
 
 ROTATION_DIMS = tuple(range(3, 9))
+Points = Iterator[dict[str, object]]  # of a sweep: values by the paths of fields
 TOPOLOGIES = {"half_video": "v5e:2x4", "half_action": "v5e:2x4", "colab_video": "v5e:1x1", "colab_action": "v5e:1x1"}
 
 
@@ -66,3 +72,44 @@ def get_config(name: str = "colab_action") -> ml_collections.ConfigDict:
             config.lora.targets = ("q_proj", "k_proj", "v_proj", "out_proj")
             config.lora.trained = ()
     return config
+
+
+def sweep() -> Points:
+    """Of either stage: learning rate and weight decay."""
+    return (rate | decay for rate, decay in itertools.product(sweep_lr(), sweep_weight_decay()))
+
+
+def sweep_lr() -> Points:
+    """Of either stage: about the published rates of both."""
+    for rate in (3e-5, 1e-4, 3e-4):
+        yield {"train.learning_rate": rate}
+
+
+def sweep_weight_decay() -> Points:
+    """Of either stage."""
+    for decay in (0.01, 0.1):
+        yield {"train.weight_decay": decay}
+
+
+def sweep_seed() -> Points:
+    """Of either stage."""
+    for seed in (0, 1, 2):
+        yield {"seed": seed}
+
+
+def sweep_lora_rank() -> Points:
+    """Of stage `video`, whose adapters are of NVIDIA's model."""
+    for rank in (4, 16, 64, 256):
+        yield {"lora.rank": rank}
+
+
+def sweep_hidden_block() -> Points:
+    """Of stage `action`: the blocks of the backbone that the decoder reads after, from none to all 28."""
+    for block in (0, 7, 14, 20, 28):
+        yield {"backbone.hidden_block": block}
+
+
+def sweep_demonstrations() -> Points:
+    """Of stage `action`: a share of Bridge's episodes, whose stored order is random."""
+    for share in (1, 3, 10, 30, 100):
+        yield {"data.train_split": f"train[:{share}%]"}

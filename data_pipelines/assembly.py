@@ -22,9 +22,10 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 
+from data_pipelines.augmentation import Augmentation
 from data_pipelines.datasets import Datasets, open_datasets, with_latents
+from data_pipelines.episode import Episode
 from data_pipelines.loader import Part, WindowDataset, data_state, make_batches
 from data_pipelines.mixture import Mixture
 from data_pipelines.statistics import ONE_HOST, Hosts, cached_statistics
@@ -32,6 +33,7 @@ from mimic_video.batch import Batch
 from mimic_video.config import ConfigError, DataConfig, ExperimentConfig
 from mimic_video.embodiments import Embodiment, of_dataset
 from mimic_video.models.text import make_text_encoder
+from mimic_video.parallel.distributed import gather
 
 Windows = Mapping[str, WindowDataset]
 Tokenizer = Callable[[], Mapping[str, Any]]
@@ -66,8 +68,7 @@ class TrainingData:
                     "robots"
                 )
         encode_text = make_text_encoder(config.text, config.backbone.text_width)
-        episodes = itertools.chain(*(windows.episodes for windows in training.windows.values()))
-        for instruction in {instruction for episode in episodes for instruction in episode.instructions}:
+        for instruction in {text for windows in training.windows.values() for text in windows.instructions}:
             encode_text(instruction)  # so that one that does not fit is an error now
         validation = _open(config, config.data.validation_split, tokenizer).windows if config.train.validate_every else None
         return OpenTrainingData(config, rows, encode_text, training, validation)
@@ -104,7 +105,7 @@ class OpenTrainingData:
 
         A warning names the dimensions whose rare values the clamp loses, or that have some far from all others.
         """
-        hosts = Hosts(jax.process_index(), jax.process_count(), multihost_utils.process_allgather)
+        hosts = Hosts(jax.process_index(), jax.process_count(), gather)
         found = find_embodiments(self.training.windows, self.config.data, hosts)
         for robot in found.values():
             for remark in robot.remarks(self.config):
@@ -113,7 +114,9 @@ class OpenTrainingData:
 
     def batches(self, step: int, robots: Mapping[str, Embodiment] | None = None) -> Iterator[Batch]:
         """The batches of training after `step` steps. Without `robots` those of `robots()` normalise."""
-        return self._batches(*self._mixed(self.training.windows, self.config.seed, robots), step)
+        data, seed = self.config.data, self.config.seed
+        augmentation = Augmentation(data.augmentation, data.cameras, seed) if data.augmentation.on else None
+        return self._batches(*self._mixed(self.training.windows, seed, robots), step, augmentation=augmentation)
 
     def validation(self, robots: Mapping[str, Embodiment] | None = None) -> list[Batch]:
         """The first `train.validation_batches` batches of the validation split; none if there is no validation."""
@@ -135,7 +138,14 @@ class OpenTrainingData:
         sizes = [len(each) for each in windows.values()]
         return parts, Mixture(sizes, self.training.phases, self.config.train.batch_size, seed)
 
-    def _batches(self, parts: list[Part], mixture: Mixture, step: int, scales: bool = False) -> Iterator[Batch]:
+    def _batches(
+        self,
+        parts: list[Part],
+        mixture: Mixture,
+        step: int,
+        scales: bool = False,
+        augmentation: Augmentation | None = None,
+    ) -> Iterator[Batch]:
         return make_batches(
             parts,
             mixture,
@@ -147,6 +157,7 @@ class OpenTrainingData:
             workers=self.config.data.workers,
             skip_broken=self.config.data.skip_broken,
             scales=scales,
+            augmentation=augmentation,
         )
 
 
@@ -215,9 +226,18 @@ def find_embodiments(windows: Windows, config: DataConfig, hosts: Hosts = ONE_HO
         apart = config.statistics == "dataset" and len(names) > 1
         for name, datasets in {f"{robot}/{each}": [each] for each in names}.items() if apart else [(robot, names)]:
             own = [windows[each] for each in datasets]
-            episodes = [episode for each in own for episode in each.episodes]
+            content = "+".join(each.content for each in own)
+            statistics = cached_statistics(_Joined(own), config, hosts, content)
             cameras = tuple(camera for camera in config.cameras if any(camera in each.cameras for each in own))
-            found[name] = Embodiment(
-                name, index, cached_statistics(episodes, config, hosts), own[0].raw_dims, cameras, tuple(datasets)
-            )
+            found[name] = Embodiment(name, index, statistics, own[0].raw_dims, cameras, tuple(datasets))
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Joined:
+    """The episodes of several datasets, read anew whenever they are iterated over."""
+
+    windows: Sequence[WindowDataset]
+
+    def __iter__(self) -> Iterator[Episode]:
+        return itertools.chain.from_iterable(each.episodes for each in self.windows)

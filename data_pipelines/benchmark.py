@@ -15,19 +15,23 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.augmentation import Augmentation
 from data_pipelines.episode import ArrayFrames, Episode
 from data_pipelines.loader import Part, WindowDataset, make_batches
 from data_pipelines.mixture import Mixture, Phase
 from data_pipelines.sources.rlds import RldsSource
 from data_pipelines.writers import FileFormat, write_rlds
 from mimic_video.batch import Batch
-from mimic_video.config import ActionDecoderConfig, DataConfig
+from mimic_video.config import ActionDecoderConfig, AugmentationConfig, DataConfig
 from mimic_video.transforms import resize_images
 
 _LENGTH, _HZ, _BATCH = 100, 5.0, 2
 _CACHE_MB = 16  # of decoded frames while memory is watched: full and evicting all the time
 _ROUNDS = 4
 _SETTLE = 2.0  # seconds for a reader to fill its buffers again before the next one starts
+_AUGMENTATION = AugmentationConfig(  # as Octo has it for finetuning
+    crop_scale=(0.8, 1.0), crop_ratio=(0.9, 1.1), brightness=0.1, contrast=(0.9, 1.1), saturation=(0.9, 1.1), hue=0.05
+)
 _POINTS, _SAMPLES = 20, 25  # parts that memory is averaged over, samples of each
 
 Size = tuple[int, int]
@@ -46,6 +50,7 @@ class Settings:
     format: FileFormat
     memory_windows: int  # to watch memory over; 0 leaves it out
     memory_size: Size  # of their frames
+    augment: bool = False  # whether the loader is also measured with random crops and colours
 
 
 class WholeWindows(WindowDataset):
@@ -84,44 +89,49 @@ def write_pictures(folder: str, name: str, size: Size, settings: Settings) -> pa
     )
 
 
-def open_stream(source: RldsSource, config: DataConfig, workers: int) -> Iterator[Batch]:
+def random_order(windows: WindowDataset) -> Mixture:
+    """Which window comes when."""
+    return Mixture([len(windows)], [Phase(0, (1.0,))], _BATCH, seed=0)
+
+
+def open_stream(windows: WindowDataset, config: DataConfig, workers: int) -> Iterator[Batch]:
     """Batches of random windows, once every buffer of the loader has been filled for the first time."""
-    windows = WholeWindows(source, config, actions=False)
-    mixture = Mixture([len(windows)], [Phase(0, (1.0,))], _BATCH, seed=0)
     stream = make_batches(
-        [Part("pictures", windows)],
-        mixture,
+        [Part("windows", windows)],
+        random_order(windows),
         batch_size=_BATCH,
         start_step=0,
         workers=workers,
         text=_no_text,
         decoder=ActionDecoderConfig(),
+        augmentation=Augmentation(config.augmentation, config.cameras, 0) if config.augmentation.on else None,
     )
-    drain(stream, workers)
+    _drain(stream, workers)
     return stream
 
 
-def drain(stream: Iterator[Batch], workers: int) -> None:
+def _drain(stream: Iterator[Batch], workers: int) -> None:
     """Takes what has been made ahead: up to four batches a process."""
     for _ in range(4 * max(1, workers)):
         next(stream)
 
 
 def _no_text(_: str) -> np.ndarray:
+    """In place of an encoder's rows."""
     return np.zeros((1, 1), np.float32)
 
 
-def loader_reader(source: RldsSource, config: DataConfig, workers: int) -> Measure:
-    stream = open_stream(source, config, workers)
+def loader_reader(windows: WindowDataset, config: DataConfig, workers: int) -> Measure:
+    stream = open_stream(windows, config, workers)
 
-    def measure(windows: int) -> float:
-        drain(stream, workers)
+    def measure(count: int) -> float:
+        _drain(stream, workers)
         start = time.perf_counter()
-        for _ in range(windows // _BATCH):
+        for _ in range(count // _BATCH):
             video = next(stream).observation.video
         elapsed = time.perf_counter() - start
         assert video is not None and video.shape == (_BATCH, 1, config.num_frames, *config.image_size, 3)
-        return windows // _BATCH * _BATCH * config.num_frames / elapsed
+        return count // _BATCH * _BATCH * config.num_frames / elapsed
 
     return measure
 
@@ -191,7 +201,7 @@ def tfdata_reader(directory: pathlib.Path, config: DataConfig, threads: int) -> 
 
 
 def measure_memory(source: RldsSource, config: DataConfig, settings: Settings) -> dict[str, float]:
-    stream = open_stream(source, config, settings.workers)
+    stream = open_stream(WholeWindows(source, config, actions=False), config, settings.workers)
     batches = -(-settings.memory_windows // _BATCH // _POINTS)
     means = []
     for _ in range(1 + _POINTS):
@@ -249,9 +259,12 @@ def measure(settings: Settings) -> dict[str, Any]:
             for i in range(len(source))
         ]
         readers = {
-            "loader": loader_reader(source, config, settings.workers),
+            "loader": loader_reader(WholeWindows(source, config, actions=False), config, settings.workers),
             "opencv": opencv_reader(encoded, config, None if size == recorded else area, threads),
         }
+        if settings.augment:
+            augmented = dataclasses.replace(config, augmentation=_AUGMENTATION)
+            readers["augmented"] = loader_reader(WholeWindows(source, augmented, actions=False), augmented, settings.workers)
         if size != recorded:
             readers["opencv_pillow"] = opencv_reader(encoded, config, resize_images, threads)
         if settings.format == "tfrecord" and importlib.util.find_spec("tensorflow"):

@@ -1,24 +1,24 @@
-"""The datasets that an experiment names: directories of our own layout, and entries of the Open-X registry."""
+"""The datasets that an experiment names: directories of our own layout or of LeRobot, and entries of the Open-X registry."""
 
 import dataclasses
-import re
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from tqdm import tqdm
-
-from data_pipelines.episode import CAMERAS
+from data_pipelines.episode import CAMERAS, EpisodeSource
 from data_pipelines.loader import WindowDataset
 from data_pipelines.mixture import Phase, parse_mixture
 from data_pipelines.oxe import registry
 from data_pipelines.oxe.mixtures import MIXTURES, effective_weights
-from data_pipelines.oxe.spec import DatasetSpec, check_schema, flatten_features
+from data_pipelines.oxe.spec import DatasetSpec, check_schema, nearest
 from data_pipelines.precompute import LatentCache, create_latents, first_rows, latent_key, open_latents
-from data_pipelines.sources.rlds import DatasetError, RldsSource, open_dataset
+from data_pipelines.sources.folders import VERSION, find_format, format_of, versions
+from data_pipelines.sources.records import is_remote
+from data_pipelines.sources.rlds import DatasetError, SplitError
 from mimic_video.config import ConfigError, ExperimentConfig
-
-_VERSION = re.compile(r"\d+\.\d+\.\d+")
+from mimic_video.progress import progress
+from mimic_video.splits import parse_split
 
 
 class Datasets(NamedTuple):
@@ -27,21 +27,30 @@ class Datasets(NamedTuple):
     windows: dict[str, WindowDataset]
     phases: tuple[Phase, ...]
 
+    def chosen(self, name: str | None) -> tuple[str, WindowDataset]:
+        """The dataset that a flag --dataset names, or the only one there is, by its name. Raises ConfigError, listing all."""
+        if name is None and len(self.windows) == 1:
+            (name,) = self.windows
+        if name not in self.windows:
+            raise ConfigError(f"--dataset is {name!r}; expected one of {', '.join(map(repr, self.windows))}")
+        return name, self.windows[name]
+
 
 class Place(NamedTuple):
-    """A dataset's prepared directory, and its entry in the registry unless it has our own layout."""
+    """A dataset's directory, and its entry in the registry unless it goes without: in our own layout, or of LeRobot."""
 
     directory: str
     spec: DatasetSpec | None
 
 
 def open_datasets(config: ExperimentConfig, split: str) -> Datasets:
-    """Opens one split of every dataset that the configured stage learns from.
+    """Opens one split, or the same slices of one, of every dataset that the configured stage learns from.
 
     The field `data.video_dataset` or `data.action_dataset` names one or several with weights, as `parse_mixture` describes, or a
-    mixture of `data_pipelines.oxe.mixtures`. A dataset is a prepared directory of our own layout, which goes by the name of its
-    directory (above a version such as 1.0.0), or the name of a registry entry, whose newest version is looked for in `data.root`.
-    Images of registry datasets are resized to `data.image_size`; others have to have that size.
+    mixture of `data_pipelines.oxe.mixtures`. A dataset is a directory of our own layout or of LeRobot, which goes by the name of
+    its directory (above a version such as 1.0.0), or the name of a registry entry, which says where it lies, or whose newest
+    version is looked for in `data.root`. Images of registry datasets and of LeRobot's are resized to `data.image_size`; others
+    have to have that size.
 
     Raises:
         ConfigError: if the field is empty or cannot be parsed, two datasets have the same name, or `data.robots` names another.
@@ -65,6 +74,8 @@ def with_latents(
 ) -> dict[str, WindowDataset]:
     """The same datasets with the windows that `data.latents` holds in place of frames.
 
+    Slices have the latents of their whole split, of which nothing but the low-dimensional values is read besides.
+
     Args:
         windows: of `open_datasets` with the same configuration and split.
         tokenizer: parameters that training uses, as for `latent_key`.
@@ -73,41 +84,55 @@ def with_latents(
         ConfigError: if latents were made with another tokenizer or configuration, or of another dataset.
         DatasetError: if latents are missing or damaged.
     """
-    return {
-        name: each.with_latents(open_latents(latents_folder(config, name, split), latent_key(config, tokenizer, each.identity)))
-        for name, each in windows.items()
-    }
+    found, name_of_split = {}, parse_split(split).name
+    whole = windows if split == name_of_split else open_datasets(config, name_of_split).windows
+    for name, each in windows.items():
+        chosen, key = each.chosen_of(whole[name]), latent_key(config, tokenizer, whole[name].identity)
+        found[name] = each.with_latents(open_latents(latents_folder(config, name, name_of_split), key, chosen), chosen)
+    return found
 
 
 def create_caches(
     config: ExperimentConfig, tokenizer: Mapping[str, Any], stride: int, dtype: str
-) -> list[tuple[LatentCache, WindowDataset]]:
-    """The caches of `data.latents` that training with a configuration reads, new or to be continued, and what they are of.
+) -> list[tuple[LatentCache, WindowDataset, set[int]]]:
+    """The caches of `data.latents` that training with a configuration reads, new or to be continued.
+
+    A cache is of a whole split.
 
     Args:
         tokenizer: parameters that training uses, as for `latent_key`.
         stride: steps of an episode from one window to the next.
         dtype: in which latents are kept: what the tokenizer computes in.
 
+    Returns:
+        Of each cache the windows that it is of, and the shards that training reads: all, or of slices of the split theirs.
+
     Raises:
         ConfigError, DatasetError: as `open_datasets` and `create_latents`.
     """
     data, caches, (frames, height, *rest) = config.data, [], config.latent_shape
-    for split in [data.train_split] + [data.validation_split] * bool(config.train.validate_every):
-        for name, windows in open_datasets(config, split).windows.items():
+    read: dict[str, list[str]] = {}
+    for text in [data.train_split] + [data.validation_split] * bool(config.train.validate_every):
+        read.setdefault(parse_split(text).name, []).append(text)
+    for split, texts in read.items():
+        whole = open_datasets(config, split).windows
+        slices = [whole if text == split else open_datasets(config, text).windows for text in texts]
+        for name, windows in whole.items():
             cache = create_latents(
                 latents_folder(config, name, split),
                 latent_key(config, tokenizer, windows.identity),
                 stride=stride,
-                rows=int(first_rows(list(map(len, windows.episodes)), stride)[-1]),
+                rows=int(first_rows(windows.lengths, stride)[-1]),
                 shape=(frames, data.views * height, *rest),
                 dtype=dtype,
             )
-            caches.append((cache, windows))
+            shards = set().union(*(cache.shards_of(each[name].chosen_of(windows)) for each in slices))
+            caches.append((cache, windows, shards))
     return caches
 
 
 def latents_folder(config: ExperimentConfig, dataset: str, split: str) -> Path:
+    """Of a whole split, by its name."""
     return Path(config.data.latents) / dataset / split
 
 
@@ -115,7 +140,7 @@ def find_datasets(config: ExperimentConfig) -> tuple[dict[str, Place], tuple[Pha
     """Where the datasets of `open_datasets` are, by their names, and the phases of their weights; with the same errors."""
     field, text = _dataset_field(config)
     if not text:
-        raise ConfigError(f"config field '{field}' is empty; expected a prepared RLDS directory, or several as in 'A,B*2'")
+        raise ConfigError(f"config field '{field}' is empty; expected a dataset's directory, or several as in 'A,B*2'")
     parts, phases = parse_mixture(",".join(MIXTURES.get(text, (text,))), field)
     places: dict[str, Place] = {}
     for part in parts:
@@ -141,17 +166,17 @@ def find_instructions(config: ExperimentConfig) -> dict[str, None]:
 
 
 def _instructions(place: Place, config: ExperimentConfig) -> Iterator[str]:
-    dataset, size = open_dataset(place.directory), config.data.image_size  # a size, since images may have any
-    dataset.shards(config.data.train_split)  # raises what training would
-    for split in dataset.info.splits:
-        source = RldsSource(place.directory, split, spec=place.spec, image_size=size)
-        for index in tqdm(range(len(source)), desc=source.name, unit="episode"):
+    format, size = format_of(place.directory), config.data.image_size
+    splits = format.splits(place.directory)
+    for split in dict.fromkeys((parse_split(config.data.train_split).name, *splits)):  # the first raises what training would
+        source = format.open(place.directory, split, place.spec, (), size)
+        for index in progress(range(len(source)), desc=source.name, unit="episode"):
             yield from source[index].instructions
 
 
 def directory_name(directory: Path) -> str:
     """The name of a dataset's folder, or of the one above if it is a version such as 1.0.0."""
-    return directory.parent.name if _VERSION.fullmatch(directory.name) else directory.name
+    return directory.parent.name if VERSION.fullmatch(directory.name) else directory.name
 
 
 def _dataset_field(config: ExperimentConfig) -> tuple[str, str]:
@@ -161,16 +186,24 @@ def _dataset_field(config: ExperimentConfig) -> tuple[str, str]:
 
 
 def _find(part: str, config: ExperimentConfig, field: str) -> Place:
-    if part not in registry.names() or Path(part).is_dir():
+    if part not in registry.names() or os.path.isdir(part):
+        if not (is_remote(part) or os.sep in part or part.startswith("~") or os.path.isdir(part)):
+            raise DatasetError(
+                f"config field '{field}' names {part!r}: there is no such folder, and no dataset of that name is registered"
+                f"{nearest(part, registry.names())}"
+            )
+        format_of(part)
         return Place(part, None)
-    if not config.data.root:
-        raise ConfigError(f"config field 'data.root' is empty; expected the folder with the dataset {part!r} of '{field}'")
-    directory = _newest_version(Path(config.data.root) / part)
     spec = registry.find(part)
+    if not (config.data.root or spec.directory):
+        raise ConfigError(f"config field 'data.root' is empty; expected the folder with the dataset {part!r} of '{field}'")
+    directory = spec.directory or _newest_version(Path(config.data.root) / part)
     secondary, wrist = (getattr(spec, name) if name in config.data.cameras else None for name in CAMERAS[1:])
     spec = dataclasses.replace(spec, secondary=secondary, wrist=wrist)
     try:  # a conversion may have dropped further cameras
-        check_schema(flatten_features(open_dataset(directory).features), dataclasses.replace(spec, secondary=None, wrist=None))
+        features = format_of(directory).features(directory)
+        if features is not None:
+            check_schema(features, dataclasses.replace(spec, secondary=None, wrist=None))
     except DatasetError:
         raise
     except ValueError as error:
@@ -179,8 +212,12 @@ def _find(part: str, config: ExperimentConfig, field: str) -> Place:
 
 
 def _open(name: str, place: Place, config: ExperimentConfig, split: str) -> WindowDataset:
-    size = None if place.spec is None else config.data.image_size
-    source = RldsSource(place.directory, split, spec=place.spec, cameras=config.data.cameras, image_size=size)
+    data = config.data
+    try:
+        source = format_of(place.directory).open(place.directory, split, place.spec, data.cameras, data.image_size)
+    except SplitError as error:
+        field = "train_split" if split == config.data.train_split else "validation_split"
+        raise SplitError(f"config field 'data.{field}': {error}") from error
     check_dataset(source, config)
     raw_dims = None if place.spec is None else _raw_dims(place.spec)
     robot = dict(config.data.robots).get(name) or (place.spec and place.spec.robot) or source.robot or None
@@ -193,13 +230,14 @@ def _raw_dims(spec: DatasetSpec) -> dict[str, tuple[int, ...]]:
 
 
 def _newest_version(folder: Path) -> Path:
-    versions = [path for path in folder.glob("*") if _VERSION.fullmatch(path.name)]
-    if not versions:
+    if find_format(folder) is not None:  # a format without versions
+        return folder
+    if not (found := versions(folder)):
         raise DatasetError(f"there is no dataset {folder}: expected a folder with a version, such as {folder / '1.0.0'}")
-    return max(versions, key=lambda path: tuple(map(int, path.name.split("."))))
+    return found[-1]
 
 
-def check_dataset(source: RldsSource, config: ExperimentConfig) -> None:
+def check_dataset(source: EpisodeSource, config: ExperimentConfig) -> None:
     """Checks a dataset against the experiment, before anything is read.
 
     Raises:
@@ -223,7 +261,7 @@ def check_dataset(source: RldsSource, config: ExperimentConfig) -> None:
             _require_equal(source, "action rate", hz, "data.control_hz", round(config.data.control_hz, 3))
 
 
-def _require_equal(source: RldsSource, what: str, found: object, field: str, wanted: object) -> None:
+def _require_equal(source: EpisodeSource, what: str, found: object, field: str, wanted: object) -> None:
     if found is None:
         raise DatasetError(f"{source.name} has no {what.split()[0]}; the config field '{field}' is {wanted}")
     if found != wanted:

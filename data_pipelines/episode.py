@@ -105,16 +105,68 @@ class Episode:
         return {"primary": self.frames, **self.further_cameras}
 
 
-def content_hash(episodes: Iterable[Episode]) -> str:
+class EpisodeSource(Protocol):
+    """One split of a dataset, or slices of one, as the loader reads it, whatever its format. Thread-safe; may be pickled.
+
+    Attributes:
+        name: the directory and the split, for error messages.
+        numbers: of the episodes in the whole split, in stored order.
+        camera_sizes: (height, width) in pixels of the frames of every camera, by its name.
+        action_dim, proprio_dim: widths, or None where the dataset has none.
+        control_hz, action_layout: steps per second and `Episode.action_layout`.
+        robot: whose the episodes are; empty where the dataset does not say.
+        identity: hex digits that tell the dataset's frames from those of others, wherever it lies; that of the whole split.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def numbers(self) -> Sequence[int]: ...
+    @property
+    def camera_sizes(self) -> Mapping[str, tuple[int, ...]]: ...
+    @property
+    def action_dim(self) -> int | None: ...
+    @property
+    def proprio_dim(self) -> int | None: ...
+    @property
+    def control_hz(self) -> float: ...
+    @property
+    def action_layout(self) -> ActionLayout: ...
+    @property
+    def robot(self) -> str: ...
+    @property
+    def identity(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Episode:
+        """The episode, its frames not read. Raises DatasetError if it cannot be read."""
+        ...
+
+
+class ContentHash:
     """32 hexadecimal digits that tell episodes apart by their order and all that they hold, but not by their images or names.
 
-    The same data has the same hash under another path and in another file format.
+    The same data has the same hash under another path and in another file format. Checkpoints have it.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    for episode in episodes:
+
+    def __init__(self) -> None:
+        self._digest = hashlib.blake2b(digest_size=16)
+
+    def update(self, episode: Episode) -> None:
         arrays = [values for values in (episode.timestamps, episode.proprio, episode.actions) if values is not None]
         header = [episode.instruction, episode.action_layout, episode.proprio is None, [(a.dtype.str, a.shape) for a in arrays]]
-        digest.update(json.dumps(header).encode())
+        self._digest.update(json.dumps(header).encode())
         for values in arrays:
-            digest.update(values.tobytes())
+            self._digest.update(values.tobytes())
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
+def content_hash(episodes: Iterable[Episode]) -> str:
+    """The `ContentHash` of all of them."""
+    digest = ContentHash()
+    for episode in episodes:
+        digest.update(episode)
     return digest.hexdigest()

@@ -8,7 +8,6 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.datasets import directory_name
-from data_pipelines.episode import Episode
 from data_pipelines.oxe import registry
 from data_pipelines.oxe.mixtures import MIXTURES, check_mixture, effective_weights, find_mixture
 from data_pipelines.oxe.spec import DatasetSpec, check_schema, expected_features, flatten_features
@@ -17,6 +16,7 @@ from data_pipelines.sources.rlds import RldsSource, open_dataset
 from data_pipelines.windows import nearest, video_times
 from mimic_video.config import DataConfig
 from mimic_video.media import matplotlib_figure
+from mimic_video.rerun_log import RerunLog
 from mimic_video.transforms import Normalizer, Statistics, clamped, compute_statistics, remarks
 
 _COLUMNS = 8  # frames of a window that are drawn
@@ -56,7 +56,7 @@ def print_schema(directory: pathlib.Path, spec: DatasetSpec | None) -> None:
                 print(f"  left out camera '{camera}': there is no 'steps/observation/{key}'")
 
 
-def draw_windows(source: Sequence[Episode], count: int) -> tuple[Image.Image, list[str]]:
+def draw_windows(source: RldsSource, count: int) -> tuple[Image.Image, list[str]]:
     """A strip of frames for every camera of `count` windows of the published length, and a line of text for each strip."""
     config, strips, captions = DataConfig(), [], []
     for number in spread(len(source), count):
@@ -70,11 +70,26 @@ def draw_windows(source: Sequence[Episode], count: int) -> tuple[Image.Image, li
             strips.append(np.concatenate([pictures[row] for row in rows], axis=1))
             first, last = times[[0, -1]] - episode.timestamps[anchor]
             captions.append(
-                f"episode {number}, {camera}, {first:+.1f} to {last:+.1f} s around step {anchor} of {len(episode)}: "
-                f"{episode.instruction_at(anchor)!r}"
+                f"episode {source.numbers[number]}, {camera}, {first:+.1f} to {last:+.1f} s around step {anchor} "
+                f"of {len(episode)}: {episode.instruction_at(anchor)!r}"
             )
     width = max(strip.shape[1] for strip in strips)
     return Image.fromarray(np.concatenate([np.pad(s, ((0, 2), (0, width - s.shape[1]), (0, 0))) for s in strips])), captions
+
+
+def log_episodes(log: RerunLog, name: str, source: RldsSource, count: int) -> None:
+    """At most `count` whole episodes, spread over the split: cameras, instruction, proprioception and actions."""
+    for number in spread(len(source), count):
+        episode = source[number]
+        steps = list(range(len(episode)))
+        log.episode(
+            f"{name}/episode_{source.numbers[number]}",
+            episode.timestamps - episode.timestamps[0],
+            {camera: frames.take(steps) for camera, frames in episode.cameras.items()},
+            episode.proprio,
+            episode.actions,
+            [episode.instruction_at(step) for step in steps],
+        )
 
 
 def thumbnail(frame: np.ndarray) -> np.ndarray:
@@ -106,7 +121,8 @@ class Inspection:
     split: str
     out: pathlib.Path  # holds one folder per dataset
     episodes: int  # spread over the split, that histograms are of
-    samples: int  # windows that are drawn
+    samples: int  # windows that are drawn, and episodes that are logged
+    log: RerunLog | None = None
 
 
 def inspect_dataset(directory: pathlib.Path, name: str, spec: DatasetSpec | None, options: Inspection) -> None:
@@ -119,6 +135,9 @@ def inspect_dataset(directory: pathlib.Path, name: str, spec: DatasetSpec | None
     picture, captions = draw_windows(source, options.samples)
     picture.save(out / "windows.png")
     print(f"wrote {out / 'windows.png'}; its rows are", *captions, sep="\n  ")
+
+    if options.log is not None:
+        log_episodes(options.log, name, source, options.samples)
 
     episodes = [source[number] for number in spread(len(source), options.episodes)]
     actions = [episode.actions for episode in episodes if episode.actions is not None]

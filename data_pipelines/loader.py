@@ -16,11 +16,22 @@ import numpy as np
 from absl import flags, logging
 
 from data_pipelines import buffers
-from data_pipelines.episode import Episode, content_hash
+from data_pipelines.augmentation import Augmentation
+from data_pipelines.episode import Episode, EpisodeSource, Frames
 from data_pipelines.mixture import Mixture
-from data_pipelines.precompute import LatentCache, first_rows
-from data_pipelines.sources.rlds import DatasetError, RldsSource
-from data_pipelines.windows import TOLERANCE, action_times, action_window, anchors, video_masks, video_times, video_window
+from data_pipelines.precompute import Chosen, LatentCache
+from data_pipelines.sources.records import DatasetError
+from data_pipelines.survey import readable, survey_of
+from data_pipelines.windows import (
+    TOLERANCE,
+    Anchors,
+    action_times,
+    action_window,
+    anchors,
+    video_masks,
+    video_times,
+    video_window,
+)
 from mimic_video.batch import Batch, make_batch
 from mimic_video.config import ActionDecoderConfig, ConfigError, DataConfig
 from mimic_video.embodiments import pad_last
@@ -38,16 +49,19 @@ _ATTEMPTS = 100  # windows in a row that may be broken
 class WindowDataset(Sequence[dict]):
     """Every window of a source's episodes, in order: episode by episode, anchor by anchor.
 
-    Reads each episode once to keep what is not an image; frames are decoded when a window needs them and kept in
-    `config.frame_cache_mb` megabytes. With `config.skip_broken` an episode that cannot be read is left out, and the log says so.
-    Thread-safe.
+    Which windows there are is computed from a survey of the source. An episode is read when a window needs it; frames are decoded
+    then and kept in `config.frame_cache_mb` megabytes. With `config.skip_broken` an episode that cannot be read is left out, and
+    the log says so. Thread-safe.
 
     Attributes:
-        episodes: those that can be read, their frames read through the cache.
+        episodes: those that can be read, read when they are asked for, their frames through the cache.
+        instructions: every one of theirs, once.
+        content: their `content_hash`.
         action_dim: width of actions, or None if windows have none.
         raw_dims: dimensions of "action" and "proprio" that are not to be normalised.
         cameras: those of `config` that the source has.
         robot: whose episodes they are; None for a robot of their own.
+        control_hz: recorded steps a second.
 
     Args:
         source: the episodes.
@@ -63,7 +77,7 @@ class WindowDataset(Sequence[dict]):
 
     def __init__(
         self,
-        source: RldsSource,
+        source: EpisodeSource,
         config: DataConfig,
         *,
         actions: bool,
@@ -74,66 +88,114 @@ class WindowDataset(Sequence[dict]):
             missing = "action" if source.action_dim is None else "proprio"
             raise DatasetError(f"{source.name} has no {missing}; windows with actions need both action and proprio")
         self._config, self._actions, self._source, self.robot = config, actions, source, robot
-        self._latents: tuple[LatentCache, np.ndarray] | None = None  # and its row of each window
+        self._latents: tuple[LatentCache, np.ndarray] | None = None  # and its row of each episode's first step
         self.action_dim = source.action_dim if actions else None
         self.raw_dims = raw_dims or {"action": config.raw_action_dims, "proprio": config.raw_proprio_dims}
         self.cameras = tuple(camera for camera in config.cameras if camera in source.camera_sizes)
-        cache = _FrameCache(source, config.frame_cache_mb * 2**20)
-
-        def cached(index: int, episode: Episode) -> Episode:
-            primary, *further = (_CachedFrames(cache, camera, index, len(episode)) for camera in self.cameras)
-            return dataclasses.replace(episode, frames=primary, further_cameras=dict(zip(self.cameras[1:], further, strict=True)))
-
-        self.episodes = [cached(index, episode) for index, episode in _readable(source, config.skip_broken)]
-        _check_horizons(source.name, self.episodes, config, actions)
-        steps = [anchors(episode.timestamps, config, actions=actions) for episode in self.episodes]
-        if short := sum(not len(each) for each in steps):
+        self.control_hz = source.control_hz
+        survey = survey_of(source)
+        _report(source, survey.broken, config.skip_broken)
+        self.instructions, self.content = survey.instructions, survey.content
+        self._clocks, clock_of = survey.clocks, survey.clock_of
+        places = readable(len(source), survey.broken)
+        self.episodes = _Episodes(source, places, self.cameras, _FrameCache(config.frame_cache_mb * 2**20))
+        _check_horizons(source.name, self._clocks, len(self.episodes), config, actions)
+        self._anchors = Anchors.of([anchors(clock, config, actions=actions) for clock in self._clocks], clock_of)
+        if short := int((self._anchors.count[clock_of] == 0).sum()):
             logging.warning(
-                "%d of %d episodes of %s have no window: they end before their first action", short, len(steps), source.name
+                "%d of %d episodes of %s have no window: they end before their first action",
+                short,
+                len(self.episodes),
+                source.name,
             )
-        self._episode_of = np.repeat(np.arange(len(steps)), [len(s) for s in steps])
-        self._anchor_of = np.concatenate(steps)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"instructions": []}  # which workers do not need, and of which there may be very many
 
     def __len__(self) -> int:
-        return len(self._anchor_of)
-
-    @functools.cached_property
-    def content(self) -> str:
-        """`content_hash` of the episodes."""
-        return content_hash(self.episodes)
+        return len(self._anchors)
 
     def __getitem__(self, index: int) -> dict:  # type: ignore[override]  # no slices
         """One window: its anchor's `instruction` (str), and the arrays of `video_window` and maybe of `action_window`."""
-        episode, anchor = self.episodes[self._episode_of[index]], self._anchor_of[index]
+        number, anchor = self.place(index)
+        episode = self.episodes[number]
         if self._latents is None:
             video = video_window(episode, anchor, self._config)
         else:
             latents, rows = self._latents
-            video = {"latents": latents[int(rows[index])], **video_masks(episode, anchor, self._config)}
+            video = {
+                "latents": latents[int(rows[number]) + anchor // latents.stride],
+                **video_masks(episode, anchor, self._config),
+            }
         sample = {"instruction": episode.instruction_at(anchor), **video}
         if self._actions:
             sample |= action_window(episode, anchor, self._config)
         return sample
 
+    def place(self, index: int) -> tuple[int, int]:
+        """Of a window the place of its episode in `episodes`, and the step that it is anchored at."""
+        return self._anchors.place(index)
+
+    def windows_of(self, episode: int) -> range:
+        """The numbers of the windows of one of `episodes`."""
+        return self._anchors.windows_of(episode)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 (episodes,), their steps."""
+        return np.array(list(map(len, self._clocks)), np.int64)[self._anchors.clock_of]
+
+    @property
+    def numbers(self) -> list[int]:
+        """Of the episodes in the whole split."""
+        return [self._source.numbers[place] for place in self.episodes.places]
+
     @property
     def identity(self) -> str:
         """Hex digits that tell the frames and their times from those of other datasets, wherever they lie."""
         digest = hashlib.sha256(self._source.identity.encode())
-        for episode in self.episodes:
-            digest.update(episode.timestamps.tobytes())
+        stamps = [clock.tobytes() for clock in self._clocks]
+        for clock in self._anchors.clock_of.tolist():
+            digest.update(stamps[clock])
         return digest.hexdigest()
 
-    def with_latents(self, latents: LatentCache) -> Self:
-        """Those of the windows that `latents`, which are of the same episodes, hold.
+    def chosen_of(self, whole: Self) -> Chosen:
+        """These episodes among those of the whole split; both are read with the same configuration."""
+        places = {number: place for place, number in enumerate(whole.numbers)}
+        return Chosen(whole.lengths.tolist(), [places[number] for number in self.numbers])
+
+    def with_latents(self, latents: LatentCache, chosen: Chosen | None = None) -> Self:
+        """Those of the windows that `latents`, which are of the same episodes or of others besides, hold.
 
         They have `latents` (v, t, h, w, c), float32 or bfloat16, in place of `video`; no frame is decoded.
+
+        Args:
+            chosen: of these episodes, if latents are of others besides: `chosen_of` all of them.
         """
         cached = copy.copy(self)
-        held = self._anchor_of % latents.stride == 0
-        cached._episode_of, cached._anchor_of = self._episode_of[held], self._anchor_of[held]
-        first = first_rows(list(map(len, self.episodes)), latents.stride)
-        cached._latents = latents, first[cached._episode_of] + cached._anchor_of // latents.stride
+        cached.instructions = self.instructions  # which a copy lacks, as a worker's does
+        cached._anchors = self._anchors.every(latents.stride)
+        cached._latents = latents, (chosen or self.chosen_of(self)).rows(latents.stride)[:, 0]
         return cached
+
+
+class _Episodes(Sequence[Episode]):
+    """Episodes at some places of a source, read when they are asked for, the frames of the named cameras through a cache."""
+
+    def __init__(self, source: EpisodeSource, places: Sequence[int] | np.ndarray, cameras: Sequence[str], cache: "_FrameCache"):
+        self._source, self.places, self._cameras, self._cache = source, places, cameras, cache
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, number: Any) -> Any:
+        """An episode, or a list of a slice of them."""
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        place = int(self.places[number])
+        episode = self._source[place]
+        primary, *further = (_CachedFrames(self._cache, name, place, episode.cameras[name]) for name in self._cameras)
+        return dataclasses.replace(episode, frames=primary, further_cameras=dict(zip(self._cameras[1:], further, strict=True)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +231,7 @@ def make_batches(
     workers: int = 0,
     skip_broken: bool = False,
     scales: bool = False,
+    augmentation: Augmentation | None = None,
 ) -> Iterator[Batch]:
     """This process's rows of an endless stream of batches, made ahead in the background.
 
@@ -187,6 +250,7 @@ def make_batches(
         skip_broken: replaces a window that cannot be read by the next one of its dataset, and says so in the log; otherwise it is
             an error.
         scales: gives errors of normalised actions their raw units back.
+        augmentation: of frames, in training.
 
     Returns:
         Iterator of batches of NumPy arrays. `latents` are there in place of `video` for datasets `with_latents`; actions and
@@ -200,7 +264,8 @@ def make_batches(
     rows = range(batch_size) if rows is None else rows
     if not rows or not set(rows) <= set(range(batch_size)):
         raise ValueError(f"rows are {list(rows)}; expected one or more from 0 to batch_size-1={batch_size - 1}")
-    number, load = _SampleNumber(batch_size, tuple(rows)), _Load(tuple(parts), mixture, _Once(text), decoder, skip_broken, scales)
+    number = _SampleNumber(batch_size, tuple(rows))
+    load = _Load(tuple(parts), mixture, _Once(text), decoder, skip_broken, scales, augmentation)
     batches = grain.MapDataset.range(_ENDLESS // batch_size * len(rows)).map(number).map(load).batch(len(rows), batch_fn=_stack)
     iterator = batches[start_step:].to_iter_dataset(_READ)
     if workers:
@@ -277,9 +342,10 @@ class _Load:
         decoder: ActionDecoderConfig,
         skip_broken: bool,
         scales: bool,
+        augmentation: Augmentation | None,
     ):
         self._parts, self._mixture, self._text, self._decoder, self._skip = parts, mixture, text, decoder, skip_broken
-        self._scales = scales
+        self._scales, self._augmentation = scales, augmentation
         self._narrow = any(part.windows.action_dim not in (None, decoder.action_dim) for part in parts)
         self._skipped = itertools.count(1)  # threads may count at once
 
@@ -287,6 +353,8 @@ class _Load:
         dataset, window = self._mixture[number]
         part = self._parts[dataset]
         sample = self._read(part, window)
+        if self._augmentation is not None:
+            sample = self._augmentation(sample, number)
         sample["text"] = self._text(sample.pop("instruction"))
         if "actions" not in sample:
             return sample
@@ -327,16 +395,15 @@ def _stack(samples: Sequence[dict]) -> Batch:
 class _FrameCache:
     """Decoded frames of a source, the most recently used ones kept within a number of bytes."""
 
-    def __init__(self, source: Sequence[Episode], capacity: int):
-        self._source, self._capacity, self._used = source, capacity, 0
+    def __init__(self, capacity: int):
+        self._capacity, self._used = capacity, 0
         self._frames: OrderedDict[tuple[str, int, int], np.ndarray] = OrderedDict()  # camera, episode, step
         self._lock = threading.Lock()
 
     def __reduce__(self):
-        return _FrameCache, (self._source, self._capacity)  # worker processes start with an empty cache
+        return _FrameCache, (self._capacity,)  # worker processes start with an empty cache
 
-    def take(self, camera: str, episode: int, indices: Sequence[int]) -> np.ndarray:
-        frames = self._source[episode].cameras[camera]
+    def take(self, camera: str, episode: int, frames: Frames, indices: Sequence[int]) -> np.ndarray:
         if not self._capacity:
             return frames.take(indices)
         with self._lock:
@@ -365,37 +432,33 @@ class _FrameCache:
 
 @dataclasses.dataclass(frozen=True)
 class _CachedFrames:
-    """`Frames` of one camera of one episode of a `_FrameCache`."""
+    """`Frames` of one camera of one episode, through a `_FrameCache`."""
 
     cache: _FrameCache
     camera: str
     episode: int
-    length: int
+    frames: Frames
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.frames)
 
     def take(self, indices: Sequence[int]) -> np.ndarray:
-        return self.cache.take(self.camera, self.episode, indices)
+        return self.cache.take(self.camera, self.episode, self.frames, indices)
 
 
-def _readable(source: Sequence[Episode], skip_broken: bool) -> Iterator[tuple[int, Episode]]:
-    """Episodes with their numbers in the source. One that cannot be read is an error, or is left out and counted in the log."""
-    skipped = 0
-    for index in range(len(source)):
+def _report(source: EpisodeSource, broken: Sequence[int], skip_broken: bool) -> None:
+    """Of episodes that cannot be read, the first is an error; or they are left out and counted in the log."""
+    for skipped, place in enumerate(broken, 1):
         try:
-            episode = source[index]
+            source[place]
         except DatasetError as error:
             if not skip_broken:
                 raise
-            skipped += 1
             logging.warning("skipped an episode (%d so far): %s", skipped, error)
-        else:
-            yield index, episode
 
 
-def _check_horizons(name: str, episodes: Sequence[Episode], config: DataConfig, actions: bool) -> None:
-    longest = max((episode.timestamps[-1] - episode.timestamps[0] for episode in episodes), default=0.0)
+def _check_horizons(name: str, clocks: Sequence[np.ndarray], count: int, config: DataConfig, actions: bool) -> None:
+    longest = max((clock[-1] - clock[0] for clock in clocks), default=0.0)
     spans = {"data.future_frames": (config.future_frames, np.ptp(video_times(0.0, config)))}
     if actions:
         spans["data.action_horizon"] = (config.action_horizon, action_times(0.0, config)[-1])
@@ -403,7 +466,7 @@ def _check_horizons(name: str, episodes: Sequence[Episode], config: DataConfig, 
         if span > longest + TOLERANCE:
             raise DatasetError(
                 f"config field '{field}' is {value}: its window spans {span:.2f} s, but the longest of "
-                f"{len(episodes)} episodes of {name} lasts {longest:.2f} s"
+                f"{count} episodes of {name} lasts {longest:.2f} s"
             )
 
 

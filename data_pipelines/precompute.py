@@ -5,32 +5,45 @@
 
 Its rows are the windows anchored at every `stride`-th step of each episode, beginning with the first, episode by episode. A shard
 appears whole or not at all, so that several processes can fill one folder and an interrupted one continues. The manifest's key
-names all that latents depend on; latents with another key than an experiment's are refused.
+names all that latents depend on; latents with another key than an experiment's are refused. Slices of a split share its latents:
+those of `train[:50]` are in the folder `train`, which need not have the shards of other episodes.
 """
 
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import ml_dtypes  # noqa: F401  # teaches NumPy the name "bfloat16"
 import numpy as np
 from absl import logging
-from tqdm import tqdm
 
 from data_pipelines.episode import Episode
 from data_pipelines.sources.records import DatasetError
 from data_pipelines.windows import video_window
 from mimic_video.atomic import atomically
 from mimic_video.config import ConfigError, ExperimentConfig, shaping, value_at
+from mimic_video.progress import progress
 
 SHARD_BYTES = 2**28  # in memory until they are written, and lost to an interruption
 _MANIFEST = "manifest.json"
 _DIGESTS = {"weights": "another tokenizer made them", "dataset": "they are of another dataset, or of another version of it"}
+
+
+class Chosen(NamedTuple):
+    """Episodes of a split whose windows are read: `places` among all of those that latents are of, which have so many steps."""
+
+    steps: Sequence[int]
+    places: Sequence[int]
+
+    def rows(self, stride: int) -> np.ndarray:
+        """int64 (places, 2): of each episode the row of its first window, and one past that of its last."""
+        first = first_rows(self.steps, stride)
+        return np.stack([first[:-1], first[1:]], axis=1)[np.asarray(self.places, int)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +75,14 @@ class LatentCache:
     def rows_of(self, shard: int) -> range:
         return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.rows))
 
-    def missing(self) -> list[int]:
-        """Numbers of the shards that are not there, or were cut short by a copy."""
-        return [shard for shard in range(self.num_shards) if not self._is_whole(shard)]
+    def shards_of(self, chosen: Chosen) -> set[int]:
+        """Numbers of the shards that hold windows of episodes."""
+        rows = (range(first, last) for first, last in chosen.rows(self.stride).tolist())
+        return {shard for each in rows for shard in range(each[0] // self.shard_rows, each[-1] // self.shard_rows + 1)}
+
+    def missing(self, shards: Iterable[int] | None = None) -> list[int]:
+        """Numbers of those shards, by default of all, that are not there, or were cut short by a copy."""
+        return [shard for shard in sorted(range(self.num_shards) if shards is None else shards) if not self._is_whole(shard)]
 
     def write(self, shards: Sequence[int], latents: Iterator[np.ndarray]) -> None:
         """Writes shards, given the latents (v, t, h, w, c) of all of their windows in order."""
@@ -116,9 +134,9 @@ def latent_key(config: ExperimentConfig, tokenizer: Mapping[str, Any], dataset: 
     return fields | {"weights": weights.hexdigest(), "dataset": dataset}
 
 
-def first_rows(lengths: Sequence[int], stride: int) -> np.ndarray:
+def first_rows(lengths: Sequence[int] | np.ndarray, stride: int) -> np.ndarray:
     """int64 (episodes + 1,): the row of the first window of each episode, given their steps; and the number of rows."""
-    return np.cumsum([0, *(-(-length // stride) for length in lengths)])
+    return np.concatenate([[0], np.cumsum(-(-np.asarray(lengths, np.int64) // stride))])
 
 
 def create_latents(
@@ -168,11 +186,11 @@ def fill_latents(
     rows = [row for shard in shards for row in cache.rows_of(shard)]
 
     def latents() -> Iterator[np.ndarray]:
-        with tqdm(total=len(rows), desc=str(cache.folder), unit="window") as progress:
+        with progress(total=len(rows), desc=str(cache.folder), unit="window") as bar:
             for batch in _read_batches(rows, cache.stride, episodes, config):
                 encoded = encode(batch["video"])
                 encoded[batch["broken"]] = np.nan
-                progress.update(min(len(encoded), len(rows) - progress.n))
+                bar.update(min(len(encoded), len(rows) - bar.n))
                 yield from encoded
 
     cache.write(shards, latents())
@@ -198,8 +216,8 @@ def _read_batches(rows: Sequence[int], stride: int, episodes: Sequence[Episode],
     return iter(grain.MapDataset.source(padded).map(read).to_iter_dataset(ahead).batch(size))
 
 
-def open_latents(folder: Path, key: Mapping[str, Any]) -> LatentCache:
-    """The complete cache of a folder.
+def open_latents(folder: Path, key: Mapping[str, Any], chosen: Chosen | None = None) -> LatentCache:
+    """The cache of a folder, which has at least the latents of the chosen episodes, by default all.
 
     Raises:
         ConfigError: saying what differs, if its key is another.
@@ -209,10 +227,11 @@ def open_latents(folder: Path, key: Mapping[str, Any]) -> LatentCache:
         raise DatasetError(f"there are no precomputed latents in {folder}: launch/precompute_latents.py makes them")
     cache = _read(folder)
     _require_same(cache, key)
-    if missing := cache.missing():
+    shards = range(cache.num_shards) if chosen is None else cache.shards_of(chosen)
+    if missing := cache.missing(shards):
         names = ", ".join(f"{shard:05d}.npy" for shard in missing[:5]) + (", …" if len(missing) > 5 else "")
         raise DatasetError(
-            f"the precomputed latents in {folder} lack {len(missing)} of {cache.num_shards} shards ({names}): "
+            f"the precomputed latents in {folder} lack {len(missing)} of {len(shards)} shards ({names}): "
             "launch/precompute_latents.py continues them"
         )
     return cache

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -39,13 +39,18 @@ class Hosts:
 ONE_HOST = Hosts()
 
 
-def cached_statistics(episodes: Sequence[Episode], config: DataConfig, hosts: Hosts = ONE_HOST) -> dict[str, Statistics]:
+def cached_statistics(
+    episodes: Iterable[Episode], config: DataConfig, hosts: Hosts = ONE_HOST, content: str | None = None
+) -> dict[str, Statistics]:
     """`action_statistics`, kept in `~/.cache/mimic_video/statistics` by a hash of the episodes and of the fields that matter.
 
     So the same data under another path or in another file format has them already. A damaged file is replaced.
+
+    Args:
+        content: tells the episodes apart, where that is known: their `content_hash`, or another name of it.
     """
-    content = [_VERSION, content_hash(episodes), config.action_horizon, config.control_hz, config.action_delay]
-    path = user_cache("statistics") / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]}.json"
+    depends = [_VERSION, content or content_hash(episodes), config.action_horizon, config.control_hz, config.action_delay]
+    path = user_cache("statistics") / f"{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:24]}.json"
     found = _read(path)
     if hosts.gather(np.array(found is not None)).all():  # or else all compute, as each of them has a part
         assert found is not None
@@ -56,11 +61,12 @@ def cached_statistics(episodes: Sequence[Episode], config: DataConfig, hosts: Ho
     return computed
 
 
-def action_statistics(episodes: Sequence[Episode], config: DataConfig, hosts: Hosts = ONE_HOST) -> dict[str, Statistics]:
+def action_statistics(episodes: Iterable[Episode], config: DataConfig, hosts: Hosts = ONE_HOST) -> dict[str, Statistics]:
     """Statistics over every action window of the episodes, repeated steps at their ends included (SPEC 7.1, 8.3).
 
-    Exact, quantiles included: all windows, but only so many steps of their horizon at once as fit `_MEMORY`. Each host has some
-    of these steps; the result does not depend on how many hosts there are, not in one bit.
+    Exact, quantiles included: all windows, but only so many steps of their horizon at once as fit `_MEMORY`. Episodes that do not
+    fit it are read once more for each such part. Each host has some of these steps; the result does not depend on how many
+    hosts there are, not in one bit.
 
     A million steps with a horizon of 15 take one core 39 s for vectors of 20 numbers, 79 s for poses, without reading an image
     (`pytest -s -k million tests/data_pipelines/test_statistics.py`).
@@ -71,11 +77,12 @@ def action_statistics(episodes: Sequence[Episode], config: DataConfig, hosts: Ho
     Raises:
         ValueError: if an episode has no actions or proprio, or no episode has an anchor.
     """
-    chosen = [(episode, anchors(episode.timestamps, config, actions=True)) for episode in episodes]
-    count = sum(len(steps) for _, steps in chosen)
+    count, width, episodes = 0, 0, _held(episodes)
+    for episode in episodes:
+        count += len(anchors(episode.timestamps, config, actions=True))
+        width = width if episode.actions is None else episode.actions.shape[1]
     if not count:
         raise ValueError(f"no action windows: no episode reaches data.action_delay={config.action_delay} s")
-    width = 0 if episodes[0].actions is None else episodes[0].actions.shape[1]
     together = max(1, _MEMORY // (4 * width * count + 1))
     own = range(hosts.index, config.action_horizon, hosts.count)
     rows = np.zeros((sum(_ROWS.values()), config.action_horizon, width), np.float32)
@@ -83,7 +90,8 @@ def action_statistics(episodes: Sequence[Episode], config: DataConfig, hosts: Ho
         part = own[first : first + together]
         actions, proprio = np.empty((len(part), count, width), np.float32), []
         end = 0
-        for episode, steps in chosen:
+        for episode in episodes:
+            steps = anchors(episode.timestamps, config, actions=True)
             windows = action_windows(episode, steps, config, slice(part.start, part.stop, part.step))
             start, end = end, end + len(steps)
             actions[:, start:end] = windows["actions"].swapaxes(0, 1)
@@ -93,6 +101,18 @@ def action_statistics(episodes: Sequence[Episode], config: DataConfig, hosts: Ho
     steps = np.arange(config.action_horizon)
     rows = np.moveaxis(hosts.gather(rows)[steps % hosts.count, :, steps], 0, 1)
     return {"action": _from_rows(rows), "proprio": compute_statistics(np.concatenate(proprio))}
+
+
+def _held(episodes: Iterable[Episode]) -> Iterable[Episode]:
+    """Episodes in memory, if their values fit `_MEMORY`; otherwise as they were, to be read whenever they are iterated over."""
+    held: list[Episode] = []
+    size = 0
+    for episode in episodes:
+        held.append(episode)
+        size += sum(values.nbytes for values in (episode.timestamps, episode.proprio, episode.actions) if values is not None)
+        if size > _MEMORY:
+            return episodes
+    return held
 
 
 def _to_rows(statistics: Statistics) -> np.ndarray:

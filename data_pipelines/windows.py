@@ -4,7 +4,10 @@ Times are float64 seconds throughout. A window is anchored at one step of the ep
 the episode read its first or last step, and the masks say so.
 """
 
+import dataclasses
+import functools
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 from scipy.spatial.transform import Rotation, Slerp
@@ -18,7 +21,7 @@ _JITTER = 0.02  # of a period: what time stamps that were rounded to a milliseco
 
 
 def anchors(timestamps: np.ndarray, config: DataConfig, *, actions: bool) -> np.ndarray:
-    """int64 steps of an episode that a window can be anchored at.
+    """int64 steps of an episode that a window can be anchored at; they follow one another.
 
     Every step is an anchor of a video window. With `actions`, the window's first action must lie inside the episode.
     """
@@ -26,6 +29,57 @@ def anchors(timestamps: np.ndarray, config: DataConfig, *, actions: bool) -> np.
     if not actions:
         return steps
     return steps[inside(timestamps, timestamps + config.action_delay)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Anchors:
+    """The anchors of all windows of some episodes, which are numbered episode by episode, without a list of them.
+
+    Episodes with the same time stamps have the same anchors, so these are of each clock: each different array of time stamps.
+
+    Attributes:
+        first, count: int64 (clocks,), the first anchor of an episode, and how many it has.
+        clock_of: int (episodes,), which clock is an episode's.
+        stride: steps from one anchor to the next.
+    """
+
+    first: np.ndarray
+    count: np.ndarray
+    clock_of: np.ndarray
+    stride: int = 1
+
+    @classmethod
+    def of(cls, steps: Sequence[np.ndarray], clock_of: np.ndarray) -> Self:
+        """Those of each clock, steps that follow one another."""
+        first = [int(each[0]) if len(each) else 0 for each in steps]
+        return cls(np.array(first, np.int64), np.array(list(map(len, steps)), np.int64), clock_of)
+
+    def __len__(self) -> int:
+        """Windows."""
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    @functools.cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum(self.count[self.clock_of])
+
+    def place(self, window: int) -> tuple[int, int]:
+        """The episode of a window, and its anchor there. Raises IndexError."""
+        if not -len(self) <= window < len(self):
+            raise IndexError(f"there are {len(self)} windows; index {window} is out of range")
+        number = int(window) % len(self)
+        episode = int(np.searchsorted(self._ends, number, side="right"))
+        clock = self.clock_of[episode]
+        return episode, int(self.first[clock] + (number - self._ends[episode] + self.count[clock]) * self.stride)
+
+    def windows_of(self, episode: int) -> range:
+        """The numbers of an episode's windows."""
+        end = int(self._ends[episode])
+        return range(end - int(self.count[self.clock_of[episode]]), end)
+
+    def every(self, stride: int) -> Self:
+        """Those of the anchors that are multiples of `stride`; their own stride is 1."""
+        first, last = -(-self.first // stride), -(-(self.first + self.count) // stride)
+        return dataclasses.replace(self, first=first * stride, count=last - first, stride=stride)
 
 
 def video_times(anchor_time: float, config: DataConfig) -> np.ndarray:

@@ -3,6 +3,7 @@
     python launch/benchmark.py training [--model=2b | --config=FILE.py[:ARG]] [--repeats=30]
     python launch/benchmark.py draws --config=configs/quickstart.py:action [--workdir=RUN]
     python launch/benchmark.py policy [--model=2b | --config=FILE.py[:ARG]] [--image_size=480x640] [--batch_size=1]
+    python launch/benchmark.py serving [--model=2b | --config=FILE.py[:ARG]] [--batch_size=1 --batch_size=8]
     python launch/benchmark.py cold_start --policy=BUNDLE_OR_RUN [--embodiment=NAME]
     python launch/benchmark.py --config=configs/quickstart.py [--batch_size=1 --batch_size=20]
 
@@ -18,6 +19,9 @@ run's parameters and, if it is there, its data.
 the matrix products of the needed work take at the rate of the fastest one in the same run. `--reference=torch` measures the same
 from the observed latents on in PyTorch (mimic_video/analysis/torch_reference.py), with the context's keys and values recomputed
 and cached.
+
+`serving`: chunks a second, and the time that a robot waits for its own, of the policy server with random parameters: for every
+--batch_size as the largest batch, and 1, 2, 4, ... robots that ask all the time, --repeats times each. Needs the extra `serve`.
 
 `cold_start`: from the start of a process to the first action, with an empty and with a filled compilation cache.
 
@@ -48,21 +52,23 @@ from mimic_video.runs.checkpoints import START_PRECISION, load_params, load_toke
 from mimic_video.runs.directory import load_embodiments
 from mimic_video.runs.storage import RunError, run_path
 
-_MODEL = flags.DEFINE_enum("model", None, ["2b", "small"], "What `training` and `policy` measure, in place of --config")
-_REPEATS = flags.DEFINE_integer("repeats", 30, "Timed calls of each kind", lower_bound=2)
-_BATCH_SIZES = flags.DEFINE_multi_integer("batch_size", None, "Robots that a chunk is planned for at once")
+_MODEL = flags.DEFINE_enum("model", None, ["2b", "small"], "What is measured in place of --config, but by `draws`")
+_REPEATS = flags.DEFINE_integer("repeats", 30, "Timed calls of each kind, or requests of each robot", lower_bound=2)
+_BATCH_SIZES = flags.DEFINE_multi_integer("batch_size", None, "Robots that a chunk is planned for at once, or may be")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run of stage `action` whose parameters `draws` takes; random ones by default")
 _DRAWS = flags.DEFINE_list("draws", ["1", "2", "4", "8"], "Numbers of noise draws that `draws` compares, with the first")
 _KEYS = flags.DEFINE_integer("keys", 64, "Noise of how many steps `draws` compares", lower_bound=2)
 _IMAGE_SIZE = experiment.define_size("image_size", None, "What `policy` sees; that of the configuration by default")
 _REFERENCE = flags.DEFINE_enum("reference", None, ["torch"], "What `policy` is compared with in the same run")
-_POLICY = flags.DEFINE_string("policy", None, "Bundle or run that `cold_start` starts")
+_POLICY = flags.DEFINE_string("policy", None, "Bundle, also hf://USER/NAME, or run that `cold_start` starts")
 _EMBODIMENT = flags.DEFINE_string("embodiment", None, "Robot that `cold_start` drives, if the policy knows several")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+POLICIES = {"2b": "configs/published.py:bridge", "small": "configs/quickstart.py:action"}
 MODELS = {
     "training": {"2b": "configs/published.py:cosmos", "small": "configs/quickstart.py"},
-    "policy": {"2b": "configs/published.py:bridge", "small": "configs/quickstart.py:action"},
+    "policy": POLICIES,
+    "serving": POLICIES,
 }
 
 
@@ -104,6 +110,13 @@ def policy(config: ExperimentConfig) -> dict[str, Any]:
     return policy_benchmark.policy_latency(config, sizes[0], _REPEATS.value, rate, _REFERENCE.value == "torch")
 
 
+def serving(config: ExperimentConfig) -> dict[str, Any]:
+    # Only here: it needs the package of the server.
+    from mimic_video.analysis.serving_benchmark import serving
+
+    return serving(dataclasses.replace(config, stage="action"), _BATCH_SIZES.value or (1, 2, 4, 8), _REPEATS.value)
+
+
 def cold_start() -> dict[str, Any]:
     if not _POLICY.value:
         raise ConfigError("--policy is missing: the bundle or run whose start is measured")
@@ -118,6 +131,7 @@ COMMANDS: dict[str | None, Callable[..., dict[str, Any]]] = {
     "training": training,
     "draws": draws,
     "policy": policy,
+    "serving": serving,
     "cold_start": cold_start,
     None: both_stages,
 }
@@ -134,7 +148,7 @@ def run() -> None:
     """Parses the command and the model, which stands for a configuration file."""
     command = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else None
     if command not in COMMANDS:
-        sys.exit(f"error: there is no benchmark '{command}'; expected training, draws, policy or cold_start")
+        sys.exit(f"error: there is no benchmark '{command}'; expected {', '.join(filter(None, COMMANDS))}")
     names = [argument.lstrip("-").partition("=")[0] for argument in sys.argv[1:]]
     if "reference" in names:  # JAX would take most of a GPU's memory, and PyTorch needs some
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -1,6 +1,6 @@
 """Collects demonstrations of a simulator's scripted experts as two RLDS datasets.
 
-    python launch/collect.py --config=configs/quickstart.py --out=runs/quickstart/data --videos=100 --demonstrations=20
+    python launch/collect.py --config=configs/quickstart.py --out=runs/quickstart/data --videos=80 --demonstrations=20
 
 for every task of the experiment's `evaluation.tasks` in its `evaluation.simulator`, at its image size and control rate and in its
 `evaluation.layout`.
@@ -9,19 +9,21 @@ for every task of the experiment's `evaluation.tasks` in its `evaluation.simulat
 `tfds.builder_from_directory(PATH).as_dataset()`, and with --format=array_record ArrayRecord by `.as_data_source()`.
 """
 
+import concurrent.futures
 import itertools
 import pathlib
 from collections.abc import Iterator
 
 import experiment
 from absl import flags
-from tqdm import tqdm
 
 from data_pipelines.episode import Episode
 from data_pipelines.sources.experts import demonstrations
+from data_pipelines.workers import worker_processes
 from data_pipelines.writers import VERSION, write_rlds
 from mimic_video.config import ExperimentConfig
 from mimic_video.evaluation.simulators import factories, with_expert
+from mimic_video.progress import progress
 
 _OUT = flags.DEFINE_string("out", None, "Folder for the datasets", required=True)
 _VIDEOS = flags.DEFINE_integer("videos", 100, "Action-free episodes per task", lower_bound=1)
@@ -37,16 +39,23 @@ _FIRST_SEEDS = {
 }
 
 
-def episodes(config: ExperimentConfig, dataset: str, split: str, count: int) -> Iterator[Episode]:
+def episodes(
+    config: ExperimentConfig, dataset: str, split: str, count: int, workers: concurrent.futures.Executor
+) -> Iterator[Episode]:
     """`count` successful episodes of every task, with a progress bar."""
     evaluation, labelled = config.evaluation, dataset == "demonstrations"
     for task in evaluation.tasks:
         factory, seeds = with_expert(factories(config)(task)), itertools.count(_FIRST_SEEDS[dataset, split])
-        source = demonstrations(factory, f"{evaluation.simulator}/{task}", seeds, labelled, evaluation.workers)
-        yield from tqdm(itertools.islice(source, count), total=count, desc=f"{dataset}/{split} {task}", unit="episode")
+        source = demonstrations(factory, f"{evaluation.simulator}/{task}", seeds, workers, labelled, 4 * evaluation.workers)
+        yield from progress(itertools.islice(source, count), total=count, desc=f"{dataset}/{split} {task}", unit="episode")
 
 
 def main(config: ExperimentConfig) -> None:
+    with worker_processes(config.evaluation.workers) as workers:
+        _collect(config, workers)
+
+
+def _collect(config: ExperimentConfig, workers: concurrent.futures.Executor) -> None:
     counts = {"videos": _VIDEOS.value, "demonstrations": _DEMONSTRATIONS.value}
     for dataset, count in counts.items():
         path = pathlib.Path(_OUT.value) / dataset / VERSION
@@ -54,8 +63,8 @@ def main(config: ExperimentConfig) -> None:
             print(f"{path} exists")
             continue
         splits = {
-            "train": episodes(config, dataset, "train", count),
-            "val": episodes(config, dataset, "val", _VALIDATION.value),
+            "train": episodes(config, dataset, "train", count, workers),
+            "val": episodes(config, dataset, "val", _VALIDATION.value, workers),
         }
         write_rlds(
             _OUT.value,

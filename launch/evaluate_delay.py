@@ -1,6 +1,6 @@
 """What planning delays do to a policy in the simulator, by execution strategy; writes `delays.json` into the run's directory.
 
-    python launch/evaluate_delay.py --config=configs/quickstart.py:action --workdir=runs/quickstart/action-trained-0 \\
+    python launch/evaluate_delay.py --config=configs/quickstart.py:action --workdir=runs/quickstart/action \\
         --config.evaluation.max_steps=80
 
 Of the experiment, `policy` and `evaluation` count; everything else is as the run was trained. Every strategy sees the same seeds

@@ -8,13 +8,14 @@ import errno
 import io
 import os
 import pathlib
+import re
 import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from mimic_video.config import (
     ConfigError,
@@ -28,7 +29,7 @@ from mimic_video.config import (
 )
 
 # Flags that are paths, in every script that has them; of --policy_run its own parser takes care.
-_PATHS = ("expert_run", "input", "out", "policy", "prompts", "register", "source", "video_run", "workdir")
+_PATHS = ("expert_run", "input", "out", "policy", "prompts", "register", "robot", "run", "source", "video_run", "workdir")
 
 # Of a file system that may not be written, is full or has another thing at a path; the message names the file.
 _REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG)
@@ -70,7 +71,7 @@ def run(
     expected_errors: tuple[type[Exception], ...] = (),
     inside: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     *,
-    config: bool = True,
+    config: bool | None = True,
     compilation_cache: bool | None = True,
 ) -> None:
     """Parses the command line and calls `main`, inside of a context.
@@ -79,13 +80,14 @@ def run(
     code 1, and so does a file system that refuses or is full; anything else keeps its traceback.
 
     Args:
-        config: whether the script has --config; then `main` is called with the experiment, else without arguments.
+        config: whether the script has --config, and `main` is called with the experiment; None if it may be left out, and `main`
+            is called with None.
         compilation_cache: whether compiled programs are kept if the flag does not say so; None for a script that compiles none.
     """
     mistakes: tuple[type[Exception], ...] = (ConfigError, *expected_errors)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: what is printed may be more than a locale has
-    if config:
+    if config is not False:
         _define_config(flags.FLAGS)
         flags.DEFINE_bool(
             "show_config", False, "Print every field of the configuration with its value, default and comment; then end"
@@ -93,7 +95,8 @@ def run(
         sys.argv[1:] = _checked_config(sys.argv[1:])
         if any(argument.lstrip("-") in ("show_config", "show_config=true") for argument in sys.argv[1:]):
             sys.exit(_show_config())
-        flags.mark_flag_as_required("config")
+        if config:
+            flags.mark_flag_as_required("config")
     if compilation_cache is not None:
         flags.DEFINE_bool(
             "compilation_cache", compilation_cache, "Keep compiled programs in JAX_COMPILATION_CACHE_DIR, or the user's cache"
@@ -104,12 +107,12 @@ def run(
         if arguments[1:]:
             sys.exit(f"error: '{arguments[1]}' is no flag; expected --NAME=VALUE, as --help shows")
         if compilation_cache is not None:
-            _keep_compiled_programs()
+            _prepare_jax()
         with contextlib.ExitStack() as stack:
             try:
                 _expand_paths(flags.FLAGS)
                 stack.enter_context(inside())
-                main(*([experiment_from(flags.FLAGS.config.to_dict())] if config else []))
+                main(*([] if config is False else [_experiment(flags.FLAGS.config)]))
             except mistakes as error:
                 sys.exit(f"error: {error}")
             except OSError as error:
@@ -123,6 +126,10 @@ def run(
                 sys.exit(f"error: JAX does not start with JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {reason}")
 
     app.run(start)
+
+
+def _experiment(config: ConfigDict | None) -> ExperimentConfig | None:
+    return None if config is None else experiment_from(config.to_dict())
 
 
 def _expand_paths(values: flags.FlagValues) -> None:
@@ -143,6 +150,16 @@ def _define_config(values: flags.FlagValues) -> None:
         "--show_config lists and mimic_video/config.py describes",
         flag_values=values,
     )
+
+
+def config_arguments(arguments: list[str]) -> list[str]:
+    """What of a command line, without the script's name, gives the experiment: --config=FILE and --config.FIELD=VALUE."""
+    found = []
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        if re.match(r"--?(no)?config[=.]", argument):
+            alone = "=" in argument or following.startswith("-")  # --config.FIELD VALUE is two of them, a boolean one
+            found.append(argument if alone else f"{argument}={following}")
+    return found
 
 
 def _checked_config(arguments: list[str]) -> list[str]:
@@ -187,11 +204,13 @@ def config_table(config: ExperimentConfig) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def _keep_compiled_programs() -> None:
+def _prepare_jax() -> None:
     import jax  # only here: evaluate_served.py runs where there is none
 
     from mimic_video.cache import keep_compiled_programs
+    from mimic_video.memory import keep_freed_memory
 
+    keep_freed_memory(os.environ.get("JAX_PLATFORMS"))
     if flags.FLAGS.compilation_cache:
         keep_compiled_programs()
     else:

@@ -15,6 +15,9 @@ needs no text encoder for them.
 (mimic_video/policy/stablehlo.py says how), for --batch_size robots. Only the platform that this command runs on has its fastest
 attention; others have a general one, whose memory grows with the square of the tokens. --safetensors adds the networks in the
 published names.
+
+--push_to_hub=USER/NAME (with the extra `hub`) also puts the bundle on the Hugging Face Hub, with a model card that has the
+results of the run's evaluation.json; `Policy.load("hf://USER/NAME")` reads it there (docs/sharing.md).
 """
 
 import pathlib
@@ -23,7 +26,9 @@ from typing import Any
 import experiment
 from absl import flags
 
+from mimic_video.config import ConfigError
 from mimic_video.models.text import DamagedEntryError
+from mimic_video.policy import hub
 from mimic_video.policy.export import PLATFORMS, Programs, export_policy, known_prompts
 from mimic_video.runs.storage import RunError, local_path, run_path
 
@@ -40,18 +45,32 @@ _STABLEHLO: flags.FlagHolder[Any] = flags.DEFINE_list("stablehlo", [], f"Platfor
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Robots of a StableHLO program", lower_bound=1)
 _EMBODIMENT = flags.DEFINE_string("embodiment", None, "Robot of StableHLO programs, by its name, if there are several")
 _SAFETENSORS = flags.DEFINE_bool("safetensors", False, "Add the networks in the published names")
+_PUSH = flags.DEFINE_string("push_to_hub", None, "USER/NAME: repository of the Hugging Face Hub that the bundle goes to, too")
+_PRIVATE = flags.DEFINE_bool("private", False, "A repository that --push_to_hub makes is private")
+_LICENSE = flags.DEFINE_string(
+    "license", None, "Licence of the weights in the model card, as the Hub calls it: apache-2.0, other"
+)
 
 
 def main() -> None:
+    run, out = run_path(_WORKDIR.value), local_path(_OUT.value)
+    if _PUSH.value:
+        evaluation = hub.read_evaluation(run)
+        hub.reserve(_PUSH.value, _PRIVATE.value)  # before what takes minutes
+    elif _PRIVATE.value or _LICENSE.value:
+        raise ConfigError("--private and --license are of a repository on the Hub; expected --push_to_hub=USER/NAME too")
     export_policy(
-        run_path(_WORKDIR.value),
-        local_path(_OUT.value),
+        run,
+        out,
         precision=_PRECISION.value,
         weights=_WEIGHTS.value,
         prompts=known_prompts(pathlib.Path(_PROMPTS.value)) if _PROMPTS.value else (),
         programs=Programs(_STABLEHLO.value, _BATCH_SIZE.value, _EMBODIMENT.value),
         safetensors=_SAFETENSORS.value,
     )
+    if _PUSH.value:
+        commit = hub.push(out, _PUSH.value, license=_LICENSE.value, evaluation=evaluation)
+        print(f"pushed it to {hub.SCHEME}{_PUSH.value}@{commit}")
 
 
 if __name__ == "__main__":

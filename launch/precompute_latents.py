@@ -5,8 +5,9 @@
     python launch/train.py --config=configs/yours.py:action --config.backbone_run=runs/video \\
         --config.data.latents=runs/latents --workdir=runs/action
 
-The tokenizer is that of `backbone_run`, the splits are those that training reads. With --stride=4 only every fourth step of an
-episode becomes a window of training. What is there already is kept, so the same command continues after an interruption;
+The tokenizer is that of `backbone_run`, the splits are those that training reads. Of a slice such as `train[:50]` only the shards
+with its windows are made, in the folder of the whole split, where other slices find them. With --stride=4 only every fourth step
+of an episode becomes a window of training. What is there already is kept, so the same command continues after an interruption;
 --shard=0/8 to --shard=7/8 divide the work among processes or machines that share the folder.
 
 Windows are encoded as training would, `train.batch_size` of them at once over the devices of `mesh`. Another number, which
@@ -48,8 +49,8 @@ def main(config: ExperimentConfig) -> None:
     directory.require_same_model(directory.read_config(backbone), config, backbone, "tokenizer")
     tokenizer, dtype = checkpoints.load_tokenizer(backbone, config), VideoActionModel(config).dtype("tokenizer")
     caches = create_caches(config, tokenizer, _STRIDE.value, dtype.name)
-    todo = [[shard for shard in cache.missing() if shard % shares == share] for cache, _ in caches]
-    for (cache, _), shards in zip(caches, todo, strict=True):
+    todo = [[shard for shard in cache.missing(read) if shard % shares == share] for cache, _, read in caches]
+    for (cache, *_), shards in zip(caches, todo, strict=True):
         size = int(np.prod(cache.shape)) * dtype.itemsize
         print(
             f"{cache.folder}: {cache.rows} windows of {size / 1e6:.3g} MB, {cache.rows * size / 1e9:.3g} GB in "
@@ -57,10 +58,10 @@ def main(config: ExperimentConfig) -> None:
             flush=True,
         )
     encode, start = make_encoder(config, tokenizer), time.perf_counter()
-    for (cache, windows), shards in zip(caches, todo, strict=True):
+    for (cache, windows, _), shards in zip(caches, todo, strict=True):
         if shards:
             fill_latents(cache, shards, windows.episodes, config, encode)
-    left = sum(len(cache.missing()) for cache, _ in caches)
+    left = sum(len(cache.missing(read)) for cache, _, read in caches)
     print(
         f"made {sum(map(len, todo))} shards in {time.perf_counter() - start:.0f} s; "
         + (f"{left} are missing, of other parts of the work" if left else "the latents are complete")

@@ -12,12 +12,12 @@ import time
 
 import experiment
 from absl import flags
-from tqdm import tqdm
 
 from data_pipelines.datasets import find_instructions
 from data_pipelines.sources.rlds import DatasetError
 from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.models.text import T5TextEncoder, read_prompts
+from mimic_video.progress import progress
 
 _PROMPTS = flags.DEFINE_string("prompts", None, "UTF-8 file of further prompts, one per line; blank lines are skipped")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Prompts that are encoded at once", lower_bound=1)
@@ -40,11 +40,11 @@ def main(config: ExperimentConfig) -> None:
     missing = sorted(encoder.missing(prompts), key=len)  # prompts of a batch are padded to its longest
     cached = len(prompts) - len(missing)
     print(f"{len(prompts)} prompts: {cached} are in {config.text.cache}, {len(missing)} to embed", flush=True)
-    with tqdm(total=len(missing), unit="prompt", disable=not missing) as progress:
+    with progress(total=len(missing), desc="embedding", unit="prompt", hide=not missing) as bar:
         for first in range(0, len(missing), _BATCH_SIZE.value):
             batch = missing[first : first + _BATCH_SIZE.value]
             encoder.add(batch)
-            progress.update(len(batch))
+            bar.update(len(batch))
     print(f"embedded {len(missing)} prompts in {time.perf_counter() - start:.0f} s")
 
 

@@ -1,19 +1,23 @@
 """From expert demonstrations to a policy that acts: every phase of the quickstart, in one command.
 
-    python launch/quickstart.py [--out=runs/quickstart]
+    python launch/quickstart.py [--out=runs/quickstart] [--ablation]
 
-Collects Meta-World demonstrations, trains the video backbone, trains action decoders on it and, as an ablation, on an
-untrained backbone, evaluates them on unseen seeds beside the scripted expert, and writes `results.json` and `report.html`
-into the folder --out. Every phase is a command that is printed and can be run by itself. Interrupted at any point, the
-same command continues: finished phases are kept and training resumes from its last checkpoint.
+Collects Meta-World demonstrations, trains the video backbone and an action decoder on it, evaluates the policy on unseen seeds
+beside the scripted expert, and writes `results.json` and `report.html` into the folder --out. --ablation asks what the backbone
+is good for: it adds a second seed, and decoders on an untrained backbone. Every phase is a command that is printed and can be run
+by itself. Interrupted at any point, the same command continues: finished phases are kept and training resumes from its last
+checkpoint. --ablation goes on from what there is without it.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import pathlib
 import shlex
 import subprocess
 import sys
+import threading
 import time
 
 import experiment
@@ -23,13 +27,13 @@ from mimic_video.evaluation.rollouts import wilson_interval
 from mimic_video.runs.directory import write_json
 
 _OUT = flags.DEFINE_string("out", None, "Where everything is written; runs/quickstart, or runs/smoke, unless given")
+_ABLATION = flags.DEFINE_bool("ablation", False, "Two seeds of stage 2, and as many on an untrained backbone")
 _SMOKE = flags.DEFINE_bool("smoke", False, "A few steps of every phase, to see that all of them run; no policy comes of it")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIG = "configs/quickstart.py"
-BACKBONES = ("trained", "untrained")
-SEEDS = (0, 1)  # of stage 2, for either backbone
-EPISODES = {"videos": 100, "demonstrations": 20, "validation": 10}  # per task
+SEEDS = (0, 1)  # of stage 2 in the ablation, for either backbone
+EPISODES = {"videos": 80, "demonstrations": 20, "validation": 10}  # per task
 SMOKE_EPISODES = {"videos": 3, "demonstrations": 2, "validation": 1}
 SMOKE_SETTINGS = {
     "train.steps": 6,
@@ -46,18 +50,41 @@ SMOKE_SETTINGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """One command of the quickstart; `seconds` is what it took on two quiet cores, to estimate what is left."""
+    """One command of the quickstart.
+
+    Attributes:
+        seconds: what it took on two quiet cores, to estimate what is left.
+        beside: the file that it prints into, of a phase that only the report waits for. It runs beside the phases after it, whose
+            networks are so small that their steps keep little more than one core busy.
+    """
 
     title: str
     seconds: float
     command: list[str]
+    beside: pathlib.Path | None = None
+
+    def run(self) -> float:
+        """Returns its seconds, or ends the process with its name."""
+        start = time.perf_counter()
+        with self.beside.open("w") if self.beside else contextlib.nullcontext() as output:
+            done = subprocess.run([sys.executable, *self.command], cwd=ROOT, check=False, stdout=output, stderr=output)
+        if done.returncode:
+            told = f", as {self.beside} explains" if self.beside else ""
+            sys.exit(f"error: '{self.title}' ended with code {done.returncode}{told}; the same command continues from here")
+        return time.perf_counter() - start
 
 
-def policy_run(work: pathlib.Path, backbone: str, seed: int) -> pathlib.Path:
-    return work / f"action-{backbone}-{seed}"
+def decoders(work: pathlib.Path, ablation: bool) -> dict[str, list[pathlib.Path]]:
+    """Backbone → runs of stage 2 on it, one for each seed."""
+    if not ablation:
+        return {"trained": [work / "action"]}
+    return {
+        "trained": [work / "action", *(work / f"action-{seed}" for seed in SEEDS[1:])],
+        "untrained": [work / f"action-untrained-{seed}" for seed in SEEDS],
+    }
 
 
-def phases(work: pathlib.Path, smoke: bool) -> list[Phase]:
+def phases(work: pathlib.Path, smoke: bool, ablation: bool) -> list[Phase]:
     """All phases in order."""
     settings: dict[str, object] = {
         "data.video_dataset": work / "data/videos/1.0.0",
@@ -71,66 +98,81 @@ def phases(work: pathlib.Path, smoke: bool) -> list[Phase]:
 
     counts = [f"--{name}={count}" for name, count in (SMOKE_EPISODES if smoke else EPISODES).items()]
     result = [
-        Phase("collect demonstrations", 85, ["launch/collect.py", f"--config={CONFIG}", f"--out={work / 'data'}", *counts]),
-        Phase("stage 1: train the video backbone", 200, script("train", "video", work / "video")),
-        Phase("predict held-out video", 12, script("evaluate", "video", work / "video")),
+        Phase("collect demonstrations", 90, ["launch/collect.py", f"--config={CONFIG}", f"--out={work / 'data'}", *counts]),
+        Phase(
+            "act in the simulator (scripted expert)",
+            20,
+            script("evaluate", "action", work / "expert", "--expert"),
+            work / "expert.txt",
+        ),
+        Phase("stage 1: train the video backbone", 140, script("train", "video", work / "video")),
+        Phase("predict held-out video", 25, script("evaluate", "video", work / "video"), work / "predict.txt"),
     ]
-    for backbone in BACKBONES:
-        for seed in seeds(smoke):
-            run, name = policy_run(work, backbone, seed), f"{backbone} backbone, seed {seed}"
+    arms = decoders(work, ablation)
+    for backbone, runs in arms.items():
+        for seed, run in zip(SEEDS, runs, strict=False):
+            name = f" ({backbone} backbone, seed {seed})" if ablation else ""
             start = {"backbone_run": work / "video" if backbone == "trained" else "", "seed": seed}
-            result.append(Phase(f"stage 2: train the action decoder ({name})", 150, script("train", "action", run, **start)))
-            result.append(Phase(f"act in the simulator ({name})", 30, script("evaluate", "action", run, **start)))
-    result.append(Phase("act in the simulator (scripted expert)", 10, script("evaluate", "action", work / "expert", "--expert")))
-    policies = [
-        f"--policy_run={backbone} backbone=" + ",".join(f'"{policy_run(work, backbone, seed)}"' for seed in seeds(smoke))
-        for backbone in BACKBONES
-    ]
+            result.append(Phase(f"stage 2: train the action decoder{name}", 235, script("train", "action", run, **start)))
+            result.append(Phase(f"act in the simulator{name}", 70, script("evaluate", "action", run, **start)))
+    policies = [f"--policy_run={name} backbone=" + ",".join(f'"{run}"' for run in runs) for name, runs in arms.items()]
     places = [f"--out={work / 'report.html'}", f"--video_run={work / 'video'}", f"--expert_run={work / 'expert'}"]
-    result.append(Phase("write the report", 3, ["launch/report.py", *places, *policies]))
+    result.append(Phase("write the report", 8, ["launch/report.py", *places, *policies]))
     return result
 
 
-def seeds(smoke: bool) -> tuple[int, ...]:
-    return SEEDS[:1] if smoke else SEEDS
+def run_phases(todo: list[Phase], work: pathlib.Path) -> list[tuple[Phase, float]]:
+    """Runs every phase that has not finished, saying how long is left at the pace so far. Returns the seconds of each.
 
-
-def run_phases(work: pathlib.Path, smoke: bool) -> None:
-    """Runs every phase that has not finished, saying how long is left at the pace so far."""
-    record = work / "phases.json"  # [command, seconds] of each finished phase
+    The last phase waits for those that run beside others.
+    """
+    record, recording = work / "phases.json", threading.Lock()  # [command, seconds] of each finished phase
     try:
         finished = json.loads(record.read_text()) if record.exists() else []
     except ValueError as error:
         sys.exit(f"error: {record} is damaged ({error}); without it the same command looks at every phase again")
-    todo, expected = phases(work, smoke), 0.0
-    for number, phase in enumerate(todo, start=1):
-        spent = next((seconds for command, seconds in finished if command == phase.command), None)
-        headline = f"[{number}/{len(todo)}] {phase.title}"
-        if spent is not None:
-            print(f"{headline}: done before, {spent:.0f} s", flush=True)
-            expected += phase.seconds
-            continue
-        pace = sum(seconds for _, seconds in finished) / expected if expected else 1.0
-        left = pace * sum(later.seconds for later in todo[number - 1 :])
-        print(f"\n{headline}; about {left / 60:.0f} min left\n  python {shlex.join(phase.command)}", flush=True)
-        start = time.perf_counter()
-        code = subprocess.run([sys.executable, *phase.command], cwd=ROOT, check=False).returncode
-        if code:
-            sys.exit(f"error: '{phase.title}' ended with code {code}; the same command continues from here")
-        expected += phase.seconds
-        finished.append([phase.command, time.perf_counter() - start])
-        write_json(record, finished)
+
+    def seconds_of(phase: Phase) -> float | None:
+        return next((seconds for command, seconds in finished if command == phase.command), None)
+
+    def run(phase: Phase) -> None:
+        seconds = phase.run()
+        with recording:
+            finished.append([phase.command, seconds])
+            write_json(record, finished)
+
+    expected, spent = 0.0, 0.0
+    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as second_core:
+        started = []
+        for number, phase in enumerate(todo, start=1):
+            headline, command = f"[{number}/{len(todo)}] {phase.title}", f"  python {shlex.join(phase.command)}"
+            if (before := seconds_of(phase)) is not None:
+                print(f"{headline}: done before, {before:.0f} s", flush=True)
+            elif phase.beside:
+                print(f"\n{headline}, beside what follows\n{command} >{phase.beside}", flush=True)
+                started.append(second_core.submit(run, phase))
+            else:
+                pace = spent / expected if expected else 1.0
+                left = pace * sum(later.seconds for later in todo[number - 1 :] if not later.beside)
+                print(f"\n{headline}; about {left / 60:.0f} min left\n{command}", flush=True)
+                if phase is todo[-1]:
+                    for other in started:
+                        other.result()
+                run(phase)
+            if not phase.beside:
+                expected, spent = expected + phase.seconds, spent + (seconds_of(phase) or 0.0)
+    return [(phase, seconds_of(phase) or 0.0) for phase in todo]
 
 
-def summarise(work: pathlib.Path, smoke: bool) -> dict:
+def summarise(work: pathlib.Path, ablation: bool, times: list[tuple[Phase, float]]) -> dict:
     """The content of results.json. Success pools the training seeds of a backbone."""
 
     def evaluation(run: pathlib.Path) -> dict:
         return json.loads((run / "evaluation.json").read_text())
 
-    def pooled(backbone: str) -> dict:
-        runs = [evaluation(policy_run(work, backbone, seed)) for seed in seeds(smoke)]
-        successes, episodes = (sum(run["success"]["overall"][key] for run in runs) for key in ("successes", "episodes"))
+    def pooled(runs: list[pathlib.Path]) -> dict:
+        evaluations = [evaluation(run) for run in runs]
+        successes, episodes = (sum(each["success"]["overall"][key] for each in evaluations) for key in ("successes", "episodes"))
         low, high = wilson_interval(successes, episodes)
         return {
             "success_rate": successes / episodes,
@@ -138,31 +180,36 @@ def summarise(work: pathlib.Path, smoke: bool) -> dict:
             "high": high,
             "successes": successes,
             "episodes": episodes,
-            "per_training_seed": [run["success"] for run in runs],
-            "open_loop_rmse": [run["open_loop"]["rmse"] for run in runs],
+            "per_training_seed": [each["success"] for each in evaluations],
+            "open_loop_rmse": [each["open_loop"]["rmse"] for each in evaluations],
         }
 
-    results = {f"{backbone}_backbone": pooled(backbone) for backbone in BACKBONES}
+    results = {f"{backbone}_backbone": pooled(runs) for backbone, runs in decoders(work, ablation).items()}
     trained = results["trained_backbone"]
     return {
         "success_rate": trained["success_rate"],
         "unseen_seeds": trained["per_training_seed"][0]["overall"]["episodes"],
         **results,
         "scripted_expert": evaluation(work / "expert")["success"],
-        "seconds": sum(seconds for _, seconds in json.loads((work / "phases.json").read_text())),
+        "seconds": sum(seconds for phase, seconds in times if not phase.beside),
+        "phases": [{"phase": phase.title, "seconds": seconds, "beside": bool(phase.beside)} for phase, seconds in times],
     }
 
 
 def main() -> None:
-    smoke = _SMOKE.value
+    smoke, ablation = _SMOKE.value, _ABLATION.value
     work = pathlib.Path(_OUT.value or ("runs/smoke" if smoke else "runs/quickstart")).absolute()
     work.mkdir(parents=True, exist_ok=True)
-    run_phases(work, smoke)
-    results = summarise(work, smoke)
+    times = run_phases(phases(work, smoke, ablation), work)
+    results = summarise(work, ablation, times)
     write_json(work / "results.json", results)
+    print("\nwhere the time went:")
+    for phase, seconds in times:
+        print(f"{seconds:6.0f} s  {phase.title}{', beside others' if phase.beside else ''}")
+    print(f"{results['seconds']:6.0f} s  all")
+    untrained = f"{results['untrained_backbone']['success_rate']:.2f} with an untrained one, " if ablation else ""
     print(
-        f"\nsuccess on unseen seeds: {results['success_rate']:.2f} with the trained backbone, "
-        f"{results['untrained_backbone']['success_rate']:.2f} with an untrained one, "
+        f"\nsuccess on unseen seeds: {results['success_rate']:.2f} with the trained backbone, {untrained}"
         f"{results['scripted_expert']['overall']['rate']:.2f} by the scripted expert"
     )
     print(f"results: {work / 'results.json'}\nreport:  {work / 'report.html'}")

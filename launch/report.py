@@ -2,7 +2,7 @@
 
     python launch/report.py --out=runs/quickstart/report.html --video_run=runs/quickstart/video \\
         --policy_run='trained backbone=runs/quickstart/action' \\
-        --policy_run='untrained backbone=runs/quickstart/action_scratch' --expert_run=runs/quickstart/expert
+        --policy_run='untrained backbone=runs/quickstart/action-untrained-0' --expert_run=runs/quickstart/expert
 
 A --policy_run is LABEL=DIR, or LABEL=DIR,DIR,... for several training seeds; the first is compared with each of the others. A DIR
 with a comma in its name is to be written in double quotes where there are several.

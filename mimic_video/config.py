@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 from mimic_video.errors import ConfigError as ConfigError
 from mimic_video.errors import nearest
 from mimic_video.registry import BACKBONES, TEXT_ENCODERS, TOKENIZERS
+from mimic_video.splits import parse_split
 
 
 def _require(condition: bool, field: str, value: Any, expected: str) -> None:
@@ -74,6 +75,41 @@ _LORA_TRAINED = ("self_attn_modulation", "cross_attn_modulation", "mlp_modulatio
 
 
 @dataclasses.dataclass(frozen=True)
+class AugmentationConfig:
+    """Random crops and colours in training; off as they stand. What is drawn holds for all frames of a camera's window."""
+
+    crop_scale: tuple[float, float] = fixed((1.0, 1.0), "smallest and largest share of a frame's area; not of wrist cameras")
+    crop_ratio: tuple[float, float] = fixed((1.0, 1.0), "smallest and largest width by height, as multiples of the frame's")
+    brightness: float = fixed(0.0, "most that is added or taken, as a share of white")
+    contrast: tuple[float, float] = fixed((1.0, 1.0), "smallest and largest factor, about middle grey")
+    saturation: tuple[float, float] = fixed((1.0, 1.0), "smallest and largest factor")
+    hue: float = fixed(0.0, "most that hues turn either way, as a share of a whole turn")
+
+    def __post_init__(self):
+        low, high = self.crop_scale
+        _require(0 < low <= high <= 1, "data.augmentation.crop_scale", self.crop_scale, "0 < low <= high <= 1")
+        for field in ("crop_ratio", "contrast", "saturation"):
+            low, high = getattr(self, field)
+            smallest = 0.0 if field == "saturation" else 1e-3
+            _require(
+                smallest <= low <= high,
+                f"data.augmentation.{field}",
+                (low, high),
+                f"low <= high, both at least {smallest:g}",
+            )
+        _require(0 <= self.brightness < 1, "data.augmentation.brightness", self.brightness, "0 (off) or a share below 1")
+        _require(0 <= self.hue <= 0.5, "data.augmentation.hue", self.hue, "0 (off) to 0.5, half a turn")
+
+    @property
+    def recolours(self) -> bool:
+        return bool(self.brightness or self.hue) or not self.contrast == self.saturation == (1.0, 1.0)
+
+    @property
+    def on(self) -> bool:
+        return self.recolours or not self.crop_scale == self.crop_ratio == (1.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where episodes come from and how one is cut into a training window.
 
@@ -81,11 +117,11 @@ class DataConfig:
     `action_horizon` actions start `action_delay` seconds after the anchor, at `control_hz` (SPEC 8.3, 8.4).
     """
 
-    video_dataset: str = free("", "RLDS folder for stage 1, where actions are not needed, or a mixture by weight: 'A,B*2'")
+    video_dataset: str = free("", "RLDS or LeRobot folder for stage 1, which needs no actions, or a mixture by weight: 'A,B*2'")
     action_dataset: str = free("", "the same for stage 2; 'A,B*2;10000:A' changes weights at a step")
     root: Path = free("", "folder of Open-X datasets, which those fields may name by their name in the registry")
-    train_split: str = fixed("train", "split that is trained on")
-    validation_split: str = free("val", "split that validation and evaluation read")
+    train_split: str = fixed("train", "split that is trained on, or slices of it by episodes as TFDS has them: 'train[:50]'")
+    validation_split: str = free("val", "the same that validation and evaluation read")
     image_size: tuple[int, int] = fixed((480, 640), "height, width in pixels, as the tokenizer sees them", "window latents")
     cameras: Cameras = fixed(("primary",), "of a sample, in the order of its views", "backbone latents")
     past_frames: int = fixed(5, "observed frames of a window", "window latents")
@@ -103,6 +139,7 @@ class DataConfig:
     frame_cache_mb: int = free(512, "decoded frames of a dataset that are kept in host memory")
     workers: int = free(0, "processes that read windows; 0 reads in threads of the training process")
     skip_broken: bool = free(False, "leaves out episodes and windows that cannot be read, counted in the log, instead of ending")
+    augmentation: AugmentationConfig = AugmentationConfig()
 
     def __post_init__(self):
         _require_positive(self, "past_frames", "future_frames", "video_hz", "action_horizon", "control_hz")
@@ -112,6 +149,11 @@ class DataConfig:
             self.robots,
             "pairs (dataset, robot), each dataset once, names without '/'",
         )
+        for field in ("train_split", "validation_split"):
+            try:
+                parse_split(getattr(self, field))
+            except ValueError as error:
+                raise ConfigError(f"config field 'data.{field}' is {getattr(self, field)!r}; expected {error}") from error
         _require(self.workers >= 0, "data.workers", self.workers, "0 (threads) or a number of processes")
         _require(self.action_delay >= 0, "data.action_delay", self.action_delay, "zero or more seconds")
         _require(
@@ -119,6 +161,12 @@ class DataConfig:
             "data.cameras",
             self.cameras,
             "'primary', and maybe others after it",
+        )
+        _require(
+            not (self.latents and self.augmentation.on),
+            "data.latents",
+            self.latents,
+            "'', since data.augmentation changes frames anew in every epoch, and latents are computed once",
         )
 
     @property

@@ -5,7 +5,7 @@
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -97,10 +97,11 @@ class VideoActionModel:
         self._draw_noise = jax.jit(self.draw_noise, static_argnums=1)
         self._make, self._graphdefs, self.shapes = _networks(config)
 
-    def init(self, key: jax.Array) -> Params:
-        """Random parameters, float32. A tokenizer has to be fitted or loaded to be of use."""
+    def init(self, key: jax.Array, networks: Collection[str] | None = None) -> Params:
+        """Random parameters, float32, of the named networks, or of all. A tokenizer has to be fitted or loaded to be of use."""
         keys = dict(zip(self._make, jax.random.split(key, len(self._make)), strict=True))
-        return {name: nnx.to_pure_dict(nnx.state(make(nnx.Rngs(keys[name])), nnx.Param)) for name, make in self._make.items()}
+        chosen = {name: make for name, make in self._make.items() if networks is None or name in networks}
+        return {name: nnx.to_pure_dict(nnx.state(make(nnx.Rngs(keys[name])), nnx.Param)) for name, make in chosen.items()}
 
     def module(self, name: str, params: Params) -> Any:
         """The named network with its parameters in the configured precision."""

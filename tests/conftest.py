@@ -52,6 +52,14 @@ def pytest_configure(config):
     jaxtyping.install_import_hook(["mimic_video", "data_pipelines"], "shape_checks.checked")
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+    """Meshes of the first device alone, where spreading is not what is tested: nothing is cut into eight when it is saved."""
+    import jax
+
+    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
+
+
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
     """Nothing is found in the user's cache, which another version may have written, and nothing is left there."""

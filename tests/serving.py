@@ -93,12 +93,12 @@ class Running:
 
 
 @contextlib.contextmanager
-def serving(plan, layout=LAYOUT, address=None, **options):
+def serving(plan, layout=LAYOUT, address=None, log=None, **options):
     ready, running, problem = threading.Event(), [], []
 
     async def run():
         stop = asyncio.Event()
-        async with PolicyServer(plan, layout, ServerOptions(**{"port": 0, **options}), address) as server:
+        async with PolicyServer(plan, layout, ServerOptions(**{"port": 0, **options}), address, log) as server:
             running.extend([Running(server, asyncio.get_running_loop()), stop])
             ready.set()
             await stop.wait()

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
+from documented import DOCUMENTS, blocks, stand_ins
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = ROOT / "docs" / "spec.md"
 FOLDERS = ("mimic_video", "mimic_video_client", "data_pipelines", "configs", "launch", "tests", "benchmarks", "docs")
 SUFFIXES = {".py", ".md", ".sh", ".ipynb", ".toml"}
-DOCUMENTS = sorted(path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-WITH_PATHS = ("docs/design.md", "docs/spec.md", "CONTRIBUTING.md")  # README names files that users are to write
+WITH_PATHS = [path for path in DOCUMENTS if path.name not in ("CHANGELOG.md", "changelog.md")]  # which speak of the past, too
 
 _SECTION = r"\d+(?:\.\d+)?"
 _GAP = r"[\s#]"  # a citation may go on in the next line of a comment
@@ -193,6 +193,15 @@ def test_links_lead_somewhere(document):
     assert not (broken := broken_links(document)), "\n".join(broken)
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_no_merge_was_left_half_done(document):
+    assert not re.findall(r"^(?:<{7}|>{7})(?: |$)", document.read_text("utf-8"), re.MULTILINE)
+
+
+def test_the_readme_is_one_page():
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 150
+
+
 def test_missing_paths_are_listed(tmp_path):
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch" / "train.py").touch()
@@ -210,8 +219,76 @@ def test_missing_paths_are_listed(tmp_path):
     assert len(paths) == 12
 
 
-@pytest.mark.parametrize("name", WITH_PATHS)
-def test_paths_that_documents_name_are_there(name):
-    paths = quoted_paths((ROOT / name).read_text("utf-8"))
-    assert paths
-    assert not (missing := missing_paths(paths, ROOT)), f"{name} names {', '.join(missing)}"
+@pytest.mark.parametrize("document", WITH_PATHS, ids=lambda path: path.name)
+def test_paths_that_documents_name_are_there(document):
+    text = document.read_text("utf-8")
+    written = stand_ins(text)  # by readers
+    missing = missing_paths([path for path in quoted_paths(text) if path not in written], ROOT)
+    assert not missing and not missing_paths(written.values(), ROOT), f"{document.name} names {', '.join(missing)}"
+
+
+def wrong_marks(text: str, name: str, root: Path) -> list[str]:
+    """Comments before blocks of bash, of a document, that say nothing to tests, or name a test that does not read it."""
+    problems = []
+    for block in blocks(text):
+        test = re.fullmatch(r"run by (tests/\S+\.py)", block.mark)
+        if not test and not re.fullmatch(r"|needs an? .+|\S+ stands for \S+", block.mark):
+            problems.append(f"{name}:{block.line}: expected one of the comments of tests/documented.py, not '{block.mark}'")
+        elif test and not ((root / test[1]).is_file() and name in (root / test[1]).read_text("utf-8")):
+            problems.append(f"{name}:{block.line}: {test[1]} does not read {name}")
+    return problems
+
+
+def test_wrong_marks_are_listed(tmp_path):
+    text = """\
+<!-- needs a cloud -->
+```bash
+export A=b   # what it is
+gcloud x --y=1 \\
+    --z
+
+# nothing
+```
+<!-- run by tests/test_x.py -->
+
+```bash
+python a.py
+```
+```text
+no.sh
+```
+<!-- run by tests/test_y.py -->
+```bash
+b
+```
+words
+```bash
+c
+```
+<!-- run it -->
+```bash
+d
+```
+<!-- a.py stands for b.py -->
+```bash
+e
+```
+"""
+    assert [block.commands for block in blocks(text)] == [
+        ["export A=b", "gcloud x --y=1 --z"],
+        ["python a.py"],
+        ["b"],
+        *([x] for x in "cde"),
+    ]
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_x.py").write_text("commands('d.md', ...)")
+    assert wrong_marks(text, "d.md", tmp_path) == [
+        "d.md:18: tests/test_y.py does not read d.md",
+        "d.md:26: expected one of the comments of tests/documented.py, not 'run it'",
+    ]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_comments_before_blocks_of_bash_say_something(document):
+    name = str(document.relative_to(ROOT))
+    assert not (wrong := wrong_marks(document.read_text("utf-8"), name, ROOT)), "\n".join(wrong)

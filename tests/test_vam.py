@@ -447,8 +447,7 @@ def test_windows_of_other_lengths_and_sizes(params):
 @pytest.mark.training
 def test_the_wan_tokenizer_in_place_of_the_fitted_one():
     config = tiny.experiment(stage="video", tokenizer={"kind": "wan", "width": 4}, precision="bfloat16")
-    vam, batch = tiny.model(config), tiny.batch(config, 1)
-    params = jax.jit(vam.init)(KEY)
+    vam, batch, params = tiny.model(config), tiny.batch(config, 1), tiny.params(config)
     latents = jax.jit(vam.encode_video)(params, batch.observation.video)
     assert latents.shape == (1, 1, 3, 2, 4, 16) and latents.dtype == jnp.float32
     np.testing.assert_array_equal(np.asarray(latents.astype(jnp.bfloat16), np.float32), latents)  # as computed

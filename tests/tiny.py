@@ -6,6 +6,7 @@ Images of 16x32 pixels are 2x4 latents, so two tokens a frame; a window is three
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
@@ -99,6 +100,8 @@ def params(config: ExperimentConfig, seed: int = 0) -> dict:
                 return 1 + np.float32(0.1) * noise
             case "bias":
                 return np.float32(0.1) * noise
+            case "kernel" if name.startswith("tokenizer"):  # a convolution's, of a single layer
+                return noise / np.float32(math.prod(leaf.shape[:-1]) ** 0.5)
             case "kernel" if name.endswith("modulation/up/kernel"):
                 return np.float32(0.1) * noise
             case "basis":

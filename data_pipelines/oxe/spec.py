@@ -42,6 +42,7 @@ class DatasetSpec:
         features: shape per step of every low-dimensional feature that the layouts read, by path under `steps/`.
         proprio, actions: how to compute them and what they are; None where the dataset has none that is usable. Without
             either it serves stage 1 only.
+        directory: its folder, wherever it lies; empty for the newest version in the experiment's `data.root`.
         robot: whose it is. Datasets of the same name share its token in a decoder; empty for a robot of its own.
         notes: what else one should know: doubts, approximations, disagreements between sources.
 
@@ -58,6 +59,7 @@ class DatasetSpec:
     features: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     proprio: Layout | None = None
     actions: Layout | None = None
+    directory: str = ""
     robot: str = ""
     notes: str = ""
 

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from data_pipelines.episode import ArrayFrames, Episode
-from data_pipelines.workers import worker_processes
 from mimic_video.errors import ConfigError
 from mimic_video.evaluation.environment import Environment, views
 from mimic_video.evaluation.simulators import Expert, ExpertFactory
@@ -23,7 +22,12 @@ _log = logging.getLogger(__name__)
 
 
 def demonstrations(
-    factory: ExpertFactory, name: str, seeds: Iterable[int], labelled: bool = True, num_workers: int = 2
+    factory: ExpertFactory,
+    name: str,
+    seeds: Iterable[int],
+    workers: concurrent.futures.Executor,
+    labelled: bool = True,
+    ahead: int = 8,
 ) -> Iterator[Episode]:
     """Successful episodes of a task's scripted expert, in the order of the seeds, simulated in worker processes.
 
@@ -38,15 +42,16 @@ def demonstrations(
         factory: of the task's environments, picklable; one of its cameras is "primary".
         name: of simulator and task, "metaworld/reach-v3": names of episodes begin with it, and errors have it.
         seeds: one per episode; may be endless.
+        workers: of `data_pipelines.workers.worker_processes`; they keep the environment, and may be used again.
         labelled: False yields action-free videos, without proprioception and actions.
-        num_workers: simulator processes.
+        ahead: episodes that are simulated before they are asked for; fewer than workers leave some idle.
 
     Raises:
         ConfigError: as of the factory.
         RuntimeError: when the simulator fails, naming the seed; and after the last seed, when the expert never succeeded.
     """
     succeeded = attempted = 0
-    for seed, episode in _demonstrate_all(factory, name, seeds, num_workers):
+    for seed, episode in _demonstrate_all(factory, name, seeds, workers, ahead):
         attempted += 1
         if episode is None:
             _log.warning("%s, seed %d: the expert failed; episode left out", name, seed)
@@ -91,7 +96,7 @@ def demonstrate(environment: Environment, expert: Expert, name: str, seed: int) 
 
 
 def _demonstrate_all(
-    factory: ExpertFactory, name: str, seeds: Iterable[int], num_workers: int
+    factory: ExpertFactory, name: str, seeds: Iterable[int], workers: concurrent.futures.Executor, ahead: int
 ) -> Iterator[tuple[int, Episode | None]]:
     """(seed, episode) in order of the seeds. Few are in flight at a time, so a slow reader does not fill the memory."""
     pickled = pickle.dumps(factory)
@@ -106,13 +111,16 @@ def _demonstrate_all(
         except Exception as error:
             raise RuntimeError(f"{name}, seed {seed}: the demonstration failed in its worker process") from error
 
-    with worker_processes(num_workers) as executor:
+    try:
         for seed in seeds:
-            pending.append((seed, executor.submit(_demonstrate, pickled, name, seed)))
-            if len(pending) == 4 * num_workers:
+            pending.append((seed, workers.submit(_demonstrate, pickled, name, seed)))
+            if len(pending) == ahead:
                 yield finish_oldest()
         while pending:
             yield finish_oldest()
+    finally:  # nobody waits for the others any more
+        for _, future in pending:
+            future.cancel()
 
 
 def _demonstrate(factory: bytes, name: str, seed: int) -> Episode | None:
@@ -122,6 +130,6 @@ def _demonstrate(factory: bytes, name: str, seed: int) -> Episode | None:
 
 @functools.cache
 def _built(factory: bytes) -> tuple[ExpertFactory, Environment]:
-    """The worker's one environment: building it costs more than an episode."""
+    """The worker's one environment of a task: building it costs more than an episode."""
     own: ExpertFactory = pickle.loads(factory)
     return own, own()

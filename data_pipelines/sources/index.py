@@ -21,7 +21,7 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -112,6 +112,7 @@ class Index:
     """The index of one split. May be pickled; arrays are mapped in each process when first used.
 
     Attributes:
+        directory: where it is.
         records: structured (records,): `shard`, `record` within it, byte `offset` and `size` of TFRecord payloads, `steps`, which
             is 0 for a record that could not be read.
 
@@ -122,11 +123,24 @@ class Index:
     """
 
     def __init__(self, directory: Path, continues: str | None = None, ends: str | None = None):
-        self._directory, self._continues, self._ends = directory, continues, ends
+        self.directory, self._continues, self._ends = directory, continues, ends
 
     def __len__(self) -> int:
         """Episodes."""
         return len(self._first_records) - 1
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Hex digits that change with the index, and with which records cannot be read."""
+        return hashlib.sha256(self.directory.name.encode() + (self.directory / "index.json").read_bytes()).hexdigest()
+
+    def steps(self, episodes: np.ndarray) -> np.ndarray:
+        """int64, shaped as `episodes`: how many steps these have, and 0 for those of which no record could be read."""
+        return self._first_steps[self._first_records[episodes + 1]] - self._first_steps[self._first_records[episodes]]
+
+    def first_rows(self, path: str, episodes: np.ndarray) -> np.ndarray:
+        """Of a `record` column what the first records of episodes have."""
+        return np.asarray(self.column(path)[self._first_records[episodes]])
 
     def record_range(self, episode: int) -> tuple[int, int]:
         """First and one past the last record of an episode."""
@@ -163,7 +177,7 @@ class Index:
 
     @functools.cached_property
     def _errors(self) -> dict[int, str]:
-        return {error["record"]: error["message"] for error in _read_json(self._directory / "index.json")["errors"]}
+        return {error["record"]: error["message"] for error in _read_json(self.directory / "index.json")["errors"]}
 
     @functools.cached_property
     def _first_records(self) -> np.ndarray:
@@ -188,11 +202,11 @@ class Index:
 
     def _array(self, name: str) -> np.ndarray:
         if name not in self._arrays:
-            self._arrays[name] = np.load(self._directory / name, mmap_mode="r")
+            self._arrays[name] = np.load(self.directory / name, mmap_mode="r")
         return self._arrays[name]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_directory": self._directory, "_continues": self._continues, "_ends": self._ends}
+        return {"directory": self.directory, "_continues": self._continues, "_ends": self._ends}
 
 
 def cache_directories(directory: str | os.PathLike, cache_dir: str | os.PathLike | None) -> list[Path]:
@@ -229,11 +243,14 @@ def open_index(
     columns = sorted(set(columns))
     content = [_VERSION, file_format, [(os.path.basename(s.path), s.records, s.size) for s in shards], columns]
     key = hashlib.sha256(identity + json.dumps(content).encode()).hexdigest()[:24]
-    for root in directories:
-        if _is_current(root / key, shards):
-            return root / key
-    root = _writable(directories, name)
-    with _lock(root / f"{key}.lock"):
+    for folder in directories:
+        if _is_current(folder / key, shards):
+            return folder / key
+    root = first_writable(directories)
+    if root is None:
+        places = " or ".join(map(str, directories))
+        raise DatasetError(f"the index of {name} cannot be written to {places}; set XDG_CACHE_HOME to a folder where it can")
+    with lock(root / f"{key}.lock"):
         if not _is_current(root / key, shards):
             shutil.rmtree(root / key, ignore_errors=True)
             _log.info("indexing %d records in %d shards of %s", sum(shard.records for shard in shards), len(shards), name)
@@ -400,7 +417,8 @@ def _file_name(path: str, what: str = "") -> str:
     return f"{path.replace('/', '.')}{what and '.' + what}.npy"
 
 
-def _writable(directories: Sequence[Path], name: str) -> Path:
+def first_writable(directories: Iterable[Path]) -> Path | None:
+    """The first of these folders that is there, or can be made, and can be written to."""
     for directory in directories:
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -408,13 +426,12 @@ def _writable(directories: Sequence[Path], name: str) -> Path:
             continue
         if os.access(directory, os.W_OK):
             return directory
-    places = " or ".join(map(str, directories))
-    raise DatasetError(f"the index of {name} cannot be written to {places}; set XDG_CACHE_HOME to a folder where it can")
+    return None
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Lets one process at a time into the block; the others then find what the first has made."""
+def lock(path: Path) -> Iterator[None]:
+    """Lets one process at a time into the block, by a file; the others then find what the first has made."""
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -18,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipelines.episode import ActionLayout, Episode, Frames
+from data_pipelines.episode import CAMERAS, ActionLayout, Episode, Frames
 from data_pipelines.sources.frames import camera_frames, check_roles, frame_steps, sized
-from data_pipelines.sources.rlds import DatasetError
-from data_pipelines.sources.video import VideoFrames
+from data_pipelines.sources.rlds import DatasetError, DatasetLayout
+from data_pipelines.sources.video import VideoFrames, check_whole
 from data_pipelines.windows import at_rate
 from mimic_video.media import MediaError, read_picture
 
@@ -66,6 +66,23 @@ class _Rows(NamedTuple):
     actions: np.ndarray | None
 
 
+@dataclasses.dataclass(frozen=True)
+class _AsRecorded:
+    """What of a `DatasetLayout` says which columns are proprioception and actions; they are taken as they are."""
+
+    state: str | None
+    action: str | None
+    action_layout: ActionLayout
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(f"steps/{key}" for key in dict.fromkeys((self.state, self.action)) if key is not None)
+
+    def standardise(self, columns: dict[str, np.ndarray]) -> tuple[np.ndarray | None, np.ndarray | None]:
+        proprio, actions = (None if key is None else columns[f"steps/{key}"] for key in (self.state, self.action))
+        return proprio, actions
+
+
 class LeRobotSource(Sequence[Episode]):
     """A LeRobot dataset as a sequence of episodes, in the order of their indices; thread-safe.
 
@@ -78,7 +95,7 @@ class LeRobotSource(Sequence[Episode]):
         image_size: (height, width) of the primary camera's frames in pixels.
         action_dim, proprio_dim: int, or None where that column was not asked for.
         control_hz: the dataset's frames per second.
-        cameras: role → feature key, of the cameras that are read.
+        cameras: role → feature key, of the cameras that are read; `camera_sizes` role → (height, width) in pixels.
         skipped: reason → what was left out.
 
     Args:
@@ -91,7 +108,12 @@ class LeRobotSource(Sequence[Episode]):
         action: key of the actions' column, or None to go without.
         action_layout: what the actions are, see `Episode`.
         image_size: (height, width) that the frames of every camera are resized to as by `resize_images`; None keeps them.
+        layout: takes the place of `cameras`, `state`, `action` and `action_layout`: an entry of the registry, whose columns are
+            `steps/` and the key of a feature.
+        roles: of the cameras that are read; of those besides the primary one, others are left out.
         skip_damaged: leaves out, and notes in `skipped`, episodes whose Parquet rows or video files are missing or wrong.
+        keep_damaged: leaves them in their place instead, where reading one is an error. Then videos that are not whole, which
+            `check_whole` tells, are wrong, too.
 
     Raises:
         DatasetError: naming the file, and the episode or feature, if the directory is not a LeRobot dataset of a version in
@@ -108,15 +130,21 @@ class LeRobotSource(Sequence[Episode]):
         action: str | None = "action",
         action_layout: ActionLayout = "vector",
         image_size: tuple[int, int] | None = None,
+        layout: DatasetLayout | None = None,
+        roles: Sequence[str] = CAMERAS,
         skip_damaged: bool = False,
+        keep_damaged: bool = False,
     ):
         directory = Path(directory)
         self.name = os.fspath(directory)
-        info = _read_info(directory)
+        info = read_info(directory)
         self.control_hz = float(info["fps"])
         found, unusable = _camera_features(info)
+        if layout is not None:
+            cameras = {role: key for role in CAMERAS if (key := getattr(layout, role)) is not None}
         self.cameras = dict(cameras) if cameras is not None else _default_cameras(self.name, list(found), unusable)
         check_roles(self.name, self.cameras)
+        self.cameras = {role: key for role, key in self.cameras.items() if role in ("primary", *roles)}
         for role, key in self.cameras.items():
             if key in unusable:
                 raise DatasetError(f"{self.name}: feature '{key}' for the role '{role}' {unusable[key]}; expected three channels")
@@ -126,10 +154,12 @@ class LeRobotSource(Sequence[Episode]):
                 )
         self._cameras = {role: found[key] for role, key in self.cameras.items()}
         self._resize = image_size
-        self.image_size = image_size or self._cameras["primary"].size
-        self._columns = {key: _vector_width(directory, info, key) for key in (state, action) if key is not None}
-        self._state, self._action, self._layout = state, action, action_layout
-        self.proprio_dim, self.action_dim = (None if key is None else self._columns[key] for key in (state, action))
+        self.camera_sizes = {role: image_size or camera.size for role, camera in self._cameras.items()}
+        self.image_size = self.camera_sizes["primary"]
+        self._layout = _AsRecorded(state, action, action_layout) if layout is None else layout
+        keys = (path.removeprefix("steps/") for path in self._layout.columns)
+        self._columns = {key: _vector_width(directory, info, key) for key in keys}
+        self._keep_damaged = keep_damaged
         self.skipped: dict[str, list[str]] = {}
         for key, reason in unusable.items():
             self.skipped.setdefault(f"it {reason}", []).append(key)
@@ -137,17 +167,22 @@ class LeRobotSource(Sequence[Episode]):
         videos = [camera.key for camera in self._cameras.values() if camera.is_video]
         self._tasks = _read_tasks(directory, info)
         self._episodes = self._read_rows(_read_entries(directory, info, videos), skip_damaged)
-        if not self._episodes:
-            raise DatasetError(f"{directory} has no usable episode; left out: {self.skipped}")
+        first = next((rows for _, rows in self._episodes if isinstance(rows, _Rows)), None)
+        if first is None:
+            damage = next((f"; the first: {rows}" for _, rows in self._episodes), "")
+            raise DatasetError(f"{directory} has no usable episode; left out: {self.skipped}{damage}")
+        self.proprio_dim, self.action_dim = (None if v is None else v.shape[1] for v in (first.proprio, first.actions))
 
     def __len__(self) -> int:
         return len(self._episodes)
 
     def __getitem__(self, position: int) -> Episode:  # type: ignore[override]  # no slices
-        """The episode, its frames not read. Raises IndexError."""
+        """The episode, its frames not read. Raises IndexError, or DatasetError for a damaged one that was kept."""
         if not -len(self) <= position < len(self):
             raise IndexError(f"{self.name} has {len(self)} episodes; index {position} is out of range")
         entry, rows = self._episodes[position]
+        if isinstance(rows, DatasetError):
+            raise rows
         cameras = {role: self._frames(entry, rows, camera) for role, camera in self._cameras.items()}
         primary, further = camera_frames(cameras, self._resize)
         return Episode(
@@ -157,7 +192,7 @@ class LeRobotSource(Sequence[Episode]):
             instruction=rows.instruction,
             proprio=rows.proprio,
             actions=rows.actions,
-            action_layout=self._layout,
+            action_layout=self._layout.action_layout,
             further_cameras=further,
         )
 
@@ -168,16 +203,16 @@ class LeRobotSource(Sequence[Episode]):
         clip = entry.clips[camera.key]
         return VideoFrames(name, clip.path, clip.start + rows.timestamps, self.control_hz, camera.size)
 
-    def _read_rows(self, entries: Sequence[_Entry], skip_damaged: bool) -> list[tuple[_Entry, _Rows]]:
+    def _read_rows(self, entries: Sequence[_Entry], skip_damaged: bool) -> list[tuple[_Entry, _Rows | DatasetError]]:
         files: dict[str, list[_Entry]] = {}
         for entry in entries:
             files.setdefault(entry.data_file, []).append(entry)
         with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
             read = {index: rows for file in pool.map(self._read_file, files, files.values()) for index, rows in file.items()}
-        episodes = []
+        episodes: list[tuple[_Entry, _Rows | DatasetError]] = []
         for entry in entries:
             rows = read[entry.episode]
-            if not isinstance(rows, DatasetError):
+            if self._keep_damaged or not isinstance(rows, DatasetError):
                 episodes.append((entry, rows))
             elif skip_damaged:
                 self.skipped.setdefault("it is damaged", []).append(str(rows))
@@ -230,7 +265,16 @@ class LeRobotSource(Sequence[Episode]):
         for key, clip in entry.clips.items():
             if not os.path.isfile(clip.path):
                 raise DatasetError(f"{name}: the video {clip.path} of feature '{key}' is missing")
-        proprio, actions = (None if key is None else values[key][span] for key in (self._state, self._action))
+            if self._keep_damaged:
+                try:
+                    check_whole(clip.path)
+                except DatasetError as error:
+                    raise DatasetError(f"{name}, feature '{key}': {error}") from error
+        try:
+            standard = self._layout.standardise({f"steps/{key}": column[span] for key, column in values.items()})
+        except ValueError as error:
+            raise DatasetError(f"{name}: {error}") from error
+        proprio, actions = (None if each is None else np.asarray(each, np.float32) for each in standard)
         times = timestamps[span]
         if at_rate(times, self.control_hz):
             times = times[0] + np.arange(len(times)) / self.control_hz
@@ -281,7 +325,8 @@ class _StoredImages:
         return sized(f"{self.name}: the image of step {step} in {self.path}", frame, self.size)
 
 
-def _read_info(directory: Path) -> dict[str, Any]:
+def read_info(directory: Path) -> dict[str, Any]:
+    """The content of `meta/info.json`. Raises DatasetError as `LeRobotSource`."""
     path = directory / "meta" / "info.json"
     if not path.is_file():
         raise DatasetError(f"{directory} is not a LeRobot dataset: it has no meta/info.json")
@@ -323,6 +368,11 @@ def _camera_features(info: Mapping[str, Any]) -> tuple[dict[str, _Camera], dict[
     return cameras, others
 
 
+def camera_sizes(info: Mapping[str, Any]) -> dict[str, tuple[int, int] | None]:
+    """(height, width) in pixels of the colour cameras by their keys, in the order of info.json."""
+    return {key: camera.size for key, camera in _camera_features(info)[0].items()}
+
+
 def _is_depth(feature: Mapping[str, Any]) -> bool:
     notes = [feature.get("info") or {}, feature.get("video_info") or {}]
     return any(note.get(flag) for note in notes for flag in ("is_depth_map", "video.is_depth_map"))
@@ -336,8 +386,8 @@ def _default_cameras(name: str, keys: Sequence[str], unusable: Mapping[str, str]
     if not others or len(others) > 2 or len(wrists) > 1:
         raise DatasetError(
             f"{name}: which of its cameras is which cannot be told from their names; pass cameras with the role "
-            f"'primary' and maybe 'secondary' and 'wrist'. It has {', '.join(keys) or 'none'}"
-            + "".join(f"; '{key}' {reason}" for key, reason in unusable.items())
+            f"'primary' and maybe 'secondary' and 'wrist', or write an entry (launch/new_robot.py). "
+            f"It has {', '.join(keys) or 'none'}" + "".join(f"; '{key}' {reason}" for key, reason in unusable.items())
         )
     return dict(zip(("primary", "secondary"), others, strict=False)) | dict(zip(("wrist",), wrists, strict=False))
 

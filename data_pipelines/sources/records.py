@@ -200,13 +200,13 @@ class RecordFiles:
     Args:
         paths: of the shards.
         file_format: "tfrecord" or "array_record".
-        tables: of each shard, as of `TfRecordFile`.
+        table: of a shard by its number, as of `TfRecordFile`.
     """
 
     _OPEN = 128  # far below the usual limit of 1024 files of a process; opening one again takes microseconds
 
-    def __init__(self, paths: Sequence[str], file_format: str, tables: Sequence[np.ndarray]):
-        self._paths, self._format, self._tables = paths, file_format, tables
+    def __init__(self, paths: Sequence[str], file_format: str, table: Callable[[int], np.ndarray]):
+        self._paths, self._format, self._table = paths, file_format, table
         self._verified: dict[int, bytearray] = {}
         self._lock = threading.Lock()
         self._opened = functools.lru_cache(maxsize=self._OPEN)(self._open)
@@ -216,7 +216,7 @@ class RecordFiles:
             return self._opened(shard)
 
     def _open(self, shard: int) -> RecordFile:
-        file = open_records(self._paths[shard], self._format, self._tables[shard])
+        file = open_records(self._paths[shard], self._format, self._table(shard))
         if isinstance(file, TfRecordFile):
             file.verified = self._verified.setdefault(shard, file.verified)
         return file

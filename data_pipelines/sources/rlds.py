@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import io
-import itertools
+import json
 import logging
 import os
 import tempfile
@@ -20,12 +20,14 @@ from data_pipelines import buffers
 from data_pipelines.episode import CAMERAS, ActionLayout, Episode, Frames
 from data_pipelines.sources.index import Column, Index, Shard, cache_directories, open_index
 from data_pipelines.sources.records import DatasetError, RecordFiles, file_sizes, is_remote, parse_example, read_file
+from data_pipelines.survey import Survey, kept_reading, readable
 from mimic_video.atomic import INCOMPLETE
 from mimic_video.config import expanded_path
 from mimic_video.media import MediaError, read_picture
+from mimic_video.splits import parse_split
 from mimic_video.transforms import resize_images
 
-__all__ = ["CONTINUES", "DatasetError", "DatasetLayout", "RldsSource", "open_dataset"]
+__all__ = ["CONTINUES", "DatasetError", "DatasetLayout", "RldsSource", "SplitError", "open_dataset"]
 
 CONTINUES = "episode_metadata/continues"  # flag of a record whose steps follow those of the record before it
 CONTROL_HZ = "episode_metadata/control_hz"
@@ -33,8 +35,13 @@ ACTION_LAYOUT = "episode_metadata/action_layout"
 ROBOT = "episode_metadata/robot"
 _LAST = "steps/is_last"
 _METADATA = ("dataset_info.json", "features.json")
+_SURVEY_VERSION = 1  # of how values of the same index and layout are computed
 
 _log = logging.getLogger(__name__)
+
+
+class SplitError(DatasetError):
+    """A slice of a split that cannot be read; the message begins with it."""
 
 
 class DatasetLayout(Protocol):
@@ -70,32 +77,34 @@ class DatasetLayout(Protocol):
 
 
 class RldsSource(Sequence[Episode]):
-    """One split of a prepared RLDS directory as a sequence of episodes. Thread-safe; may be pickled.
+    """One split of a prepared RLDS directory, or slices of one, as a sequence of episodes. Thread-safe; may be pickled.
 
     Episodes come from a memory-mapped index of the low-dimensional values, which the first opening of a dataset builds
     (`data_pipelines.sources.index`). Of images, `take` reads and decodes those that it is asked for. The checksum makes the first
     look at a TFRecord record read all of it once; an ArrayRecord record is always read whole. Step k of an episode is at
     k / control_hz seconds. A record with the flag `episode_metadata/continues` is joined to the episode of the record before it;
-    an episode of which one record is damaged cannot be read.
+    an episode of which one record is damaged cannot be read. The index is of the whole split, whose slices share it; of episodes
+    outside of a slice nothing else is read.
 
     Without `spec`, datasets have our own layout: `steps/observation/image_primary` and `steps/language_instruction`;
     `steps/action`, `steps/observation/proprio`, `image_secondary`, `image_wrist` and `action_layout` and `robot` of
     `episode_metadata` are read where they exist and other features are ignored.
 
     Attributes:
-        name: the directory and the split, for error messages.
+        name: the directory and the split, for error messages. Episodes are named by their numbers in the whole split.
+        numbers: of the episodes in the whole split, in stored order.
         image_size: (height, width) in pixels of the primary camera's frames.
         camera_sizes: the same of all cameras by name; empty where images of a camera differ in size.
         action_dim, proprio_dim: int, or None where the dataset has none.
         control_hz, action_layout: steps per second and `Episode.action_layout` of the first episode that can be read.
         robot: whose that episode is; empty where the dataset does not say.
         identity: hex digits that change with the metadata, the shards' names and sizes or the choice of cameras, and
-            not with where the dataset lies.
+            not with where the dataset lies; that of the whole split.
 
     Args:
         directory: the prepared version's folder, e.g. `.../my_dataset/1.0.0`. A TFRecord dataset may be a URL of fsspec, from
             which `take` fetches whole records: mount or convert such a dataset to train on it.
-        split: a split's name, e.g. `train`.
+        split: a split's name, e.g. `train`, or slices of one by episodes, as `mimic_video.splits` reads them: `train[:50]`.
         spec: of a dataset with another layout.
         cameras: those that are needed besides the primary one. Another one that is no RGB image is left out, with a warning.
         control_hz: takes the place of the spec's.
@@ -106,6 +115,7 @@ class RldsSource(Sequence[Episode]):
     Raises:
         DatasetError: if the directory is missing, half-written or not a dataset, the split is missing or empty, a required
             feature is missing or has another type or shape, a shard is missing, or no episode can be read.
+        SplitError: a DatasetError, if slices are malformed, beyond the split's episodes or empty.
     """
 
     def __init__(
@@ -119,9 +129,13 @@ class RldsSource(Sequence[Episode]):
         image_size: tuple[int, int] | None = None,
         cache_dir: str | os.PathLike | None = None,
     ):
-        self.name = f"{directory} split '{split}'"
+        try:
+            chosen = parse_split(split)
+        except ValueError as error:
+            raise SplitError(f"split '{split}' of {directory} cannot be read; expected {error}") from error
+        self.name, self._split = f"{directory} split '{split}'", f"{directory} split '{chosen.name}'"
         dataset = open_dataset(directory)
-        directory, shards = dataset.directory, dataset.shards(split)
+        directory, shards = dataset.directory, dataset.shards(chosen.name)
         features = _Features(dataset.directory, dataset.features)
         self._resize, self._format = image_size, dataset.file_format
         self._paths = [shard.path for shard in shards]
@@ -154,42 +168,48 @@ class RldsSource(Sequence[Episode]):
         if rate is None and self._rate is None:
             raise DatasetError(f"{directory} has no feature '{CONTROL_HZ}': pass control_hz to RldsSource")
         columns += [column for column in (language, layout, robot, rate, continues, last) if column is not None]
+        self._caches = cache_directories(directory, cache_dir)
         index = open_index(
             shards,
             dataset.file_format,
             columns,
             identity=dataset.identity,
-            name=self.name,
-            directories=cache_directories(directory, cache_dir),
+            name=self._split,
+            directories=self._caches,
         )
         self._index = Index(index, continues and continues.path, last and last.path)
+        try:
+            self.numbers = chosen.numbers(len(self._index))
+        except ValueError as error:
+            raise SplitError(f"split '{split}' of {directory} cannot be read: {error}") from error
 
         self.camera_sizes = {name: tuple(image_size or camera.size or ()) for name, camera in self._cameras.items()}
         self.image_size = self.camera_sizes["primary"]
         first, episode = self._first_readable()
-        self.control_hz = self._control_hz(episode.name, self._index.record_range(first)[0])
+        self.control_hz = self._control_hz(episode.name, first)
         self.action_layout = episode.action_layout
-        self.robot = "" if robot is None else self._index.text(robot.path, self._index.record_range(first)[0])
+        self.robot = "" if robot is None else self._index.text(robot.path, first)
         self.action_dim, self.proprio_dim = (None if v is None else v.shape[1] for v in (episode.actions, episode.proprio))
 
     def _first_readable(self) -> tuple[int, Episode]:
+        """An episode's first record, and the episode."""
         for index in range(len(self)):
             try:
-                return index, self[index]
+                return self._index.record_range(self.numbers[index])[0], self[index]
             except DatasetError as error:
                 last = error
         raise DatasetError(f"{self.name}: none of its {len(self)} episodes can be read; the last one: {last}") from last
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self.numbers)
 
     def __getitem__(self, index: int) -> Episode:  # type: ignore[override]  # no slices
         """The episode, its images still encoded. Raises IndexError, or DatasetError if a record or value cannot be used."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.name} has {len(self)} episodes; index {index} is out of range")
-        index %= len(self)
-        name = f"{self.name} episode {index}"
-        first, last = self._index.record_range(index)
+        number = self.numbers[index]
+        name = f"{self._split} episode {number}"
+        first, last = self._index.record_range(number)
         if damage := self._index.error(first, last):
             raise DatasetError(f"{name} cannot be read: {damage}")
         bounds = self._index.first_steps(first, last)
@@ -214,6 +234,27 @@ class RldsSource(Sequence[Episode]):
             )
         except ValueError as error:
             raise DatasetError(str(error)) from error
+
+    def survey(self) -> Survey:
+        """What is known of these episodes. At the first time, and after that from files in the index, they are read once.
+
+        Their steps and rates are those of the index's columns.
+        """
+        numbers, layout = np.asarray(self.numbers), repr(self._spec)
+        depends = [_SURVEY_VERSION, self._index.key, layout, self._rate, hashlib.sha256(numbers.tobytes()).hexdigest()]
+        key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:24]
+        own = self._index.directory
+        folders = dict.fromkeys((own.parent, *self._caches)) if " at 0x" not in layout else {}  # what tells nothing of itself
+        reading = kept_reading(self, [folder / own.name / "surveys" for folder in folders], f"{key}.json")
+        numbers = numbers[readable(len(self), reading.broken)]
+        rates, rate_of = np.array([self._rate]), np.zeros(len(numbers), np.int64)
+        if self._rate_column is not None:
+            rates, rate_of = np.unique(self._index.first_rows(self._rate_column, numbers), return_inverse=True)
+        steps = self._index.steps(numbers)
+        longest = int(steps.max(initial=0))
+        pairs, clock_of = np.unique(rate_of.reshape(-1) * (longest + 1) + steps, return_inverse=True)
+        clocks = [np.arange(pair % (longest + 1)) / float(rates[pair // (longest + 1)]) for pair in pairs.tolist()]
+        return Survey(*reading, clocks, clock_of.astype(np.int32))
 
     def _instruction(self, record: int, start: int, stop: int) -> str | tuple[str, ...]:
         if self._language is None:
@@ -267,10 +308,12 @@ class RldsSource(Sequence[Episode]):
     def _files(self) -> RecordFiles:
         records = self._index.records
         bounds = np.searchsorted(records["shard"], np.arange(len(self._paths) + 1))
-        tables = [
-            np.stack([part["offset"], part["size"]], axis=1) for part in (records[a:b] for a, b in itertools.pairwise(bounds))
-        ]
-        return RecordFiles(self._paths, self._format, tables)
+
+        def table(shard: int) -> np.ndarray:
+            part = records[bounds[shard] : bounds[shard + 1]]
+            return np.stack([part["offset"], part["size"]], axis=1)
+
+        return RecordFiles(self._paths, self._format, table)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "_files"}

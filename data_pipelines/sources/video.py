@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import av
 import numpy as np
 
+from data_pipelines import buffers
 from data_pipelines.sources.frames import frame_steps, sized
 from data_pipelines.sources.rlds import DatasetError
 from mimic_video.media import MediaError, upright_frame
@@ -39,7 +41,7 @@ class VideoFrames:
                 frame of a step.
         """
         steps, rows = np.unique(frame_steps(indices, len(self)), return_inverse=True)
-        frames = np.empty((len(steps), *self.size, 3), np.uint8)
+        frames = buffers.empty((len(steps), *self.size, 3))
         try:
             decoder = _DECODERS.borrow(self.path)
         except (av.FFmpegError, OSError) as error:
@@ -64,6 +66,32 @@ class VideoFrames:
         _DECODERS.give_back(decoder)
         in_order = len(rows) == len(steps) and (np.diff(rows) == 1).all()  # as windows ask for them: spares a copy
         return frames if in_order else frames[rows]
+
+
+def check_whole(path: str) -> None:
+    """Looks at an MP4 file's boxes, not at what they hold: what a recording or a copy left behind when it was interrupted shows.
+
+    Raises:
+        DatasetError: naming the file, if it is missing, its boxes do not end where it does, or it has no index of its frames
+            (`moov`, which is written last).
+    """
+    try:
+        size, kinds, place = os.path.getsize(path), [], 0
+        with open(path, "rb") as file:
+            while place < size:
+                file.seek(place)
+                length, kind, long = struct.unpack(">I4sQ", file.read(16).ljust(16, b"\0"))
+                length = {0: size - place, 1: long}.get(length, length)  # up to the end of the file; of more than 4 GB
+                kinds.append(kind)
+                if length < 8:
+                    raise DatasetError(f"{path} is no MP4 file, or damaged: at byte {place} no box begins")
+                place += length
+    except FileNotFoundError as error:
+        raise DatasetError(f"the video {path} is missing") from error
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read: {error}") from error
+    if place != size or b"moov" not in kinds:
+        raise DatasetError(f"{path} is truncated, or no MP4 file: it has {size} bytes of {place}, and boxes {kinds}")
 
 
 class _Decoder:

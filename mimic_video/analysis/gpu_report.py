@@ -223,7 +223,7 @@ def training(config: ExperimentConfig) -> dict[str, Any]:
     for name, kind in training_benchmark.training_kinds(config).items():
         times = training_benchmark.step_times(kind, rate, repeats=30)
         emit("training", kind=name, tokens_per_sample=video_tokens(VideoActionModel(kind)), **times)
-    return {"product_tflops_per_second": round(rate / 1e12, 1)}
+    return {"product_tflops_per_second": round(rate / 1e12, 4)}
 
 
 def profile(policy: ExperimentConfig, step: ExperimentConfig) -> dict[str, Any]:
@@ -277,8 +277,8 @@ def device(small: bool) -> dict[str, Any]:
     return {
         **provenance(),
         "capability": getattr(jax.devices()[0], "compute_capability", None),
-        "copy_gb_per_s": round(2 * size / min(times) / 1e9),
-        "product_tflops": round(training_benchmark.product_rate("bfloat16") / 1e12, 1),
+        "copy_gb_per_s": round(2 * size / min(times) / 1e9, 1),
+        "product_tflops": round(training_benchmark.product_rate("bfloat16") / 1e12, 4),
     }
 
 

@@ -30,18 +30,7 @@ def action_errors(
     Raises:
         ValueError: if no action is real.
     """
-    chunks = []
-    for first in range(0, len(windows), batch_size):
-        group = windows[first : first + batch_size]
-        filled = [*group, *[group[-1]] * (batch_size - len(group))]  # a constant batch compiles once
-        actions = plan(
-            np.stack([window["video"][:, :past_frames] for window in filled]),
-            np.stack([window["proprio"][-1] for window in filled]),
-            [window["instruction"] for window in filled],
-            first // batch_size,
-        )
-        chunks.append(actions[: len(group)])
-    planned = np.concatenate(chunks)
+    planned = planned_chunks(plan, windows, past_frames, batch_size)
     recorded = np.stack([window["actions"] for window in windows])
     mask = np.stack([window["action_mask"] for window in windows])
     if not mask.any():
@@ -56,6 +45,32 @@ def action_errors(
         "windows": len(windows),
         "example": {"recorded": recorded[:, 0].tolist(), "planned": planned[:, 0].tolist()},
     }
+
+
+def planned_chunks(
+    plan: Callable[..., np.ndarray], windows: Sequence[Window], past_frames: int, batch_size: int = 32
+) -> Float[np.ndarray, "n *s a m"]:
+    """The chunks that `plan`, a `Policy` or its `sample`, makes of the windows, in raw units.
+
+    Noise is a function of a window's place alone: windows that differ in one input show what that input does.
+    """
+    chunks = []
+    for query, places in enumerate(full_batches(len(windows), batch_size)):
+        group = [windows[place] for place in places]
+        chunks.append(
+            plan(
+                np.stack([window["video"][:, :past_frames] for window in group]),
+                np.stack([window["proprio"][-1] for window in group]),
+                [window["instruction"] for window in group],
+                query=query,
+            )
+        )
+    return np.concatenate(chunks)[: len(windows)]
+
+
+def full_batches(count: int, size: int) -> list[list[int]]:
+    """0 … count − 1 in batches of that size; the last number fills up the last one, since one size compiles once."""
+    return [[min(place, count - 1) for place in range(first, first + size)] for first in range(0, count, size)]
 
 
 def psnr(

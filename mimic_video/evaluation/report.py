@@ -3,7 +3,6 @@
 Every number and every conclusion on the page is computed from the files of the run directories.
 """
 
-import base64
 import dataclasses
 import html
 import importlib.metadata
@@ -16,44 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from mimic_video.config import ExperimentConfig, to_dict
+from mimic_video.evaluation import page
 from mimic_video.evaluation.rollouts import wilson_interval
 from mimic_video.media import matplotlib_figure
 from mimic_video.runs.directory import read_config, read_metrics
 from mimic_video.runs.storage import RunError
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # of the labels, in order; colour-blind safe
-_GREY = "#666666"
 _EXPERT = "scripted expert"  # its row in tables and plots
 _TRACE_WINDOWS, _TRACE_DIMS = 120, 8  # shown of the recorded and planned actions
 _EXPECTED_TO_DIFFER = ("seed", "backbone_run", "mesh.", "evaluation.")  # between the policies that are compared
-
-_STYLE = """
-:root { color-scheme: light dark; --text: #1f2328; --faint: #656d76; --page: #fff; --card: #f6f8fa; --line: #d8dee4; }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #d5dbe1; --faint: #8d96a0; --page: #14171b; --card: #1c2026; --line: #343a42; } }
-body { box-sizing: border-box; margin: 0 auto; padding: 2.5rem 1.25rem 5rem; max-width: 60rem; background: var(--page);
-  color: var(--text); font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-h1 { font-size: 1.9rem; line-height: 1.25; margin: 0; }
-h2 { font-size: 1.3rem; margin: 3.25rem 0 .75rem; padding-bottom: .3rem; border-bottom: 1px solid var(--line); }
-h3 { font-size: 1.02rem; margin: 1.75rem 0 .5rem; }
-p, figcaption { margin: .5rem 0; max-width: 46rem; }
-.faint, figcaption, caption { color: var(--faint); font-size: .875rem; line-height: 1.5; }
-.answer { margin: 1rem 0; padding: .5rem 1.1rem; background: var(--card); border-left: 4px solid #bf8700; border-radius: 4px; }
-.answer.yes { border-color: #2da44e; } .answer.no { border-color: #cf222e; } .answer p { max-width: none; }
-.scroll, pre { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; width: 100%; font-size: .93rem; font-variant-numeric: tabular-nums; }
-caption { caption-side: bottom; text-align: left; padding-top: .5rem; }
-th, td { padding: .32rem .75rem; text-align: left; white-space: nowrap; }
-thead, tbody { border-bottom: 1px solid var(--line); } th { font-size: .82rem; font-weight: 600; color: var(--faint); }
-th.n, td.n { text-align: right; }
-figure { margin: 1.25rem 0; }
-img { display: block; max-width: 100%; height: auto; border-radius: 4px; }
-img.plot { box-sizing: border-box; width: 100%; background: #fff; border: 1px solid var(--line); }
-img.strip { max-width: 32rem; width: 100%; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(var(--cell), 1fr)); gap: .9rem; margin: .75rem 0; }
-.grid figure { margin: 0; } .grid img { width: 100%; image-rendering: pixelated; }
-summary { cursor: pointer; } pre { padding: .8rem 1rem; background: var(--card); font-size: .8rem; line-height: 1.45; }
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,13 +71,7 @@ def write_report(path: Path, *, title: str, video_run: Path, policies: Mapping[s
             _provenance(arms, video, expert, path),
         ]
     )
-    path.write_text(
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
-        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n",
-        encoding="utf-8",
-    )
+    path.write_text(page.document(title, body), encoding="utf-8")
 
 
 # Reading.
@@ -252,7 +216,7 @@ def _summary(arms: Mapping[str, list[_Run]], ceiling: dict | None, video: _Run, 
             + "".join(f"<p>{html.escape(line)}</p>" for line in lines)
             + "</div>"
         )
-    parts.append(_paragraph(video_verdict(video.evaluation["psnr"], video.evaluation["psnr_last_frame_repeated"])))
+    parts.append(page.paragraph(video_verdict(video.evaluation["psnr"], video.evaluation["psnr_last_frame_repeated"])))
     compared = rows | ({} if ceiling is None else {_EXPERT: [ceiling["success"]]})
     tasks = list(rows[first][0])
     groups = [
@@ -263,7 +227,7 @@ def _summary(arms: Mapping[str, list[_Run]], ceiling: dict | None, video: _Run, 
         for task in tasks
     ]
     parts.append(
-        _table(
+        page.table(
             ["task", "policy", "successes", "rate", "95 % interval", "rate of each run"],
             groups,
             2,
@@ -275,7 +239,7 @@ def _summary(arms: Mapping[str, list[_Run]], ceiling: dict | None, video: _Run, 
     steps = {label: [run.evaluation["open_loop"]["first_step_rmse"] for run in runs] for label, runs in arms.items()}
     windows = arms[first][0].evaluation["open_loop"]["windows"]
     parts.append(
-        _table(
+        page.table(
             ["policy", "training runs", "error of the chunk", "error of its first action"],
             [[[label, str(len(arms[label])), _spread(errors[label]), _spread(steps[label])] for label in arms]],
             1,
@@ -283,7 +247,7 @@ def _summary(arms: Mapping[str, list[_Run]], ceiling: dict | None, video: _Run, 
             "± is the standard deviation between training runs.",
         )
     )
-    return _section("Summary", *parts)
+    return page.section("Summary", *parts)
 
 
 def _success_cells(rows: Sequence[Mapping]) -> list[str]:
@@ -300,7 +264,7 @@ def _success_plot(compared: Mapping[str, list[dict]], tasks: Sequence[str], figu
         pooled = [_pool(table[task] for table in tables) for task in tasks]
         lows, highs = zip(*(wilson_interval(*counts) for counts in pooled), strict=True)
         heights = [row + 0.55 * (i - (len(compared) - 1) / 2) / len(compared) for row in range(len(tasks))]
-        colour = _GREY if label == _EXPERT else _colour(i)
+        colour = page.GREY if label == _EXPERT else page.colour(i)
         axes.hlines(heights, [100 * low for low in lows], [100 * high for high in highs], color=colour)
         axes.plot([100 * s / n for s, n in pooled], heights, "o", color=colour, label=label)
     axes.set(xlim=(-2, 102), xlabel="success rate, %", yticks=range(len(tasks)), yticklabels=tasks)
@@ -318,10 +282,10 @@ def _success_plot(compared: Mapping[str, list[dict]], tasks: Sequence[str], figu
 def _training(arms: Mapping[str, list[_Run]], video: _Run, figures: Path) -> str:
     figure = matplotlib_figure()(figsize=(8, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    _loss_curve(left, video, _GREY, "")
+    _loss_curve(left, video, page.GREY, "")
     for i, (label, runs) in enumerate(arms.items()):
         for run in runs:
-            _loss_curve(right, run, _colour(i), f"{label}, " if run is runs[0] else None)
+            _loss_curve(right, run, page.colour(i), f"{label}, " if run is runs[0] else None)
     for axes, name in ((left, "video stage"), (right, "action stage")):
         axes.set(title=name, xlabel="training step", ylabel="flow-matching error", yscale="log")
         axes.grid(alpha=0.3, which="both")
@@ -331,7 +295,7 @@ def _training(arms: Mapping[str, list[_Run]], video: _Run, figures: Path) -> str
         f"Mean squared velocity error during training (thin) and on held-out windows (dots{averaged}), one line per "
         "run, on a logarithmic scale. A held-out error that rises while the training error falls is overfitting."
     )
-    return _section("Training", _plot(figure, figures / "training.png", caption))
+    return page.section("Training", _plot(figure, figures / "training.png", caption))
 
 
 def _loss_curve(axes: Any, run: _Run, colour: str, label: str | None) -> None:
@@ -354,10 +318,10 @@ def _video(video: _Run, figures: Path) -> str:
         raise RunError(f"{strip} does not exist: run launch/evaluate.py on {video.path} again")
     figure = matplotlib_figure()(figsize=(8, 3), layout="constrained")
     axes, frames = figure.subplots(), range(1, len(model) + 1)
-    axes.plot(frames, model, color=_COLOURS[0], marker="o", ms=4, label="predicted")
-    axes.plot(frames, copying, color=_GREY, marker="o", ms=4, ls="--", label="last frame repeated")
+    axes.plot(frames, model, color=page.COLOURS[0], marker="o", ms=4, label="predicted")
+    axes.plot(frames, copying, color=page.GREY, marker="o", ms=4, ls="--", label="last frame repeated")
     axes.set(xlabel=f"future frame ({video.config.data.video_hz:g} per second)", ylabel="PSNR, dB")
-    _tidy(axes)
+    page.tidy(axes)
     shown = [(video.path / "videos" / f"{i:02d}.gif", text) for i, text in enumerate(video.evaluation["samples"])]
     cells = [_image(path, f"Real and predicted video: {text}", text) for path, text in shown if path.exists()]
     intro = f"{video_verdict(model, copying)} Checkpoint after {video.evaluation['checkpoint_step']} steps; held-out episodes."
@@ -373,11 +337,11 @@ def _video(video: _Run, figures: Path) -> str:
         f"Similarity to the real frames over {len(shown)} held-out samples; higher is better. Only above the dashed curve "
         "is a prediction worth more than standing still."
     )
-    return _section(
+    return page.section(
         "Predicted and real video",
-        _paragraph(intro),
+        page.paragraph(intro),
         _image(strip, "Rows of real and predicted frames", rows, "strip"),
-        _grid(cells, 24, sides),
+        page.grid(cells, 24, sides),
         _plot(figure, figures / "psnr.png", curve),
     )
 
@@ -387,17 +351,17 @@ def _open_loop(arms: Mapping[str, list[_Run]], figures: Path) -> str:
     axes = figure.subplots()
     for i, (label, runs) in enumerate(arms.items()):
         curves = [run.evaluation["open_loop"]["rmse_per_step"] for run in runs]
-        columns, colour = list(zip(*curves, strict=True)), _colour(i)
+        columns, colour = list(zip(*curves, strict=True)), page.colour(i)
         steps = range(1, len(columns) + 1)
         axes.plot(steps, [statistics.mean(column) for column in columns], color=colour, marker="o", ms=4, label=label)
         axes.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.18, lw=0)
     axes.set(xlabel="action of the chunk", ylabel="RMSE", ylim=(0, None))
-    _tidy(axes)
+    page.tidy(axes)
     caption = (
         f"Error of planned against recorded actions, {_error_unit(arms)}, by position in the chunk; lower is better. "
         "Lines are means, bands the range over training runs."
     )
-    return _section("Open-loop action error", _plot(figure, figures / "action_error.png", caption), _traces(arms, figures))
+    return page.section("Open-loop action error", _plot(figure, figures / "action_error.png", caption), _traces(arms, figures))
 
 
 def _traces(arms: Mapping[str, list[_Run]], figures: Path) -> str:
@@ -409,7 +373,7 @@ def _traces(arms: Mapping[str, list[_Run]], figures: Path) -> str:
         axes.plot([action[dim] for action in recorded], color="black", lw=1.3, label="recorded")
         for i, (label, example) in enumerate(examples.items()):
             planned = [action[dim] for action in example["planned"][:_TRACE_WINDOWS]]
-            axes.plot(planned, color=_colour(i), lw=1.1, alpha=0.85, label=label)
+            axes.plot(planned, color=page.colour(i), lw=1.1, alpha=0.85, label=label)
         axes.set_ylabel(f"action {dim}")
         axes.grid(alpha=0.3)
     axes.set_xlabel("held-out window")
@@ -432,12 +396,12 @@ def _rollouts(arms: Mapping[str, list[_Run]]) -> str:
                 caption = f"seed {episode['seed']}: {outcome} after {episode['steps']} steps"
                 cells += [_image(path, f"{task} with {label}, {caption}", caption)] if path.exists() else []
             if cells:
-                parts.append(f"<h3>{html.escape(task)}, {html.escape(label)}</h3>" + _grid(cells, 12))
+                parts.append(f"<h3>{html.escape(task)}, {html.escape(label)}</h3>" + page.grid(cells, 12))
     note = (
         "The first episodes of each task, not chosen by outcome, with the first training run of each policy. "
         "The same seed is the same start."
     )
-    return _section("Rollouts", _paragraph(note if parts else "No rollouts were recorded."), *parts)
+    return page.section("Rollouts", page.paragraph(note if parts else "No rollouts were recorded."), *parts)
 
 
 def _provenance(arms: Mapping[str, list[_Run]], video: _Run, expert: Path | None, path: Path) -> str:
@@ -493,69 +457,26 @@ def _provenance(arms: Mapping[str, list[_Run]], video: _Run, expert: Path | None
     ]
     packages = {"jax": "jax", "flax": "flax", "mimic_video": "mimic-video-jax"}
     versions = ", ".join(f"{name} {importlib.metadata.version(package)}" for name, package in packages.items())
-    return _section(
+    return page.section(
         "How it was made",
-        _table(["policy", "run", "backbone", "training seed", "steps done"], [rows], 3),
-        _paragraph("Commands. EXPERIMENT.py stands for an experiment file with the resolved configurations below."),
+        page.table(["policy", "run", "backbone", "training seed", "steps done"], [rows], 3),
+        page.paragraph("Commands. EXPERIMENT.py stands for an experiment file with the resolved configurations below."),
         f"<pre>{html.escape(chr(10).join(shlex.join(command) for command in commands))}</pre>",
         *details,
-        _paragraph(f"This page was written with {versions}."),
+        page.paragraph(f"This page was written with {versions}."),
     )
 
 
-# Pieces of HTML. Arguments are plain text unless they are named as HTML.
-
-
-def _section(title: str, *parts_html: str) -> str:
-    return f"<h2>{html.escape(title)}</h2>\n" + "\n".join(parts_html)
-
-
-def _paragraph(text: str) -> str:
-    return f"<p>{html.escape(text)}</p>"
-
-
-def _table(head: Sequence[str], groups: Sequence[Sequence[Sequence[str]]], text_columns: int, caption: str = "") -> str:
-    """A table with a rule between groups of rows; columns after the first `text_columns` are aligned right."""
-
-    def line(cells: Sequence[str], tag: str) -> str:
-        marks = ["" if i < text_columns else ' class="n"' for i in range(len(cells))]
-        return "<tr>" + "".join(f"<{tag}{m}>{html.escape(c)}</{tag}>" for m, c in zip(marks, cells, strict=True)) + "</tr>"
-
-    bodies = "\n".join("<tbody>" + "\n".join(line(row, "td") for row in rows) + "</tbody>" for rows in groups)
-    title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    return f'<div class="scroll"><table>{title}<thead>{line(head, "th")}</thead>\n{bodies}</table></div>'
+# Pieces.
 
 
 def _image(path: Path, alt: str, caption: str, css: str = "") -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    kind = path.suffix.removeprefix(".")
-    return (
-        f'<figure><img class="{css}" alt="{html.escape(alt)}" src="data:image/{kind};base64,{data}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-    )
-
-
-def _grid(cells_html: Sequence[str], width: int, note: str = "") -> str:
-    """Figures side by side, each at least `width` rem wide."""
-    if not cells_html:
-        return ""
-    text = f'<p class="faint">{html.escape(note)}</p>' if note else ""
-    return f'{text}<div class="grid" style="--cell: {width}rem">' + "\n".join(cells_html) + "</div>"
+    return page.image(path.read_bytes(), path.suffix.removeprefix("."), alt, caption, css)
 
 
 def _plot(figure: Any, path: Path, caption: str) -> str:
-    figure.savefig(path, dpi=160, facecolor="white", metadata={"Software": None})
+    path.write_bytes(page.png(figure))
     return _image(path, path.stem.replace("_", " "), caption, "plot")
-
-
-def _colour(i: int) -> str:
-    return _COLOURS[i % len(_COLOURS)]
-
-
-def _tidy(axes: Any) -> None:
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
 
 
 def _count(pool: tuple[int, int]) -> str:

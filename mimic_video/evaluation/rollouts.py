@@ -6,8 +6,9 @@ import logging
 import math
 import pathlib
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from mimic_video.evaluation.simulators import ExpertFactory, with_expert
 from mimic_video.media import write_video
 from mimic_video.policy.history import FrameHistory
 from mimic_video.policy.strategies import Executor, SimulatedDelay, make_strategy
+from mimic_video.rerun_log import RerunLog
 from mimic_video.transforms import resize_images
 
 _log = logging.getLogger(__name__)
@@ -54,6 +56,22 @@ def _cannot_hold(last: np.ndarray | None, robots: int) -> np.ndarray:
     raise ValueError("robots have to hold still while a plan is made: pass `hold` to say how")
 
 
+class PlannedChunk(NamedTuple):
+    """What a plan was for one episode.
+
+    Attributes:
+        step: control step that it was made at.
+        seconds: that planning took, for all episodes together.
+        actions: (a, m), raw units.
+        committed: (n, m), what the plan had to continue; None if nothing.
+    """
+
+    step: int
+    seconds: float
+    actions: np.ndarray
+    committed: np.ndarray | None
+
+
 @dataclasses.dataclass(frozen=True)
 class EpisodeResult:
     """How one episode ended.
@@ -66,6 +84,8 @@ class EpisodeResult:
         actions: float32 (steps, m), as executed, raw units.
         proprio: float32 (steps + 1, p), raw units, the first before any action.
         frames: of each camera uint8 (steps + 1, H, W, 3) at the control rate, the first before any action; None unless recorded.
+        instruction: what the policy was told.
+        plans: in their order; none unless recorded.
     """
 
     task: str
@@ -75,6 +95,8 @@ class EpisodeResult:
     actions: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)
     proprio: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)
     frames: Mapping[str, np.ndarray] | None = dataclasses.field(default=None, repr=False, compare=False)
+    instruction: str = dataclasses.field(default="", repr=False, compare=False)
+    plans: Sequence[PlannedChunk] = dataclasses.field(default=(), repr=False, compare=False)
 
 
 def run_rollouts(
@@ -90,7 +112,7 @@ def run_rollouts(
         factory_for: task → what makes its environments, picklable: `simulators.factories(config)`.
         config: `evaluation`, `policy`, and from `data` the observed past (`past_frames`, `video_hz`) and the `control_hz` that
             the policy was trained for.
-        record: the first so many episodes of each task keep their frames.
+        record: the first so many episodes of each task keep their frames and plans.
 
     Returns:
         One result per episode, in order of tasks, then seeds.
@@ -141,11 +163,17 @@ def run_task(
         raise ConfigError(f"{task} is controlled at {pool.control_hz:g} Hz, but data.control_hz={data.control_hz:g}")
 
     def checked_plan(*arguments: Any) -> np.ndarray:
+        start = time.perf_counter()
         actions = np.asarray(plan(*arguments))
+        seconds = time.perf_counter() - start
         if actions.ndim != 3 or (len(actions), actions.shape[2]) != (n, pool.action_dim) or actions.shape[1] < execute_steps:
             raise ConfigError(
                 f"{task}: the plan has shape {actions.shape}; expected ({n}, {execute_steps} or more, {pool.action_dim})"
             )
+        committed = arguments[4].actions if len(arguments) > 4 and arguments[4] is not None else None
+        for row in range(min(record, n)):
+            own = None if committed is None else committed[row]
+            plans[row].append(PlannedChunk(len(executed), seconds, actions[row], own))
         return actions
 
     executor = Executor(make_strategy(config.policy), checked_plan, SimulatedDelay(delay))
@@ -164,6 +192,7 @@ def run_task(
     proprio: list[np.ndarray] = []
     recorded: list[dict[str, np.ndarray]] = []
     executed: list[np.ndarray] = []
+    plans: list[list[PlannedChunk]] = [[] for _ in range(n)]
     remember(observation, 0)
     active, succeeded, steps = np.ones(n, bool), np.zeros(n, bool), np.zeros(n, int)
     for step in range(config.evaluation.max_steps):
@@ -191,6 +220,8 @@ def run_task(
             np.stack(executed)[:taken, row],
             np.stack(proprio)[: taken + 1, row],
             frames(row, taken),
+            instructions[row],
+            [each for each in plans[row] if each.step < taken],  # others of its batch may have gone on
         )
         for row, (seed, taken) in enumerate(zip(pool.seeds, steps.tolist(), strict=True))
     ]
@@ -234,6 +265,22 @@ def write_recordings(results: Sequence[EpisodeResult], folder: pathlib.Path, hz:
             stacked = np.concatenate([first, *(resize_images(view, first.shape[1:3]) for view in others)], axis=1)
             outcome = "success" if result.success else "failure"
             write_video(folder / f"{result.task}_{result.seed}_{outcome}.gif", stacked, hz)
+
+
+def log_recordings(log: RerunLog, results: Sequence[EpisodeResult], config: ExperimentConfig) -> None:
+    """Recorded episodes: frames, instruction, proprioception, what was executed and planned, what plans had to continue."""
+    hz, execute = config.data.control_hz, config.policy.execute_steps
+    for result in results:
+        if result.frames is None or result.actions is None or result.proprio is None:
+            continue
+        place, times = f"{result.task}/{result.seed}", np.arange(result.steps + 1) / hz
+        log.episode(place, times, result.frames, result.proprio, result.actions, [result.instruction])
+        for number, (step, seconds, actions, committed) in enumerate(result.plans):
+            log.chunk(f"{place}/plans", number, actions, step / hz, hz, execute)
+            if committed is not None:
+                log.chunk(f"{place}/committed", number, committed, step / hz, hz, execute)
+            log.values(f"{place}/latency_ms", np.array([[1e3 * seconds]]), np.array([step / hz]), ["plan"])
+        log.text(f"{place}/outcome", "success" if result.success else "failure", result.steps / hz)
 
 
 def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:

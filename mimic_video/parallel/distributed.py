@@ -9,6 +9,7 @@ Exit codes of a process when there are several: 1 if it failed itself, `OTHER_FA
 it vanishes without a word, JAX aborts the others at once (SIGABRT), with a message that the leader task died.
 """
 
+import collections
 import contextlib
 import functools
 import os
@@ -18,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -29,14 +30,21 @@ from jax._src.distributed import global_state  # there is no public way to the k
 from jax.experimental import multihost_utils
 
 from mimic_video.config import ConfigError
+from mimic_video.parallel.tpu_hosts import instance_group_peers, require_alone, told_addresses
 
 OTHER_FAILED = 69  # EX_UNAVAILABLE of sysexits.h
+PATIENCE = 3600.0  # seconds for which processes wait for one that lives; one that does not ends them all sooner
 SILENCE = 30.0  # seconds; collectives, compilation and I/O release the interpreter lock, so no living process is silent so long
 _MESSAGE_BYTES = 1000  # of what `agree` sends
+_BOOT = 1200  # seconds that a host of a pod waits for the others, which boot and install by themselves
 _BEAT = 2.0  # seconds between signs of life, and that a process waits for the others to do something
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_PORTS = range(20_000, 32_000)  # of coordinators under Slurm: no privileged ones, nor those that Linux gives to clients
 _GRPC_PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # that gRPC heeds
 _FAILURE, _ALIVE, _LEAVING = "mimic_video/failure", "mimic_video/alive", "mimic_video/leaving"
+_SILENT = "has shown no sign of life"
+_LAST_WORDS: list[Callable[[str, bool], None]] = []
+_TURNS: collections.Counter[str] = collections.Counter()  # of what processes do together, which has a name only once
 # What JAX and gloo raise where another process is missing begins with a status; local mistakes of a program have other types.
 _STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|DATA_LOSS): ")
 
@@ -72,13 +80,16 @@ def initialize(environment: Mapping[str, str]) -> None:
 
     Processes are described by one of, in this order:
       * JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID;
-      * SLURM, in a step of several tasks; each takes the GPUs that are its own (--gpus-per-task, or one task a node) or, where
-        all see the same, the one of its number on the node, or JAX_LOCAL_DEVICE_IDS ("0,1,2,3");
-      * Cloud TPU, on every host of a pod slice, or of several slices.
+      * SLURM, in a step of several tasks, which are one run, whatever other steps the job has; each takes the GPUs that are its
+        own (--gpus-per-task, or one task a node) or, where all see the same, the one of its number on the node, or
+        JAX_LOCAL_DEVICE_IDS ("0,1,2,3"). Process 0 listens at a port that follows from the job and the step, or at
+        JAX_COORDINATOR_PORT;
+      * Cloud TPU, on every host of a pod slice, or of several slices: tpu_hosts.py says what tells a host of the others.
     JAX_NUM_PROCESSES=1 keeps a process by itself on either of the latter.
 
     Raises:
-        ConfigError: naming the variable that is missing or has a value that is impossible.
+        ConfigError: naming the variable that is missing or has a value that is impossible; or if a TPU slice has hosts of which
+            nothing tells.
     """
     explicit = {name: environment[name] for name in _EXPLICIT if environment.get(name)}
     if explicit.get("JAX_NUM_PROCESSES") == "1":
@@ -99,12 +110,33 @@ def initialize(environment: Mapping[str, str]) -> None:
         if not re.fullmatch(r".+:\d+", address):
             raise ConfigError(f"environment variable JAX_COORDINATOR_ADDRESS is {address!r}; expected host:port")
         connect(address, count, index, cluster_detection_method="deactivate")
-    elif "SLURM_STEP_NODELIST" in environment and _number("SLURM_NTASKS", environment, 1, 2**31) > 1:
-        connect(local_device_ids=_slurm_gpus(environment), cluster_detection_method="slurm")
+    elif "SLURM_STEP_NODELIST" in environment and (count := _slurm_tasks(environment)) > 1:
+        address, index = _slurm_coordinator(environment), _number("SLURM_PROCID", environment, 0, count)
+        connect(address, count, index, local_device_ids=_slurm_gpus(environment), cluster_detection_method="slurm")
     elif cloud_tpu_init.running_in_cloud_tpu_vm:
-        hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES", "")  # of GKE
-        if "," in hosts or "MEGASCALE_NUM_SLICES" in environment or (not hosts and "TPU_SKIP_MDS_QUERY" not in environment):
-            connect()
+        _join_tpu_hosts(environment, connect)
+
+
+def _join_tpu_hosts(environment: Mapping[str, str], connect: Callable[..., None]) -> None:
+    """Connects the hosts of one or several TPU slices."""
+    connect = functools.partial(connect, initialization_timeout=_BOOT)
+    hosts = told_addresses(environment)
+    if len(hosts) > 1 or "MEGASCALE_NUM_SLICES" in environment:
+        if hosts:
+            _number("TPU_WORKER_ID", environment, 0, len(hosts))
+        if environment.get("TPU_PROCESS_ADDRESSES_PATH"):
+            os.environ["TPU_PROCESS_ADDRESSES"] = ",".join(hosts)  # where JAX before 0.12 looks
+        connect()
+        return
+    if not hosts and "TPU_SKIP_MDS_QUERY" not in environment:
+        try:
+            return connect()
+        except (ValueError, OSError) as error:  # JAX knows no such machine, or there are no metadata
+            if isinstance(error, ValueError) and "coordinator_address" not in str(error):
+                raise
+        if (peers := instance_group_peers()) is not None:
+            return connect(*peers, cluster_detection_method="deactivate")
+    require_alone(environment)
 
 
 @contextlib.contextmanager
@@ -115,6 +147,26 @@ def _without_proxies() -> Iterator[None]:
         yield
     finally:
         os.environ.update(proxies)  # for downloads and buckets
+
+
+def _slurm_tasks(environment: Mapping[str, str]) -> int:
+    """Tasks of a step. In the shell of an allocation, SLURM_NTASKS is that of the job."""
+    return _number("SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS", environment, 1, 2**31)
+
+
+def _slurm_coordinator(environment: Mapping[str, str]) -> str:
+    """host:port of process 0: the first host of the step, and a port that is the step's own.
+
+    JAX's own choice of the port is that of the job, so that two steps of it meet. Here jobs whose numbers, and steps whose
+    numbers, are near each other have different ports; those of an array are jobs with numbers of their own.
+    """
+    first = re.match(r"(\[[^]]*\]|[^,[])*", environment["SLURM_STEP_NODELIST"])
+    assert first is not None  # it may match nothing
+    host = re.sub(r"\[(\d+)[^]]*\]", r"\1", first[0])  # "node[01-15,20]" are node01, …
+    if environment.get("JAX_COORDINATOR_PORT"):
+        return f"{host}:{_number('JAX_COORDINATOR_PORT', environment, 1, 2**16)}"
+    job, step = (_number(name, environment, 0, 2**32) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    return f"{host}:{_PORTS[(job * 127 + step) % len(_PORTS)]}"
 
 
 def _slurm_gpus(environment: Mapping[str, str]) -> list[int] | None:
@@ -131,6 +183,19 @@ def _slurm_gpus(environment: Mapping[str, str]) -> list[int] | None:
     before = environment.get("SLURM_LOCALID", "")
     own = count < int(on_node) if on_node.isdecimal() else before.isdecimal() and count <= int(before)
     return list(range(count)) if alone or own else None
+
+
+@contextlib.contextmanager
+def failures_elsewhere(last_words: Callable[[str, bool], None]) -> Iterator[None]:
+    """While this lasts, `last_words(reason, silent)` is called before this process ends because another one has failed.
+
+    `silent` says that the other one gave no sign of life, so that nothing is known against starting the run again.
+    """
+    _LAST_WORDS.append(last_words)
+    try:
+        yield
+    finally:
+        _LAST_WORDS.remove(last_words)
 
 
 def _number(name: str, environment: Mapping[str, str], low: int, end: int) -> int:
@@ -152,9 +217,40 @@ def agree(problem: str | None) -> str | None:
     if jax.process_count() == 1:
         return problem
     said = (problem or "").encode()[:_MESSAGE_BYTES]
-    gathered = multihost_utils.process_allgather(np.frombuffer(said.ljust(_MESSAGE_BYTES, b"\0"), np.uint8))
+    gathered = gather(np.frombuffer(said.ljust(_MESSAGE_BYTES, b"\0"), np.uint8))
     texts = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in gathered]
     return next(filter(None, texts), None)
+
+
+def gather(tree: Any) -> Any:
+    """Arrays of all processes, stacked along a new first axis. All have to call this; some may take long to come."""
+    wait_for_all("gather")
+    return multihost_utils.process_allgather(tree)
+
+
+def of_process_0(what: str, value: str) -> str:
+    """The value that process 0 has. All have to call this, with the same `what`; it is no collective operation."""
+    if global_state.client is None:
+        return value
+    key = f"mimic_video/{what}/{_turn(what)}"
+    if global_state.process_id == 0:
+        global_state.client.key_value_set(key, value)
+        return value
+    return global_state.client.blocking_key_value_get(key, int(1000 * PATIENCE))
+
+
+def wait_for_all(what: str) -> None:
+    """Waits until all processes have come here, with the same `what`.
+
+    On CPU, collective operations fail where a process is 30 s late; here it may be `PATIENCE`.
+    """
+    if global_state.client is not None:
+        global_state.client.wait_at_barrier(f"mimic_video/{what}/{_turn(what)}", int(1000 * PATIENCE))
+
+
+def _turn(what: str) -> int:
+    _TURNS[what] += 1
+    return _TURNS[what]
 
 
 class _NumberedFormatter(logging.PythonFormatter):
@@ -211,6 +307,8 @@ class _Watch:
                 reason = f"process 0 cannot be reached: {str(error).splitlines()[0]}"
             if not self._ending.wait(_BEAT):  # time in which the main thread, too, may find the mistake, if all make it
                 print(f"error: {reason}", file=sys.stderr)
+                for last_words in _LAST_WORDS:
+                    last_words(reason, _SILENT in reason)
                 self._exit(OTHER_FAILED)
 
     def _check(self) -> None:
@@ -220,9 +318,7 @@ class _Watch:
             if self._heard.get(name, ("",))[0] != beats:
                 self._heard[name] = beats, now
             elif now - self._heard[name][1] > SILENCE:
-                self._publish(
-                    f"{name} has shown no sign of life for {SILENCE:.0f} s: it was killed, ran out of memory or lost its machine"
-                )
+                self._publish(f"{name} {_SILENT} for {SILENCE:.0f} s: it was killed, ran out of memory or lost its machine")
 
     def _said(self, what: str) -> dict[str, str]:
         """What each process has said of this, by its name."""

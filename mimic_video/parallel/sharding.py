@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mimic_video.config import ConfigError, MeshConfig
 from mimic_video.models.devices import BATCH
+from mimic_video.parallel.distributed import wait_for_all
 from mimic_video.trees import path_name
 
 Tree = TypeVar("Tree")
@@ -32,6 +33,23 @@ RULES = (
 _LARGE = 2**20
 
 
+def axis_sizes(config: MeshConfig, devices: int, slices: int = 1) -> tuple[int, int, int]:
+    """data, fsdp and sequence of a mesh over that many devices in that many TPU slices.
+
+    Raises:
+        ConfigError: if the axes do not multiply to the number of devices, or do not fit the slices.
+    """
+    sizes = [config.data, config.fsdp, config.sequence]
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = devices // -math.prod(sizes)
+    if math.prod(sizes) != devices:
+        raise ConfigError(f"config field 'mesh' is {config}; its axes must multiply to the {devices} devices there are")
+    data, fsdp, sequence = sizes
+    if data % slices:
+        raise ConfigError(f"config field 'mesh.data' is {data}; expected a multiple of the {slices} TPU slices")
+    return data, fsdp, sequence
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh(data, fsdp, sequence) over all devices, on TPU along the links between chips: `sequence` has the nearest ones.
 
@@ -42,15 +60,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         ConfigError: if the axes do not multiply to the number of devices, or do not fit the slices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp, config.sequence]
-    if -1 in sizes:
-        sizes[sizes.index(-1)] = len(devices) // -math.prod(sizes)
-    if math.prod(sizes) != len(devices):
-        raise ConfigError(f"config field 'mesh' is {config}; its axes must multiply to the {len(devices)} devices there are")
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
-    data, *within = sizes
-    if data % slices:
-        raise ConfigError(f"config field 'mesh.data' is {data}; expected a multiple of the {slices} TPU slices")
+    data, *within = sizes = axis_sizes(config, len(devices), slices)
     if slices > 1:
         array = create_hybrid_device_mesh((data // slices, *within), (slices, 1, 1), devices, allow_split_physical_axes=True)
     else:
@@ -60,13 +71,20 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 @dataclasses.dataclass(frozen=True)
 class MeshFunction:
-    """A jitted function that runs, is traced or lowered with its mesh in context, which tells networks how they are spread."""
+    """A jitted function that runs, is traced or lowered with its mesh in context, which tells networks how they are spread.
+
+    On a mesh of several processes, it is compiled by `compile_together` before its first call.
+    """
 
     function: Any
     mesh: Mesh
+    _called: list[bool] = dataclasses.field(default_factory=list, init=False, repr=False, compare=False)
 
     def __call__(self, *arguments: Any) -> Any:
         with jax.set_mesh(self.mesh):
+            if self.mesh.is_multi_process and not self._called:
+                compile_together(self.function, *arguments)
+                self._called.append(True)
             return self.function(*arguments)
 
     def trace(self, *arguments: Any) -> Any:
@@ -76,6 +94,18 @@ class MeshFunction:
     def lower(self, *arguments: Any) -> Any:
         with jax.set_mesh(self.mesh):
             return self.function.lower(*arguments)
+
+
+def compile_together(function: Any, *arguments: Any) -> None:
+    """Compiles a jitted function, which a call with such arguments then runs at once, and waits for the other processes to do so.
+
+    All have to call this; of one process it does nothing. Programs that run together wait for each other in collective
+    operations, for 30 s on CPU, and compiling may take longer than that: after a restart process 0, which alone writes JAX's
+    cache, may find there what the others compile again.
+    """
+    if jax.process_count() > 1:
+        function.lower(*arguments).compile()
+        wait_for_all("compile")
 
 
 def require_divisible(batch_size: int, mesh: Mesh) -> None:

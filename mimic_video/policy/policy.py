@@ -15,7 +15,7 @@ from mimic_video.embodiments import Embodiment, choose, pad_last
 from mimic_video.flow.inpainting import prefix_weights
 from mimic_video.models.protocols import TextEncoder
 from mimic_video.models.text import make_text_encoder
-from mimic_video.policy import bundle
+from mimic_video.policy import bundle, hub
 from mimic_video.policy.program import PolicyProgram
 from mimic_video.policy.strategies import Committed
 from mimic_video.runs import checkpoints, directory
@@ -34,6 +34,12 @@ class Policy:
     A plan is a function of its observations, the seed and the query index. It is one compiled program from raw inputs to raw
     actions (`program`); only images of another size are resized before it, on the host, by the function that training used.
     A process that calls `cache.keep_compiled_programs()` first finds programs that an earlier one has compiled.
+
+    Attributes:
+        config, embodiment: what it is, and the robot that it drives.
+        normalizers: of the robot's "action" and "proprio".
+        params: of all networks, as the program takes them.
+        encode_text: instruction → its rows; a bundle's knows the instructions that it was exported with.
     """
 
     def __init__(
@@ -49,7 +55,7 @@ class Policy:
         self.normalizers = embodiment.normalizers(config)
         self.program = PolicyProgram(config, embodiment, seed)
         self.params = self.program.parameters(params)
-        self._encode_text = encode_text or make_text_encoder(config.text, config.backbone.text_width)
+        self.encode_text = encode_text or make_text_encoder(config.text, config.backbone.text_width)
         self._text: dict[str, np.ndarray] = {}
         self._plan = jax.jit(self.program, static_argnames="samples")
         self._key_data = jax.jit(lambda query: jax.random.key_data(jax.random.fold_in(jax.random.key(seed), query)))
@@ -59,14 +65,24 @@ class Policy:
         """The policy of a bundle (launch/export.py), or of an `action` run's newest checkpoint.
 
         Args:
+            path: a directory, `gs://BUCKET/RUN`, or `hf://USER/NAME[@REVISION]` for a bundle of the Hugging Face Hub.
             config: its own configuration with other `policy` settings; None for as trained.
             embodiment: the robot to drive, by its name; may be left out where there is only one.
 
         Raises:
             BundleError: naming the file, if a bundle is damaged, not complete, or of a later version.
-            RunError: if `path` is neither a bundle nor a finished or running run of stage `action`.
+            RunError: if `path` is neither a bundle nor a finished or running run of stage `action`, or cannot be fetched.
             ConfigError: listing the embodiments there are, if the named one is not among them.
         """
+        if hub.is_on_hub(path):
+            folder = hub.fetch(os.fspath(path))
+            try:
+                return cls.load(folder, config, embodiment)
+            except bundle.BundleError as error:
+                kept = folder.parents[2]
+                raise bundle.BundleError(
+                    f"{path}: {error}. What was downloaded stays in {kept}: delete that folder to download it again"
+                ) from error
         run = run_path(path)
         if bundle.is_bundle(run):
             own, params, embodiments, encode_text = bundle.read_bundle(local_path(path))
@@ -146,7 +162,7 @@ class Policy:
                 raise ValueError(f"policy input '{name}' has shape {value.shape}; expected {shape}")
         video = video.reshape(batch, -1, *expected[-4:])
         for instruction in set(instructions) - self._text.keys():
-            self._text[instruction] = self._encode_text(instruction)
+            self._text[instruction] = self.encode_text(instruction)
         text = np.stack([self._text[instruction] for instruction in instructions])
         while len(self._text) > _KEPT_INSTRUCTIONS:
             del self._text[next(iter(self._text))]

@@ -8,13 +8,15 @@ import contextlib
 import dataclasses
 import hmac
 import http
+import itertools
 import logging
 import signal
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request as HttpRequest
@@ -24,6 +26,7 @@ from mimic_video.policy.batching import Batcher, Plan, RequestError
 from mimic_video.policy.observations import CLIENTS, EPISODE_GAP, BadRequest, PolicyLayout, Request, Session
 from mimic_video.policy.policy import Policy
 from mimic_video.policy.server_metrics import ServerMetrics
+from mimic_video.rerun_log import RerunLog
 from mimic_video_client import protocol
 
 _log = logging.getLogger(__name__)
@@ -91,9 +94,21 @@ class PolicyServer:
         metrics: what `/metrics` shows.
     """
 
-    def __init__(self, plan: Plan, layout: PolicyLayout, options: ServerOptions, address: socket.socket | None = None):
-        """`address`: what `bind` gave for the options, if it has been called; the server closes it."""
-        self._layout, self._options, self._address = layout, options, address
+    def __init__(
+        self,
+        plan: Plan,
+        layout: PolicyLayout,
+        options: ServerOptions,
+        address: socket.socket | None = None,
+        log: RerunLog | None = None,
+    ):
+        """
+        Args:
+            address: what `bind` gave for the options, if it has been called; the server closes it.
+            log: gets every answer, after it is sent, under "connection_N/robot_M", N counted from 0.
+        """
+        self._layout, self._options, self._address, self._log = layout, options, address, log
+        self._started, self._numbers = time.monotonic(), itertools.count()  # of the log's times and connections
         self.port = options.port
         self.metrics = ServerMetrics(options.batch_sizes)
         self._batcher = Batcher(plan, layout, options.batch_sizes, options.max_queue, options.deadline, self.metrics)
@@ -180,7 +195,7 @@ class PolicyServer:
     async def _handle(self, connection: ServerConnection) -> None:
         """One connection: the metadata, then an answer to every message, in order."""
         self._connections += 1
-        options = self._options
+        options, place, plans = self._options, f"connection_{next(self._numbers)}", itertools.count()
         session = Session(
             self._layout,
             options.renames,
@@ -195,7 +210,10 @@ class PolicyServer:
                 self._busy += 1
                 self._idle.clear()
                 try:
-                    await self._send(connection, await self._answer(connection, session, message))
+                    answer, answered = await self._answer(connection, session, message)
+                    await self._send(connection, answer)
+                    if self._log is not None and answered is not None:
+                        await asyncio.to_thread(self._record, self._log, place, next(plans), answered)
                 finally:
                     self._busy -= 1
                     if not self._busy:
@@ -215,7 +233,10 @@ class PolicyServer:
             self.metrics.errors.labels("slow_reader").inc()
             connection.transport.abort()
 
-    async def _answer(self, connection: ServerConnection, session: Session, message: bytes | str) -> bytes | str:
+    async def _answer(
+        self, connection: ServerConnection, session: Session, message: bytes | str
+    ) -> tuple[bytes | str, "_Answered | None"]:
+        """What is sent, and what of a plan is logged."""
         self.metrics.requests.inc()
         arrived = time.monotonic()
         try:
@@ -226,14 +247,16 @@ class PolicyServer:
             # In a thread, since large images take their time; a session has one message at a time.
             request = await asyncio.to_thread(lambda: session.accept(protocol.unpack(message), arrived))
             if not isinstance(request, Request):
-                return protocol.pack(request)
+                return protocol.pack(request), None
             return await self._plan(connection, request, arrived)
         except (RequestError, BadRequest, protocol.ProtocolError) as error:
             kind = error.kind if isinstance(error, RequestError) else protocol.BAD_REQUEST
             self.metrics.errors.labels(kind).inc()
-            return protocol.error_text(kind, str(error))
+            return protocol.error_text(kind, str(error)), None
 
-    async def _plan(self, connection: ServerConnection, request: Request, arrived: float) -> bytes:
+    async def _plan(
+        self, connection: ServerConnection, request: Request, arrived: float
+    ) -> tuple[bytes | str, "_Answered | None"]:
         planning = asyncio.create_task(self._batcher.submit(request, arrived))
         gone = asyncio.create_task(connection.wait_closed())
         try:
@@ -248,7 +271,7 @@ class PolicyServer:
         self.metrics.answers.inc()
         self.metrics.latency.observe(total)
         timing = {"queue_ms": 1e3 * answer.waited, "infer_ms": 1e3 * answer.planned, "total_ms": 1e3 * total}
-        return protocol.pack(
+        packed = protocol.pack(
             {
                 "actions": answer.actions if request.batched else answer.actions[0],
                 "query": answer.query,
@@ -257,6 +280,32 @@ class PolicyServer:
                 **({"warning": request.warning} if request.warning else {}),
             }
         )
+        return packed, _Answered(request, answer.actions, arrived, timing)
+
+    def _record(self, log: RerunLog, place: str, number: int, answered: "_Answered") -> None:
+        request, layout = answered.request, self._layout
+        for robot, instruction in enumerate(request.instructions):
+            log.plan(
+                f"{place}/robot_{robot}",
+                number,
+                answered.arrived - self._started,
+                {camera: frames[robot, -1] for camera, frames in request.images.items()},
+                request.state[robot],
+                instruction,
+                answered.actions[robot],
+                layout.control_hz,
+                layout.execute_steps,
+                {name.removesuffix("_ms"): value for name, value in answered.timing.items()},
+            )
+
+
+class _Answered(NamedTuple):
+    """A plan that was sent: `arrived` is the monotonic clock's time of its request."""
+
+    request: Request
+    actions: np.ndarray
+    arrived: float
+    timing: Mapping[str, float]
 
 
 def bind(options: ServerOptions) -> socket.socket:
@@ -299,12 +348,14 @@ def parse_renames(arguments: Sequence[str]) -> dict[str, str]:
     return renames
 
 
-async def serve_until_stopped(policy: Policy, options: ServerOptions, address: socket.socket | None = None) -> None:
-    """Serves until SIGTERM or SIGINT, then drains. `address` is that of `PolicyServer`."""
+async def serve_until_stopped(
+    policy: Policy, options: ServerOptions, address: socket.socket | None = None, log: RerunLog | None = None
+) -> None:
+    """Serves until SIGTERM or SIGINT, then drains. `address` and `log` are those of `PolicyServer`."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with PolicyServer(policy, PolicyLayout.of(policy), options, address) as server:
+    async with PolicyServer(policy, PolicyLayout.of(policy), options, address, log) as server:
         host = f"[{options.host}]" if ":" in options.host else options.host
         print(f"serving {policy.embodiment.name!r} at ws://{host}:{server.port}", flush=True)
         await stop.wait()

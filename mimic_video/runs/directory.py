@@ -2,7 +2,9 @@
 
     run/config.json        the resolved configuration
     run/embodiments.json   the robots and their normalisation statistics (stage `action`)
+    run/status.json        where its training and its evaluation stand: runs/status.py
     run/lock               who is training in it (JSON); empty when nobody is, or out of date after a kill
+    run/evaluation.lock    the same of evaluation
     run/frozen/            parameters that the stage reads but does not train
     run/checkpoints/N/     orbax items after N steps: params, train_state, data (JSON: where the batches stand and what they are
                            drawn from), and ema when it is on; of converted weights, params
@@ -19,7 +21,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -32,16 +34,63 @@ from mimic_video.config import (
     ExperimentConfig,
     Shaped,
     describe,
+    experiment_from,
     shaping,
     stored_experiment,
     to_dict,
     value_at,
 )
 from mimic_video.embodiments import Embodiment, from_table, to_table
-from mimic_video.parallel.distributed import agree
-from mimic_video.runs.storage import RunError, in_bucket, lease
+from mimic_video.parallel.distributed import agree, of_process_0, wait_for_all
+from mimic_video.runs.storage import RunError, absolute, in_bucket, is_leased, lease
+from mimic_video.trees import flat
 
+# Fields that say where and how a host reads, and may be each host's own; that the data are the same is seen when they are open.
+_OF_A_HOST = ("data.video_dataset", "data.action_dataset", "data.root", "data.frame_cache_mb", "data.workers", "text.cache")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+
+
+def require_one_run(run: epath.Path, config: ExperimentConfig) -> None:
+    """Checks that all processes were started for the same run, before any of them writes. All have to call this.
+
+    Raises:
+        ConfigError: in those that differ from process 0, naming the run directories or every field.
+    """
+    if jax.process_count() == 1:
+        return
+    own = {"run": str(absolute(run)), "config": to_dict(config)}
+    first = json.loads(of_process_0("run", json.dumps(own)))
+    there = experiment_from(first["config"])
+    paths = [field.path for field in describe(ExperimentConfig) if field.path not in _OF_A_HOST]
+    differing = [f"the run directory is {own['run']}, there {first['run']}"] if first["run"] != own["run"] else []
+    differing += [
+        f"config field '{path}' is {value_at(config, path)!r}, there {value_at(there, path)!r}"
+        for path in _differences(there, config, paths)
+    ]
+    if differing:
+        raise ConfigError(f"this process and process 0 were started for different runs: {'; '.join(differing)}")
+    wait_for_all("run")
+
+
+def require_one_data(state: Callable[[int], Mapping[str, Any]]) -> None:
+    """Checks that all processes read the same data, wherever they have them. All have to call this.
+
+    Args:
+        state: that of `OpenData`.
+
+    Raises:
+        RunError: in those that differ from process 0, naming every value.
+    """
+    if jax.process_count() == 1:
+        return
+    text = json.dumps(dict(state(0)))
+    there, own = flat(json.loads(of_process_0("data", text))), flat(json.loads(text))
+    differing = [
+        f"{name}: {own.get(name)!r}, there {there.get(name)!r}" for name in there | own if there.get(name) != own.get(name)
+    ]
+    if differing:
+        raise RunError(f"this process and process 0 read different data ({'; '.join(differing)})")
+    wait_for_all("data")
 
 
 def write_config(run: epath.Path, config: ExperimentConfig) -> None:
@@ -50,12 +99,16 @@ def write_config(run: epath.Path, config: ExperimentConfig) -> None:
     Raises:
         ConfigError: listing every field that changed and may not.
     """
-    path = run / "config.json"
-    if path.exists() and (changed := _forbidden_changes(run, read_config(run), config)):
-        raise ConfigError(f"{run} holds a run with another configuration ({'; '.join(changed)}); use another --workdir")
+    require_resumable(run, config)
     if jax.process_index() == 0:
         run.mkdir(parents=True, exist_ok=True)
-        write_json(path, to_dict(config))
+        write_json(run / "config.json", to_dict(config))
+
+
+def require_resumable(run: epath.Path, config: ExperimentConfig) -> None:
+    """Raises ConfigError, listing every field that changed and may not, if a run is there that cannot go on with this one."""
+    if (run / "config.json").exists() and (changed := _forbidden_changes(run, read_config(run), config)):
+        raise ConfigError(f"{run} holds a run with another configuration ({'; '.join(changed)}); use another --workdir")
 
 
 def _forbidden_changes(run: epath.Path, before: ExperimentConfig, now: ExperimentConfig) -> list[str]:
@@ -184,11 +237,11 @@ def _record(line: bytes) -> dict[str, float] | None:
 
 
 @contextlib.contextmanager
-def locked(run: epath.Path) -> Iterator[None]:
+def locked(run: epath.Path, name: str = "lock") -> Iterator[None]:
     """Keeps other runs out of a run directory until the block ends, and makes the directory if it is not there.
 
-    The lock is the kernel's (flock) on `run/lock`, held by process 0, so a killed run leaves none. On NFS it works across
-    machines (Linux passes it on to the server). Some network file systems keep it to one machine (Lustre mounted with
+    The lock is the kernel's (flock) on the file `name` of it, held by process 0, so a killed run leaves none. On NFS it works
+    across machines (Linux passes it on to the server). Some network file systems keep it to one machine (Lustre mounted with
     `localflock`, buckets through FUSE), where two machines can still run into each other; those without any get a warning. In a
     bucket it is a lease: after a kill, the next start waits until that is known to be over.
 
@@ -201,7 +254,7 @@ def locked(run: epath.Path) -> Iterator[None]:
             hold = lease if in_bucket(run) else _file_lock
             owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%F %T%z")}
             try:
-                held.enter_context(hold(run / "lock", owner))
+                held.enter_context(hold(run / name, owner))
             except RunError as error:
                 problem = str(error)
         problem = agree(problem)
@@ -231,7 +284,7 @@ def _file_lock(lock: epath.Path, owner: Mapping[str, Any]) -> Iterator[None]:
 def _flock(run: epath.Path, file: Any) -> None:
     """Locks an open file. Raises RunError if another process has locked it."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _flock_soon(file)
     except BlockingIOError as refused:
         file.seek(0)
         try:
@@ -246,3 +299,31 @@ def _flock(run: epath.Path, file: Any) -> None:
         if error.errno not in _NO_LOCKS:
             raise
         logging.warning("%s is on a file system without locks (%s): nothing keeps a second run out of it", run, error)
+
+
+def _flock_soon(file: Any) -> None:
+    """Locks a file for this process alone; `is_locked` may have it for a moment."""
+    for _ in range(5):
+        with contextlib.suppress(BlockingIOError):
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(0.05)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def is_locked(run: epath.Path, name: str = "lock") -> bool:
+    """Whether a process holds the lock `name` of a run; in a bucket, whether one has renewed it lately."""
+    lock = epath.Path(run) / name
+    if in_bucket(run):
+        return is_leased(lock)
+    try:
+        with open(lock) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return bool(lock.read_text())  # who holds it empties it
+    return False

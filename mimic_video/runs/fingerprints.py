@@ -36,6 +36,7 @@ def _all(leaves: tuple[jax.Array, ...]) -> jax.Array:
     return jnp.stack([_one(leaf) for leaf in leaves])
 
 
+@jax.jit  # arrays of one shape are traced once
 def _one(leaf: jax.Array) -> jax.Array:
     if leaf.dtype == jnp.bool_:
         leaf = leaf.astype(jnp.uint8)

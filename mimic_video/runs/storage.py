@@ -6,6 +6,7 @@ whole or not at all, but cannot grow, and no library but orbax writes them: what
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -13,7 +14,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 from absl import logging
@@ -26,6 +27,7 @@ os.environ.setdefault("EPATH_USE_TF", "false")
 
 _BUCKETS = "gs://"
 _BEAT, _SILENCE, _SETTLING = 5.0, 20.0, 2.0  # seconds; other processes wait meanwhile, gloo no longer than 30
+_OUT_OF_DATE = 60.0  # seconds: nobody waits while it is looked at, and clocks differ
 
 
 class RunError(RuntimeError):
@@ -70,12 +72,30 @@ def absolute(path: str | os.PathLike) -> epath.Path:
 
 
 @contextlib.contextmanager
-def _writing(path: os.PathLike) -> Iterator[None]:
-    """Makes RunErrors of what a bucket's client raises, which is of many kinds."""
+def in_words(path: str | os.PathLike, what: str = "read or written") -> Iterator[None]:
+    """Makes RunErrors of what a bucket's client raises, which is of many kinds: `path` cannot be `what`."""
     try:
         yield
     except Exception as error:
-        raise RunError(f"{path} cannot be written: {error!r}") from error
+        raise RunError(f"{path} cannot be {what}: {error!r}") from error
+
+
+@contextlib.contextmanager
+def repeating(action: Callable[[], None], seconds: float, name: str) -> Iterator[None]:
+    """Calls a function every so many seconds, in a thread of that name, until the block ends."""
+    ending = threading.Event()
+
+    def repeat() -> None:
+        while not ending.wait(seconds):
+            action()
+
+    thread = threading.Thread(target=repeat, name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ending.set()
+        thread.join()
 
 
 @contextlib.contextmanager
@@ -88,8 +108,8 @@ def lease(lock: epath.Path, owner: Mapping[str, Any]) -> Iterator[None]:
     Raises:
         RunError: if it is somebody else's, or cannot be written. To find out what a killed process left takes `_SILENCE` seconds.
     """
-    mine = json.dumps(dict(owner))
-    with _writing(lock):
+    mine = json.dumps({**owner, "time": time.time()})
+    with in_words(lock, "written"):
         found = now = _content(lock)
         if found is not None:
             logging.warning("%s is %s; waiting %.0f s to see whether that process lives", lock, found, _SILENCE)
@@ -101,26 +121,29 @@ def lease(lock: epath.Path, owner: Mapping[str, Any]) -> Iterator[None]:
         holder = _content(lock)
     if holder != mine:
         raise RunError(f"another run is using {lock.parent}: {holder}; stop it, or use another --workdir")
-    ending = threading.Event()
+    beats = itertools.count(1)
 
     def beat() -> None:
-        beats = 0
-        while not ending.wait(_BEAT):
-            beats += 1
-            try:
-                lock.write_text(json.dumps({**owner, "beats": beats}))
-            except Exception as error:  # of a network, which may be back at the next one
-                logging.warning("%s could not be renewed: %r", lock, error)
+        try:
+            lock.write_text(json.dumps({**owner, "beats": next(beats), "time": time.time()}))
+        except Exception as error:  # of a network, which may be back at the next one
+            logging.warning("%s could not be renewed: %r", lock, error)
 
-    thread = threading.Thread(target=beat, name="lease", daemon=True)
-    thread.start()
     try:
-        yield
+        with repeating(beat, _BEAT, "lease"):
+            yield
     finally:
-        ending.set()
-        thread.join()
-        with _writing(lock):
+        with in_words(lock, "written"):
             lock.unlink(missing_ok=True)
+
+
+def is_leased(lock: epath.Path) -> bool:
+    """Whether somebody holds a lease: it was renewed less than `_OUT_OF_DATE` seconds ago, by the clocks of both machines."""
+    content = _content(lock)
+    try:
+        return content is not None and time.time() - json.loads(content)["time"] < _OUT_OF_DATE
+    except (ValueError, TypeError, KeyError):  # something else wrote it
+        return False
 
 
 def _content(file: epath.Path) -> str | None:
@@ -159,6 +182,6 @@ class Spool:
                 stat = file.stat()
                 now = (stat.st_size, stat.st_mtime_ns)
                 if self._published.get(file) != now:
-                    with _writing(self._folder):
+                    with in_words(self._folder, "written"):
                         (self._folder / file.relative_to(self.path)).write_bytes(file.read_bytes())
                     self._published[file] = now

@@ -3,26 +3,27 @@
 import contextlib
 import errno
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NoReturn
 
 import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from mimic_video.config import ExperimentConfig
 from mimic_video.embodiments import Embodiment
 from mimic_video.parallel.sharding import batch_rows, global_batch, make_mesh, place
+from mimic_video.progress import progress
 from mimic_video.runs import checkpoints
-from mimic_video.runs.directory import locked, write_config
+from mimic_video.runs.directory import locked, require_one_data, require_one_run, write_config
+from mimic_video.runs.status import reported
 from mimic_video.runs.storage import RunError, run_path
 from mimic_video.stages import split_params
 from mimic_video.training.clock import ProfilerWindow, StepClock, first_start
 from mimic_video.training.data import Data, OpenData
 from mimic_video.training.metrics import MetricWriter, device_memory, require_wandb
-from mimic_video.training.preemption import PreemptedError, preemption_notices
+from mimic_video.training.preemption import PreemptedError, ended_by_sigterm, preemption_notices
 from mimic_video.training.start import find_robots, initial_params, read_tokenizer, require_backbone
 from mimic_video.training.steps import TrainState, abstract_state, initial_state, make_train_step
 from mimic_video.training.validation import make_validation
@@ -49,9 +50,9 @@ def train(config: ExperimentConfig, run: str | os.PathLike, data: Data, profile:
 
     Raises:
         ConfigError: if the directory holds a run with another configuration, the configuration does not fit its `backbone_run`,
-            the machine or the data, or there are no such steps to trace.
+            the machine or the data, or there are no such steps to trace; or if processes have different runs or configurations.
         RunError: if the directory is in use, holds a run that was trained on other data, or no checkpoint that can be read, or
-            if it cannot be written; or if `backbone_run` or `start_run` cannot be read.
+            if it cannot be written; or if `backbone_run` or `start_run` cannot be read, or processes have different data.
         NonFiniteLossError: if the loss or its gradient becomes NaN or infinite.
         PreemptedError: if it was asked to stop before the last step, after it has saved.
         Exception: what is wrong with the data.
@@ -59,13 +60,16 @@ def train(config: ExperimentConfig, run: str | os.PathLike, data: Data, profile:
     run = run_path(run)
     if config.train.wandb_project and jax.process_index() == 0:
         require_wandb(config.train.wandb_project)
-    require_backbone(config, run)
-    with locked(run):
+    require_one_run(run, config)
+    stops = (PreemptedError,)
+    with locked(run), reported(run, "training", config.train.steps, stops) as report, ended_by_sigterm():
+        require_backbone(config, run)
         mesh = make_mesh(config.mesh)
         opened = data.open(batch_rows(config.train.batch_size, mesh), lambda: read_tokenizer(config, run))
+        require_one_data(opened.state)
         write_config(run, config)
         robots = find_robots(run, opened.robots) if config.stage == "action" else {}
-        return _train_in(run, config, mesh, opened, robots, profile)
+        return _train_in(run, config, mesh, opened, robots, profile, report)
 
 
 def _train_in(
@@ -75,6 +79,7 @@ def _train_in(
     data: OpenData,
     robots: Mapping[str, Embodiment],
     profile: tuple[int, int] | None,
+    report: Callable[[int], None],
 ) -> TrainState:
     """`train` in a directory that is this run's alone and has its configuration and robots."""
     validation = data.validation(robots)
@@ -84,19 +89,13 @@ def _train_in(
     with _full_disk_explained(run), preemption_notices() as stop_after, opened as manager:
         state, frozen = _start(config, run, vam, mesh, manager, data)
         start = int(state.step)
+        report(start)
         if start == settings.steps:
             return state
 
         take_step, validate = make_train_step(vam, mesh, state), make_validation(vam, mesh, validation)
-        progress = tqdm(
-            total=settings.steps,
-            initial=start,
-            desc=f"{config.stage} stage",
-            unit="step",
-            mininterval=1.0,
-            disable=jax.process_index() > 0,
-        )
-        with progress, MetricWriter(run, start, config) as writer:
+        bar = progress(total=settings.steps, initial=start, desc=f"{config.stage} stage", hide=jax.process_index() > 0)
+        with bar, MetricWriter(run, start, config) as writer:
             stream, clock, pending = data.batches(start, robots), StepClock(vam, run, started), []
             for step in range(start + 1, settings.steps + 1):
                 with clock.stopped():
@@ -108,7 +107,7 @@ def _train_in(
                 clock.step()
                 with clock.stopped():
                     profiler.after(step, metrics)
-                progress.update()
+                bar.update()
                 if step == start + 1:  # it compiled
                     jax.block_until_ready(metrics)
                     clock.restart()
@@ -123,11 +122,12 @@ def _train_in(
                         _stop_at_non_finite(values, step - len(pending) + 1, step, run, manager)
                     values |= clock.lap() | device_memory()
                     speed = f", {values['samples_per_second']:.0f} samples/s" if "samples_per_second" in values else ""
-                    progress.set_postfix_str(f"loss {values['loss']:.4g}{speed}")
+                    bar.set_postfix_str(f"loss {values['loss']:.4g}{speed}", refresh=False)
                     pending = []
                     if validating:
                         values |= validate(step, state.inference_params, frozen, writer)
                     writer.write(step, values)
+                    report(step)
                 if saving:
                     checkpoints.save(manager, state, data.state(step))
                     if stopping and not last:

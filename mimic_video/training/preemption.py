@@ -10,12 +10,13 @@ import pathlib
 import signal
 import threading
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
 
 import jax
 from absl import logging
 from jax.experimental import multihost_utils
+
+from mimic_video.parallel.metadata import open_metadata
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: saved, start me again
 
@@ -27,6 +28,26 @@ _POLL_SECONDS, _RETRY_SECONDS = 60, 10
 
 class PreemptedError(RuntimeError):
     """Training was asked to stop, and its state is saved; the same command continues it."""
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Before a run of one process takes its first step, SIGTERM ends it with a PreemptedError, as there is nothing to save.
+
+    While `preemption_notices` lasts, it has the signal. Of several processes JAX's coordination service has it from the start.
+    """
+    if jax.process_count() > 1:
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise PreemptedError("stopped before the first step, as asked; the same command starts again")
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -74,16 +95,14 @@ def _metadata_host() -> str | None:
 
 def _watch(host: str, name: str, announced: str, done: threading.Event) -> None:
     """Waits for the metadata server to say `announced`, and turns it into a SIGTERM to this process."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is on this very machine
     etag, warned = "0", False
     while not done.is_set():
         query = urllib.parse.urlencode({"wait_for_change": "true", "last_etag": etag, "timeout_sec": _POLL_SECONDS})
         url = f"http://{host}/computeMetadata/v1/instance/{name}?{query}"
-        request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
         try:
-            with opener.open(request, timeout=2 * _POLL_SECONDS) as answer:
+            with open_metadata(url, timeout=2 * _POLL_SECONDS) as answer:
                 value, etag = answer.read().decode().strip(), answer.headers.get("ETag", "0")
-        except OSError as error:  # of which urllib's errors are kinds
+        except OSError as error:
             if not warned:
                 logging.warning("notices of preemption cannot be read from %s, trying again: %s", url, error)
             warned = True

@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.embodiments import Embodiment
-from mimic_video.parallel.sharding import shardings
+from mimic_video.parallel.distributed import gather, wait_for_all
+from mimic_video.parallel.sharding import compile_together, shardings
 from mimic_video.runs import checkpoints, directory
 from mimic_video.runs.storage import run_path
 from mimic_video.stages import TRAINED
@@ -60,9 +61,9 @@ def find_robots(run: epath.Path, compute: Callable[[], Mapping[str, Embodiment]]
     All processes have to call this.
     """
     there = np.array(checkpoints.has_checkpoint(run))
-    if not multihost_utils.process_allgather(there).all():  # asked together: none goes ahead and writes one
+    if not gather(there).all():  # asked together: none goes ahead and writes one
         directory.save_embodiments(run, compute())
-        multihost_utils.sync_global_devices("embodiments")
+        wait_for_all("embodiments")
     return directory.load_embodiments(run)
 
 
@@ -85,6 +86,7 @@ def initial_params(config: ExperimentConfig, mesh: Mesh, samples: Callable[[int]
     else:
         blank = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), vam.shapes["tokenizer"])
         tokenizer = fit_tokenizer(config, samples(config.tokenizer.fit_windows)) if first else blank
+        wait_for_all("tokenizer")  # while the first one fits it
         found = named_leaves({"tokenizer": multihost_utils.broadcast_one_to_all(tokenizer)})
     if config.start_run:
         trained = {
@@ -97,11 +99,14 @@ def initial_params(config: ExperimentConfig, mesh: Mesh, samples: Callable[[int]
             print(f"start: {len(started)} of {len(trained)} arrays of {config.start_run}")
         found |= started
     new = shapes.keys() - found.keys()  # of a network with weights, only what those lack: the view embedding
+    networks = {name.partition("/")[0] for name in new}
 
     def init(key: jax.Array) -> dict[str, jax.Array]:
-        return {name: leaf for name, leaf in named_leaves(vam.init(key)).items() if name in new}
+        return {name: leaf for name, leaf in named_leaves(vam.init(key, networks)).items() if name in new}
 
-    found |= jax.jit(init, out_shardings={name: where[name] for name in new})(key)
+    jitted = jax.jit(init, out_shardings={name: where[name] for name in new})
+    compile_together(jitted, key)
+    found |= jitted(key)
     return jax.tree.unflatten(jax.tree.structure(vam.shapes), [found[name] for name in shapes])
 
 

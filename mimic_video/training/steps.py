@@ -13,7 +13,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mimic_video.batch import Batch
 from mimic_video.config import ExperimentConfig
 from mimic_video.models.devices import BATCH
-from mimic_video.parallel.sharding import MeshFunction, global_batch, make_mesh, place, require_divisible, shardings
+from mimic_video.parallel.sharding import (
+    MeshFunction,
+    compile_together,
+    global_batch,
+    make_mesh,
+    place,
+    require_divisible,
+    shardings,
+)
 from mimic_video.stages import join_params, split_params
 from mimic_video.training.metrics import group_norms
 from mimic_video.training.optimizer import average_decay, make_optimizer, make_schedule
@@ -43,7 +51,9 @@ def make_state(config: ExperimentConfig, params: Params) -> TrainState:
 def initial_state(config: ExperimentConfig, params: Params, mesh: Mesh) -> TrainState:
     """`make_state` of placed parameters, which it consumes; every leaf is made where the sharding rules want it."""
     make = functools.partial(make_state, config)
-    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, params), mesh), donate_argnums=0)(params)
+    jitted = jax.jit(make, out_shardings=shardings(jax.eval_shape(make, params), mesh), donate_argnums=0)
+    compile_together(jitted, params)
+    return jitted(params)
 
 
 def abstract_state(vam: VideoActionModel, mesh: Mesh) -> TrainState:

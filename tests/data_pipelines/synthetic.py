@@ -39,6 +39,10 @@ class ListSource(list):
     def action_layout(self) -> str:
         return self[0].action_layout
 
+    @property
+    def numbers(self) -> range:
+        return range(len(self))
+
 
 def step_episode(length: int, *, hz: float = 10.0, episode: int = 0, action_free: bool = False, wrist: bool = False) -> Episode:
     """Step k of episode e has pixels 4k, of its wrist camera 4k + 1, proprio 100e + k and actions 100e + k + 0.5."""

@@ -103,6 +103,24 @@ def test_one_robot_may_be_normalised_as_each_dataset_has_it(datasets):
     np.testing.assert_array_equal(batch.observation.embodiment, embodiment[: len(batch.actions)])
 
 
+def test_statistics_are_of_the_slice_alone(datasets):
+    """Over its episodes, whatever the others hold; validation on the rest is normalised by them."""
+    config = experiment(datasets.split(",")[0], train_split="train[1:]", validation_split="train[:1]")
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, validate_every=2, validation_batches=1))
+    whole = experiment(datasets.split(",")[0])
+    data, everything = TrainingData(config).open(), TrainingData(whole).open().training.windows["one"].episodes
+    robots = data.robots()
+    assert_equal_statistics(robots["one"].statistics, action_statistics(everything[1:], config.data))
+    assert {int(value) // 100 for value in robots["one"].statistics["proprio"].percentiles.ravel()} == {1}
+    normalised = np.concatenate([batch.observation.proprio[:, 0, 0] for batch in itertools.islice(data.batches(0), 4)])
+    proprio = robots["one"].statistics["proprio"]
+    (batch,) = data.validation(robots)
+    raw = normalised * proprio.std[0, 0] + proprio.mean[0, 0]
+    assert {round(float(value)) // 100 for value in raw} == {1}
+    lowest = data.robots()["one"].normalizers(config)["proprio"].low
+    assert (batch.observation.proprio == lowest).all()  # of episode 0, far below all that the normaliser has seen
+
+
 def test_a_clamp_that_loses_commands_is_named_with_its_dataset(tmp_path, caplog):
     """A release at the end of each episode, which a window's repeated last step shows more often the later its step."""
     episodes = [step_episode(60, episode=e) for e in range(3)]
@@ -238,7 +256,7 @@ def test_latents_need_the_tokenizer_that_made_them(datasets):
 
 
 @pytest.mark.training
-def test_the_program_in_the_modules_text(tmp_path, monkeypatch):
+def test_the_program_in_the_modules_text(one_device, tmp_path, monkeypatch):
     """As it stands, on two datasets of one robot."""
     write = {"control_hz": 10.0, "image_size": tiny.SIZE, "description": "Noise."}
     paths = [write_rlds(tmp_path, name, {"train": [tiny.episode(15, seed)]}, **write) for seed, name in enumerate(("one", "two"))]

@@ -1,12 +1,13 @@
 import dataclasses
 import json
 
+import oxe_schemas
 import pytest
 from synthetic import SIZE, step_episode
 
 from data_pipelines.datasets import check_dataset, find_instructions, open_datasets
 from data_pipelines.mixture import Phase
-from data_pipelines.sources.rlds import DatasetError, RldsSource
+from data_pipelines.sources.rlds import DatasetError, RldsSource, SplitError
 from data_pipelines.writers import write_rlds
 from mimic_video.config import ActionDecoderConfig, ConfigError, DataConfig, ExperimentConfig, PolicyConfig
 
@@ -70,6 +71,33 @@ def test_several_directories_go_by_their_names(tmp_path, config):
         open_datasets(experiment_of("video", again), "train")
 
 
+def test_a_slice_is_of_every_dataset(tmp_path, config):
+    one, two = write(tmp_path, "one", 12, 20, 9), write(tmp_path, "two", 15, 11)
+    mixed = dataclasses.replace(config, video_dataset=f"{one},{two}*3", train_split="train[:2]", validation_split="train[2:]")
+    experiment = experiment_of("video", mixed)
+    windows, phases = open_datasets(experiment, "train[:2]")
+    assert {name: (len(each), each.numbers) for name, each in windows.items()} == {"one": (32, [0, 1]), "two": (26, [0, 1])}
+    assert phases == (Phase(0, (1.0, 3.0)),)
+    message = rf"^config field 'data\.validation_split': split 'train\[2:\]' of {two} cannot be read: 'train\[2:\]' has none of 2"
+    with pytest.raises(SplitError, match=message):
+        open_datasets(experiment, "train[2:]")
+    with pytest.raises(
+        SplitError, match=r"^config field 'data\.train_split': split 'train\[:3\]' .*two/.* beyond its 2 episodes"
+    ):
+        open_datasets(experiment_of("video", dataclasses.replace(mixed, train_split="train[:3]")), "train[:3]")
+    assert list(find_instructions(experiment)) == ["do task 0", "do task 1"]  # of all episodes
+
+
+@pytest.mark.parametrize("file_format", [pytest.param("tfrecord", marks=pytest.mark.reference), "array_record"])
+def test_a_slice_of_a_dataset_of_the_registry(tmp_path, config, file_format):
+    oxe_schemas.write(tmp_path, "bridge_orig", file_format, episodes=5)  # in three shards
+    data = dataclasses.replace(config, video_dataset="bridge_orig", root=str(tmp_path), future_frames=4, past_frames=1)
+    opened = {split: open_datasets(experiment_of("video", data), split) for split in ("train", "train[1:4]", "train[-40%:]")}
+    found = {split: [each.instruction for each in one.windows["bridge_orig"].episodes] for split, one in opened.items()}
+    everything = [oxe_schemas.instruction("bridge_orig", episode) for episode in range(5)]
+    assert found == {"train": everything, "train[1:4]": everything[1:4], "train[-40%:]": everything[3:]}
+
+
 def test_a_camera_that_some_dataset_has(tmp_path, config):
     one, two = write(tmp_path, "one", 12), write(tmp_path, "two", 15, wrist=True)
     config = dataclasses.replace(config, cameras=("primary", "wrist"), video_dataset=f"{one},{two}")
@@ -89,7 +117,11 @@ def test_a_camera_that_some_dataset_has(tmp_path, config):
             DatasetError,
             r"there is no dataset nowhere/droid: .* nowhere/droid/1\.0\.0",
         ),
-        ({"video_dataset": "driod"}, DatasetError, "dataset directory driod does not exist"),
+        (
+            {"video_dataset": "driod"},
+            DatasetError,
+            "names 'driod': there is no such folder, and .* registered; the nearest is 'droid'",
+        ),
     ],
 )
 def test_datasets_that_are_not_there(config, fields, error, message):

@@ -1,11 +1,11 @@
 import itertools
 import logging
-import multiprocessing
 
 import numpy as np
 import pytest
 
 from data_pipelines.sources import experts as source
+from data_pipelines.workers import worker_processes
 from mimic_video.evaluation.metaworld import MetaworldExpert, MetaworldFactory
 
 pytestmark = pytest.mark.simulator
@@ -18,13 +18,18 @@ def demonstrate(seed):
 
 
 @pytest.fixture(scope="module")
-def episodes():
-    return list(source.demonstrations(DRAWER, NAME, [0, 2, 1]))
+def workers():
+    with worker_processes(2) as workers:
+        yield workers
+
+
+@pytest.fixture(scope="module")
+def episodes(workers):
+    return list(source.demonstrations(DRAWER, NAME, [0, 2, 1], workers))
 
 
 def test_episodes_come_in_the_order_of_the_seeds(episodes):
     assert [episode.name for episode in episodes] == [f"metaworld/drawer-open-v3/seed {seed}" for seed in (0, 2, 1)]
-    assert multiprocessing.active_children() == []
 
 
 def test_episode_contents(episodes):
@@ -78,8 +83,8 @@ def test_with_noise_the_labels_are_the_clean_expert(episodes):
     np.testing.assert_array_equal(episodes[1].actions[0], np.clip(first, -1, 1).astype(np.float32))
 
 
-def test_unlabelled_videos_have_neither_actions_nor_proprioception(episodes):
-    (video,) = source.demonstrations(DRAWER, NAME, [0], labelled=False, num_workers=1)
+def test_unlabelled_videos_have_neither_actions_nor_proprioception(episodes, workers):
+    (video,) = source.demonstrations(DRAWER, NAME, [0], workers, labelled=False)
     assert video.actions is None and video.proprio is None
     np.testing.assert_array_equal(video.frames.array, episodes[0].frames.array)
 
@@ -88,11 +93,11 @@ def test_failed_experts_are_left_out_and_logged(monkeypatch, caplog):
     fake = [(4, None), (5, demonstrate(0)), (6, None)]
     monkeypatch.setattr(source, "_demonstrate_all", lambda *_: iter(fake))
     with caplog.at_level(logging.INFO):
-        assert len(list(source.demonstrations(DRAWER, NAME, [4, 5, 6]))) == 1
+        assert len(list(source.demonstrations(DRAWER, NAME, [4, 5, 6], None))) == 1
     assert "seed 4" in caplog.text and "seed 6" in caplog.text and "1 of 3 demonstrations succeeded" in caplog.text
     monkeypatch.setattr(source, "_demonstrate_all", lambda *_: iter(fake[:1]))
     with pytest.raises(RuntimeError, match="none of 1 seeds"):
-        list(source.demonstrations(DRAWER, NAME, [4]))
+        list(source.demonstrations(DRAWER, NAME, [4], None))
 
 
 def test_an_expert_that_runs_out_of_steps_has_failed(monkeypatch):
@@ -100,14 +105,21 @@ def test_an_expert_that_runs_out_of_steps_has_failed(monkeypatch):
     assert demonstrate(0) is None
 
 
-def test_an_endless_supply_of_seeds_can_be_cut_short():
+def test_an_endless_supply_of_seeds_can_be_cut_short(workers):
+    futures = []
+
+    class Recorded:
+        def submit(self, *call):
+            futures.append(workers.submit(*call))
+            return futures[-1]
+
     factory = MetaworldFactory("button-press-topdown-v3", (32, 32))
-    few = itertools.islice(
-        source.demonstrations(factory, "metaworld/button-press-topdown-v3", itertools.count(), num_workers=1), 2
-    )
-    assert [episode.name[-6:] for episode in few] == ["seed 0", "seed 1"]
+    endless = source.demonstrations(factory, "metaworld/button-press-topdown-v3", itertools.count(), Recorded(), ahead=30)
+    assert [episode.name[-6:] for episode in itertools.islice(endless, 2)] == ["seed 0", "seed 1"]
+    endless.close()
+    assert sum(future.cancelled() for future in futures) > 15  # the workers are free for what is asked next
 
 
-def test_a_failure_in_a_worker_names_task_and_seed():
+def test_a_failure_in_a_worker_names_task_and_seed(workers):
     with pytest.raises(RuntimeError, match=r"drawer-open-v3.*seed -1"):
-        list(source.demonstrations(DRAWER, NAME, [-1], num_workers=1))
+        list(source.demonstrations(DRAWER, NAME, [-1], workers))

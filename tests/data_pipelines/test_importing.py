@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from synthetic import step_episode
 
-from data_pipelines.importing import Import, check_times
+from data_pipelines.importing import Import
+from data_pipelines.rates import check_times
 from data_pipelines.sources.rlds import DatasetError
 
 HZ = 10.0

@@ -8,12 +8,12 @@ import shutil
 import ml_dtypes
 import numpy as np
 import pytest
-from synthetic import SIZE, step_episode
+from synthetic import SIZE, ListSource, step_episode
 
 from data_pipelines import precompute
 from data_pipelines.loader import Part, WindowDataset, make_batches
 from data_pipelines.mixture import Mixture, Phase
-from data_pipelines.precompute import create_latents, first_rows, latent_key, open_latents
+from data_pipelines.precompute import Chosen, create_latents, first_rows, latent_key, open_latents
 from data_pipelines.sources.rlds import DatasetError, RldsSource
 from data_pipelines.writers import write_rlds
 from mimic_video.config import (
@@ -212,7 +212,7 @@ def identity(directory, config):
     return WindowDataset(RldsSource(directory, "train"), config, actions=True).identity
 
 
-def test_a_dataset_is_known_by_its_content(rlds, tmp_path, config):
+def test_a_dataset_is_known_by_its_content(rlds, tmp_path, config, make_source):
     own = identity(rlds, config)
     copied = shutil.copytree(rlds, tmp_path / "elsewhere" / "1.0.0")
     assert identity(copied, config) == own == WindowDataset(RldsSource(rlds, "train"), config, actions=False).identity
@@ -220,9 +220,9 @@ def test_a_dataset_is_known_by_its_content(rlds, tmp_path, config):
     splits = {"train": [step_episode(n, episode=e) for e, n in enumerate((12, 20, 16))], "val": [step_episode(14, episode=3)]}
     longer = write_rlds(tmp_path / "longer", "steps_demo", splits, control_hz=10.0, image_size=SIZE, description="As rlds.")
     assert identity(longer, config) != own
-    faster = WindowDataset(RldsSource(rlds, "train"), config, actions=True)
-    faster.episodes[1] = dataclasses.replace(faster.episodes[1], timestamps=faster.episodes[1].timestamps / 2)
-    assert faster.identity != own
+    slow, fast = (WindowDataset(make_source(12, 20, hz=hz), config, actions=True) for hz in (10.0, 20.0))
+    slow._source.identity = fast._source.identity = "the same frames"
+    assert slow.identity != fast.identity
 
 
 # Windows that read latents.
@@ -253,13 +253,64 @@ def test_windows_have_the_latents_of_their_anchor(make_source, config, tmp_path,
     anchors = [(episode, step) for episode, n in enumerate(lengths) for step in range(0, n - actions, stride)]
     assert [int(window["latents"].flat[0]) for window in windows] == [100 * episode + step for episode, step in anchors]
     assert not any(episode.frames.taken for episode in source)  # nothing was decoded
-    everything = {(int(i), int(a)): n for n, (i, a) in enumerate(zip(frames._episode_of, frames._anchor_of, strict=True))}
+    everything = {frames.place(number): number for number in range(len(frames))}
     for window, anchor in zip(windows, anchors, strict=True):
         of_frames = frames[everything[anchor]]
         assert set(window) == set(of_frames) - {"video"} | {"latents"}
         for name in set(window) - {"latents", "instruction"}:
             np.testing.assert_array_equal(window[name], of_frames[name])
     assert len(frames) == sum(lengths) - 3 * actions and "video" in frames[0]  # as it was
+    assert windows.instructions == frames.instructions == ["do task 0", "do task 1"]
+
+
+def test_a_slice_has_the_latents_of_its_split(rlds, config, tmp_path):
+    lengths, stride = (12, 20, 15), 3
+    whole = WindowDataset(RldsSource(rlds, "train"), config, actions=True)
+    everything = cached(tmp_path, whole, lengths, stride)
+    by_anchor = {round(float(window["proprio"][0, 0])): window for window in everything}
+    for text in ("train[1:]", "train[1:2]", "train[2:]+train[:1]", "train"):
+        part = WindowDataset(RldsSource(rlds, text), config, actions=True)
+        chosen = part.chosen_of(whole)
+        windows = part.with_latents(open_latents(tmp_path, KEY, chosen), chosen)
+        assert len(windows) == sum(-(-(lengths[number] - 1) // stride) for number in part.numbers)
+        for window in windows:
+            anchor = round(float(window["proprio"][0, 0]))
+            np.testing.assert_array_equal(window["latents"], by_anchor[anchor]["latents"])
+            assert window["latents"].flat[0] == anchor and anchor // 100 in part.numbers
+
+
+def test_an_episode_that_is_left_out_has_no_latents(make_source, config, tmp_path):
+    """Of those that can be read, places count; of all, numbers."""
+
+    class Damaged(ListSource):
+        numbers = (0, 1, 2)
+
+        def __getitem__(self, place):
+            if self.numbers[place] == 1:
+                raise DatasetError("episode 1 is damaged")
+            return super().__getitem__(place)
+
+    sources = Damaged(make_source(12, 20, 9)), Damaged(make_source(20, 9))
+    sources[1].numbers = (1, 2)
+    skipping = dataclasses.replace(config, skip_broken=True)
+    whole, part = (WindowDataset(source, skipping, actions=True) for source in sources)
+    assert whole.numbers == [0, 2] and part.numbers == [2]
+    assert part.chosen_of(whole) == Chosen([12, 9], [1])
+    assert part.chosen_of(whole).rows(3).tolist() == [[4, 7]]
+
+
+def test_a_slice_needs_its_own_shards_only(tmp_path):
+    cache = create(tmp_path)  # ten windows in three shards
+    cache.write([1], iter(some_latents()[cache.rows_of(1)]))
+    steps = [3, 2, 3, 2]
+    for places, needed in (([1, 2], {0, 1}), ([2], {1}), ([3], {2}), ([0, 3], {0, 2}), ([0, 1, 2, 3], {0, 1, 2})):
+        chosen = Chosen(steps, places)
+        assert cache.shards_of(chosen) == needed and cache.missing(needed) == sorted(needed - {1})
+        if needed == {1}:
+            np.testing.assert_array_equal(open_latents(tmp_path, KEY, chosen)[5], some_latents()[5])
+            continue
+        with pytest.raises(DatasetError, match=rf"lack {len(needed - {1})} of {len(needed)} shards"):
+            open_latents(tmp_path, KEY, chosen)
 
 
 def no_text(instruction):

@@ -123,7 +123,7 @@ def test_empty_and_missing_files_and_other_formats(tmp_path):
 def test_more_shards_than_stay_open(tmp_path, monkeypatch):
     monkeypatch.setattr(RecordFiles, "_OPEN", 2)
     paths = [write(tmp_path / f"shard{k}", "tfrecord", [bytes([k])]) for k in range(5)]
-    files = RecordFiles(paths, "tfrecord", [TfRecordFile(path).table for path in paths])
+    files = RecordFiles(paths, "tfrecord", [TfRecordFile(path).table for path in paths].__getitem__)
     held = files[0].read(0)
     assert [bytes(files[k].read(0))[0] for k in (1, 2, 3, 4, 0, 3)] == [1, 2, 3, 4, 0, 3]
     assert bytes(held) == b"\0"

@@ -158,6 +158,16 @@ def test_a_changed_episode_is_other_data(make_source, changed, differs):
     assert {name for name, value in content_of(source).items() if value != before[name]} == differs
 
 
+def test_a_slice_is_other_data_than_its_split_and_than_other_slices(directories):
+    states = {}
+    for text in ("train", "train[:2]", "train[1:]", "train[:100%]", "train[:1]+train[1:]"):
+        part = Part("one", WindowDataset(RldsSource(directories[0], text), CONFIG, actions=True))
+        states[text] = data_state([part], Mixture([len(part.windows)], [Phase(0, (1.0,))], BATCH, seed=3), 4)["datasets"]["one"]
+    assert states["train"] == states["train[:100%]"] == states["train[:1]+train[1:]"]
+    different = [states[text]["content"] for text in ("train", "train[:2]", "train[1:]")]
+    assert len(set(different)) == 3 and [states[text]["windows"] for text in ("train[:2]", "train[1:]")] == [30, 27]
+
+
 def test_episodes_that_are_missing_or_in_another_order_are_other_data(make_source):
     source = make_source(12, 12)
     before = content_of(source)

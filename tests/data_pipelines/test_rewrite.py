@@ -72,6 +72,7 @@ def test_pieces_are_joined_again(source, tmp_path, processes):
     assert [sum(r["steps/is_first"]) for r in read] == [1, 0, 1, 0, 0, 0, 1, 0, 1]
     before, after = RldsSource(source, "train"), RldsSource(path, "train")
     assert [len(episode) for episode in after] == list(LENGTHS)
+    assert [len(episode) for episode in RldsSource(path, "train[1:3]")] == list(LENGTHS[1:3])  # of episodes, not of records
     for old, new in zip(before, after, strict=True):
         assert new.instruction == old.instruction
         for field in ("timestamps", "actions", "proprio"):

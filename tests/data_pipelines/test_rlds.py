@@ -3,6 +3,7 @@ import io
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 
@@ -15,8 +16,10 @@ from PIL import Image
 from synthetic import step_episode
 from tensorflow_datasets.proto import tf_example_pb2
 
+from data_pipelines import writers
+from data_pipelines.sources import index as index_module
 from data_pipelines.sources.records import RecordWriter, open_records
-from data_pipelines.sources.rlds import DatasetError, RldsSource, decode_image
+from data_pipelines.sources.rlds import DatasetError, RldsSource, SplitError, decode_image
 from data_pipelines.writers import SplitSize, shard_path, write_metadata, write_rlds
 from mimic_video.transforms import resize_images
 
@@ -74,6 +77,105 @@ def test_episodes_come_back(rlds, make_episode):
     assert [len(e) for e in source] == [12, 20, 15] and len(source[-1]) == 15
     with pytest.raises(IndexError, match="3 episodes"):
         source[3]
+
+
+SLICES = ["train[:2]", "train[1:]", "train[-1:]", "train[1:-1]", "train[:50%]", "train[34%:67%]", "train[2:]+train[:1]"]
+
+
+@pytest.mark.parametrize("text", SLICES)
+def test_slices_are_of_episodes_in_stored_order(rlds, text):
+    whole, part = RldsSource(rlds, "train"), RldsSource(rlds, text)
+    instructions = tfds.builder_from_directory(rlds).info.splits[text].file_instructions
+    expected = [n for each in instructions for n in range(each.skip, each.skip + each.take)]  # of the only shard
+    assert list(part.numbers) == expected and len(part) == len(expected)
+    for index, number in enumerate(expected):
+        episode, same = part[index], whole[number]
+        assert episode.name == same.name == f"{rlds} split 'train' episode {number}"
+        for field in ("timestamps", "actions", "proprio"):
+            np.testing.assert_array_equal(getattr(episode, field), getattr(same, field))
+        np.testing.assert_array_equal(episode.frames.take([5, 0]), same.frames.take([5, 0]))
+    assert part.name == f"{rlds} split '{text}'" and part[-1].name == part[len(part) - 1].name
+    again = pickle.loads(pickle.dumps(part))
+    assert [episode.name for episode in again] == [episode.name for episode in part]
+    with pytest.raises(IndexError, match=f"has {len(part)} episodes"):
+        part[len(part)]
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("text", SLICES)
+def test_tfds_reads_the_same_episodes(rlds, text):
+    builder = tfds.builder_from_directory(rlds)
+    if "array_record" in builder.info.file_format.value:
+        episodes = [[step["action"] for step in episode["steps"]] for episode in builder.as_data_source(text)]
+    else:
+        read = tfds.ReadConfig(interleave_cycle_length=1)
+        dataset = tfds.as_numpy(builder.as_dataset(split=text, read_config=read, shuffle_files=False))
+        episodes = [[step["action"] for step in episode["steps"]] for episode in dataset]
+    source = RldsSource(rlds, text)
+    assert len(episodes) == len(source)
+    for theirs, ours in zip(episodes, source, strict=True):
+        np.testing.assert_array_equal(np.stack(theirs), ours.actions)
+
+
+def test_slices_over_several_shards(tmp_path, monkeypatch, make_episode):
+    monkeypatch.setattr(writers, "_EPISODES_PER_SHARD", 1)
+    options = {"control_hz": 10.0, "image_size": SIZE, "description": ""}
+    path = write_rlds(tmp_path, "many", {"train": [make_episode(3 + e, episode=e) for e in range(5)]}, **options)
+    assert len(list(path.glob("*train*"))) == 5
+    assert [len(episode) for episode in RldsSource(path, "train[1:4]")] == [4, 5, 6]
+    assert [len(episode) for episode in RldsSource(path, "train[-20%:]")] == [7]
+
+
+def test_nothing_of_other_episodes_is_read_but_their_place_in_the_index(rlds, monkeypatch):
+    RldsSource(rlds, "train")
+    read = []
+
+    def noted(self, record, path, steps):
+        read.append(record)
+        return encoded(self, record, path, steps)
+
+    encoded = RldsSource.encoded
+    monkeypatch.setattr(RldsSource, "encoded", noted)
+    monkeypatch.setattr(index_module, "_index_shard", None)  # slices share the index of their split
+    source = RldsSource(rlds, "train[1:2]")
+    for episode in source:
+        episode.frames.take([0, 3])
+    assert set(read) == {1}
+
+
+def test_damage_elsewhere_does_not_matter(rlds):
+    def change(index, features):
+        if index != 1:
+            features["steps/action"].float_list.value[0] = np.nan
+
+    edit_records(rlds, change, "tfrecord" if list(rlds.glob("*tfrecord*")) else "array_record")
+    assert len(RldsSource(rlds, "train[1:2]")[0]) == 20
+    with pytest.raises(DatasetError, match=r"split 'train\[2:\]': none of its 1 episodes can be read; .*'train' episode 2: "):
+        RldsSource(rlds, "train[2:]")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train[:4]", r"cannot be read: 'train\[:4\]' is beyond its 3 episodes; expected bounds from -3 to 3$"),
+        ("train[-4:]", r"cannot be read: 'train\[-4:\]' is beyond its 3 episodes; expected bounds from -3 to 3$"),
+        ("train[:2]+train[3:9]", r"cannot be read: 'train\[3:9\]' is beyond its 3 episodes; expected bounds from -3 to 3$"),
+        ("train[2:2]", r"cannot be read: 'train\[2:2\]' has none of 3 episodes; expected a slice with one or more$"),
+        ("train[:10%]", r"cannot be read: 'train\[:10%\]' has none of 3 episodes; expected a slice with one or more$"),
+        (
+            "train[:10",
+            r"cannot be read; expected the name of a split such as 'train', or slices of one by episodes: 'train\[:50\]'",
+        ),
+    ],
+)
+def test_slices_that_cannot_be_read(rlds, text, message):
+    with pytest.raises(SplitError, match=rf"^split '{re.escape(text)}' of {rlds} {message}"):
+        RldsSource(rlds, text)
+
+
+def test_a_slice_of_a_split_that_is_not_there(rlds):
+    with pytest.raises(DatasetError, match=r"no split 'test'; it has train, val"):
+        RldsSource(rlds, "test[:1]")
 
 
 def test_rates_that_float32_rounds(tmp_path, make_episode):

@@ -5,8 +5,9 @@ import pytest
 import tiny
 
 from data_pipelines.episode import ArrayFrames, Episode
-from data_pipelines.importing import resampled
+from data_pipelines.rates import resampled
 from data_pipelines.windows import (
+    Anchors,
     action_window,
     action_windows,
     anchors,
@@ -216,3 +217,28 @@ def test_an_episode_with_another_layout_than_it_says(changes, message):
 )
 def test_whether_time_stamps_are_at_a_rate(hz, timestamps, expected):
     assert at_rate(np.asarray(timestamps, np.float64), hz) == expected
+
+
+@pytest.mark.parametrize("actions", [True, False])
+@pytest.mark.parametrize("stride", [1, 2, 3, 50])
+def test_windows_are_numbered_as_a_list_of_them_would_be(config, actions, stride):
+    lengths, clock_of = (12, 20, 1, 3), np.array([0, 2, 1, 1, 3, 2, 0])
+    config = dataclasses.replace(config, action_delay=0.25)  # the last three steps have none
+    clocks = [np.arange(length) / 10.0 for length in lengths]
+    steps = [anchors(clock, config, actions=actions) for clock in clocks]
+    found = Anchors.of(steps, clock_of).every(stride)
+    expected = [(episode, step) for episode, clock in enumerate(clock_of) for step in steps[clock].tolist() if step % stride == 0]
+    assert len(found) == len(expected) > 3
+    assert [found.place(window) for window in range(len(found))] == expected
+    assert found.place(-1) == expected[-1]
+    for outside in (len(found), -len(found) - 1):
+        with pytest.raises(IndexError, match=f"there are {len(found)} windows; index {outside} is out of range"):
+            found.place(outside)
+    for episode in range(len(clock_of)):
+        assert [expected[window][0] for window in found.windows_of(episode)] == [episode] * len(found.windows_of(episode))
+    assert sum(len(found.windows_of(episode)) for episode in range(len(clock_of))) == len(expected)
+
+
+def test_anchors_that_begin_later():
+    found = Anchors.of([np.arange(4, 9), np.arange(0)], np.array([0, 1, 0])).every(3)
+    assert [found.place(window) for window in range(len(found))] == [(0, 6), (2, 6)]

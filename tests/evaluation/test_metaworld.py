@@ -8,6 +8,7 @@ import pytest
 from counting import CountingEnvironment, CountingFactory
 
 from data_pipelines.sources.experts import demonstrations
+from data_pipelines.workers import worker_processes
 from mimic_video.config import ConfigError, experiment_from
 from mimic_video.evaluation.environment import EnvironmentPool
 from mimic_video.evaluation.metaworld import (
@@ -198,8 +199,8 @@ def test_graphics_that_do_not_work_are_named(backend, monkeypatch):
     message = f"^environment variable MUJOCO_GL is '{backend}', and MuJoCo cannot render with that here .*; expected osmesa .*$"
     with pytest.raises(ConfigError, match=message):
         EnvironmentPool(DRAWER, seeds=[0], num_workers=1)
-    with pytest.raises(ConfigError, match=message):
-        next(demonstrations(DRAWER, "drawer", [0], num_workers=1))
+    with worker_processes(1) as workers, pytest.raises(ConfigError, match=message):
+        next(demonstrations(DRAWER, "drawer", [0], workers))
 
 
 def test_a_missing_package_names_the_extra():

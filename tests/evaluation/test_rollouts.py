@@ -5,11 +5,13 @@ import multiprocessing
 import numpy as np
 import pytest
 from counting import CountingFactory
+from recordings import read, series
 
 from mimic_video.config import experiment_from
 from mimic_video.evaluation.environment import EnvironmentPool, WorkerError
 from mimic_video.evaluation.rollouts import (
     EpisodeResult,
+    log_recordings,
     run_rollouts,
     run_task,
     success_table,
@@ -17,6 +19,7 @@ from mimic_video.evaluation.rollouts import (
     write_recordings,
 )
 from mimic_video.media import read_frames
+from mimic_video.rerun_log import RerunLog
 
 
 def _config(tasks=("easy",), episodes=3, max_steps=10, execute_steps=2, **data):
@@ -203,3 +206,51 @@ def test_success_table_pools_the_tasks():
     assert table["overall"]["rate"] == pytest.approx(2 / 3)
     assert (table["overall"]["low"], table["overall"]["high"]) == wilson_interval(2, 3)
     assert json.loads(json.dumps(table)) == table
+
+
+def test_recorded_episodes_keep_their_plans():
+    """What was planned for them, and when; of two steps, the last plan of a task may be beyond the end of an episode."""
+    results = run_rollouts(SeedAsSpeed(horizon=3), _factory_for, _config(), record=2)
+    assert [[plan.step for plan in result.plans] for result in results] == [[0, 2], [0], []]
+    for result, speed in zip(results[:2], (1.0, 2.0), strict=True):
+        assert result.instruction == "count"
+        for plan in result.plans:
+            np.testing.assert_array_equal(plan.actions, [[speed, 0.0]] * 3)
+            assert plan.committed is None and plan.seconds > 0
+
+
+def test_in_real_time_chunking_plans_say_what_they_continued():
+    config = _config(max_steps=4, execute_steps=2)
+    config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, strategy="real_time_chunking"))
+    plan = SeedAsSpeed(horizon=5)
+    with EnvironmentPool(CountingFactory(goal=1000.0), [100, 101], 1) as pool:
+        results = run_task(lambda *arguments: plan(*arguments[:4]), pool, "hard", config, record=1)
+    first, *later = results[0].plans
+    assert first.committed is None and later and not results[1].plans
+    for each in later:
+        np.testing.assert_array_equal(each.committed, [[1.0, 0.0]] * len(each.committed))
+        assert len(each.committed) >= 1
+
+
+@pytest.mark.reference
+def test_recorded_episodes_in_a_recording_of_rerun(tmp_path):
+    config = _config()
+    results = run_rollouts(SeedAsSpeed(horizon=3), _factory_for, config, record=2)
+    with RerunLog(str(tmp_path / "a.rrd"), "test") as log:
+        log_recordings(log, results, config)
+    found = read(tmp_path / "a.rrd")
+    assert {name.rpartition("easy/")[2].partition("/")[0] for name in found} == {"100", "101"}
+    for result in results[:2]:
+        place = f"easy/{result.seed}"
+        for name, expected in (("actions", result.actions), ("proprio", result.proprio)):
+            times, values = series(found[f"{place}/{name}"])
+            np.testing.assert_array_equal(values, expected)
+            np.testing.assert_allclose(times, np.arange(len(expected)) / 20.0, atol=1e-8)
+        assert len(found[f"{place}/camera/primary"]) == result.steps + 1
+        times, values = series(found[f"{place}/plans/0"])
+        np.testing.assert_array_equal(values, result.plans[0].actions)
+        times, values = series(found[f"{place}/latency_ms"])
+        np.testing.assert_allclose(values[:, 0], [1e3 * plan.seconds for plan in result.plans])
+        np.testing.assert_allclose(times, [plan.step / 20.0 for plan in result.plans], atol=1e-8)
+        assert found[f"{place}/instruction"] == [(0.0, {"text": ["count"]})]
+        assert found[f"{place}/outcome"] == [(result.steps / 20.0, {"text": ["success"]})]

@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 from data_pipelines.sources.experts import STEPS_AFTER_SUCCESS, demonstrations
+from data_pipelines.workers import worker_processes
 from mimic_video.config import ConfigError
 from mimic_video.evaluation import simulators
 from mimic_video.evaluation.delays import delay_table, evaluate_delays
@@ -89,7 +90,8 @@ def test_its_expert_is_the_ceiling_and_demonstrates(own):
     config = experiment(simulator=f"{own}:PointFactory")
     assert [(r.task, r.success) for r in run_expert(factories(config), config)] == [("left", True)] * 3 + [("right", True)] * 3
     factory = with_expert(factories(config)("left"))
-    episodes = list(itertools.islice(demonstrations(factory, "point/left", itertools.count(), num_workers=1), 4))
+    with worker_processes(1) as workers:
+        episodes = list(itertools.islice(demonstrations(factory, "point/left", itertools.count(), workers), 4))
     assert [episode.name for episode in episodes] == [f"point/left/seed {seed}" for seed in range(4)]
     for seed, episode in enumerate(episodes):
         assert episode.instruction == "move left" and episode.action_layout == "vector"

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
+from recordings import read
 
 from mimic_video.evaluation.video import evaluate_video
+from mimic_video.rerun_log import RerunLog
 
 PAST, FUTURE = tiny.VALUES["data"]["past_frames"], tiny.VALUES["data"]["future_frames"]
 
@@ -47,3 +49,19 @@ def test_a_camera_that_the_windows_lack_changes_nothing(tmp_path):
         sample["video"][0] = 0
     again = evaluate_video(config, tiny.params(config), samples, ("wrist",), tmp_path, record=0)
     assert again == result and len(result["psnr"]) == FUTURE
+
+
+@pytest.mark.reference
+def test_both_videos_in_a_recording_of_rerun(tmp_path):
+    config = tiny.experiment(stage="video", data={"cameras": ("primary", "wrist")})
+    samples = windows(2)
+    with RerunLog(str(tmp_path / "a.rrd"), "test") as log:
+        evaluate_video(config, tiny.params(config), samples, ("primary",), tmp_path, record=1, log=log)
+    found = read(tmp_path / "a.rrd")
+    assert set(found) == {"window_0/recorded/primary", "window_0/predicted/primary", "window_0/instruction"}
+    times = np.arange(1 - PAST, 1 + FUTURE) / config.data.video_hz
+    for rows in (found["window_0/recorded/primary"], found["window_0/predicted/primary"]):
+        np.testing.assert_allclose([time for time, _ in rows], times, atol=1e-8)
+        assert {values["image"].shape for _, values in rows} == {(*tiny.SIZE, 3)}
+    recorded = np.array([values["image"].mean() for _, values in found["window_0/recorded/primary"]])
+    np.testing.assert_allclose(recorded, samples[0]["video"][0].mean((1, 2, 3)), atol=4)  # JPEG of noise

@@ -33,8 +33,22 @@ def test_more_draws_have_less_variance(launch, config_file):
     assert 0 < eight["variance"] < one["variance"] and result["data"] == result["parameters"] == "random"
 
 
+@pytest.mark.processes
+def test_a_server_of_two_batch_sizes(launch, config_file):
+    """As many answers as robots asked for; a server of single robots has no larger batches."""
+    arguments = (f"--config={config_file(SMALL)}", "--repeats=3", "--batch_size=1", "--batch_size=2")
+    result = json.loads(launch("benchmark", "serving", *arguments))
+    rows = {(row["largest_batch"], row["robots"]): row for row in result["serving"]}
+    assert rows.keys() == {(size, robots) for size in (1, 2) for robots in (1, 2, 4)}
+    for (size, robots), row in rows.items():
+        assert 1 <= row["mean_batch"] <= min(size, robots) and 0 < row["p50_ms"] <= row["p95_ms"]
+        assert 0 < row["chunks_per_second"] <= 1e3 * robots / row["p50_ms"] * 2  # no robot has two chunks at a time
+
+
 def test_an_unknown_benchmark(launch):
-    assert "there is no benchmark 'trainin'; expected training, draws, policy or cold_start" in launch("benchmark", "trainin")
+    assert "there is no benchmark 'trainin'; expected training, draws, policy, serving, cold_start" in launch(
+        "benchmark", "trainin"
+    )
 
 
 @pytest.mark.parametrize(

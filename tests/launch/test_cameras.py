@@ -21,7 +21,7 @@ def experiment(stage, data=(), **changes):
     return tiny.experiment(stage=stage, data=RATES | dict(data), evaluation=evaluation, **values)
 
 
-def test_a_second_camera(launch, config_file, tmp_path):
+def test_a_second_camera(launch, one_device, config_file, tmp_path):
     folder = tmp_path / "data"
     counts = ["--videos=1", "--demonstrations=1", "--validation=1"]
     launch("collect", f"--config={config_file(experiment('action', BOTH))}", f"--out={folder}", *counts)

@@ -4,6 +4,7 @@ import collections
 import pathlib
 import re
 
+import notebooks
 import pytest
 
 from mimic_video.config import ExperimentConfig, field_paths
@@ -56,11 +57,13 @@ def test_commands_are_found():
 def test_flags_of_commands_in_documents_are_in_the_table():
     known, found = table(), 0
     folders = ("docs", "configs", "launch", "mimic_video", "mimic_video_client", "data_pipelines", ".ci")
-    files = [path for folder in folders for path in sorted((ROOT / folder).rglob("*")) if path.suffix in (".md", ".py", "")]
+    files = [
+        path for folder in folders for path in sorted((ROOT / folder).rglob("*")) if path.suffix in (".md", ".py", ".ipynb", "")
+    ]
     for path in [*ROOT.glob("*.md"), *(path for path in files if path.is_file())]:
         if path.name == "CHANGELOG.md":  # which speaks of the past, too
             continue
-        for name, flags in commands(path.read_text()):
+        for name, flags in commands(notebooks.text(path) if path.suffix == ".ipynb" else path.read_text()):
             if name == "NAME":
                 continue
             found += len(flags)
@@ -75,7 +78,7 @@ def test_show_config_lists_every_field(launch):
     lines = {line.split()[0]: line for line in text.splitlines()}
     assert lines["field"].split() == ["field", "value", "default", "comment"]
     assert re.fullmatch(r"seed +7 +0 +of initial parameters, .*", lines["seed"])
-    assert re.fullmatch(r"data.image_size +\(64, 64\) +\(480, 640\) +height, width in pixels, as .*", lines["data.image_size"])
+    assert re.fullmatch(r"data.image_size +\(48, 48\) +\(480, 640\) +height, width in pixels, as .*", lines["data.image_size"])
     assert re.fullmatch(r"policy.stop_step +0 +0 +video denoising steps .*", lines["policy.stop_step"])
     assert list(lines) == ["field", *field_paths(ExperimentConfig)]
 

@@ -7,12 +7,14 @@ import pathlib
 import subprocess
 import sys
 
+import fake_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 import tiny
+from documented import commands
 
 from mimic_video.embodiments import Embodiment
 from mimic_video.models.text import make_text_encoder
@@ -167,3 +169,46 @@ def test_what_cannot_be_exported(launch, run, tmp_path, monkeypatch):
     (tmp_path / "bundle").write_text("")
     assert "bundle exists" in launch("export", f"--workdir={run}", out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "prompts.txt"]  # nothing half-written is left
+
+
+@pytest.mark.processes
+def test_the_commands_of_the_document_share_a_policy(run, inputs, tmp_path):
+    """By the environment alone, as users would: in processes of their own, beside a stand-in for the Hub."""
+    (pushing,), (serving,) = (
+        [
+            command
+            for command in commands("docs/sharing.md", "run by tests/launch/test_export.py")
+            if f"launch/{name}.py" in command
+        ]
+        for name in ("export", "serve")
+    )
+    pushing = pushing.replace("runs/quickstart/action", str(run)).replace("policies/drawers", str(tmp_path / "drawers"))
+    url = serving.partition("--policy=")[2]
+    with fake_hub.running() as hub:
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+        environment |= {"HF_TOKEN": "hf_mine", "HF_HUB_DISABLE_XET": "1"}
+        (run / "evaluation.json").write_text(json.dumps({"open_loop": {"rmse": 0.25, "windows": 3}}))
+        exported = subprocess.run(
+            [sys.executable, *pushing.split()[1:]], check=True, env=environment, cwd=ROOT, capture_output=True, text=True
+        )
+        repository = hub.repositories["me/drawers"]
+        commit, files = repository["commits"][-1]
+        assert f"pushed it to hf://me/drawers@{commit}" in exported.stdout and repository["private"]
+        assert b"license: other" in files["README.md"] and b"| of all actions of a chunk | 0.25 |" in files["README.md"]
+        np.savez(tmp_path / "inputs.npz", **inputs)
+        subprocess.run(
+            [sys.executable, "-c", IN_PROCESS, url, tmp_path / "inputs.npz"], check=True, env=environment, cwd=tmp_path
+        )
+    np.testing.assert_array_equal(np.load(tmp_path / "inputs.npz.actions.npy"), Policy.load(run)(IMAGES, PROPRIO, [INSTRUCTION]))
+
+
+def test_what_cannot_be_pushed(launch, run, tmp_path, monkeypatch):
+    """Before anything is written."""
+    arguments = f"--workdir={run}", f"--out={tmp_path / 'bundle'}"
+    assert "--push_to_hub=drawers is no repository of the Hub; expected USER/NAME" in launch(
+        "export", *arguments, "--push_to_hub=drawers"
+    )
+    assert "expected --push_to_hub=USER/NAME too" in launch("export", *arguments, "--private")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert "pip install 'mimic-video-jax[hub]'" in launch("export", *arguments, "--push_to_hub=me/drawers")
+    assert list(tmp_path.iterdir()) == []

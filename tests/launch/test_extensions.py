@@ -105,7 +105,7 @@ def test_the_template_of_a_dataset_is_imported_as_its_text_says(launch, folder, 
 
 
 @pytest.mark.training
-def test_parts_of_ones_own_are_trained_evaluated_and_exported(launch, folder):
+def test_parts_of_ones_own_are_trained_evaluated_and_exported(launch, one_device, folder):
     write_recordings(folder)
     runs = {stage: folder / "runs" / stage for stage in ("video", "action")}
     for stage, run in runs.items():

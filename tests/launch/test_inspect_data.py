@@ -8,6 +8,7 @@ import oxe_schemas
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
+from recordings import read, series
 
 from data_pipelines.episode import ArrayFrames, Episode
 from data_pipelines.oxe import registry
@@ -72,6 +73,18 @@ def write_bridge(root, name="bridge_orig", episodes=2, action_dim=7, cameras=("i
 def lines(output, start):
     """The line that starts so, without the spaces between its words."""
     return [" ".join(line.split()) for line in output.splitlines() if line.strip().startswith(start)]
+
+
+def test_slices(launch, tmp_path):
+    directory = write_bridge(tmp_path, episodes=4)
+    output = launch("inspect_data", f"--source={directory}", f"--out={tmp_path}", "--split=train[1:3]", "--samples=2")
+    assert f"{directory} split 'train[1:3]': 2 episodes" in output
+    assert [line.split(",")[0] for line in lines(output, "episode ")] == ["episode 1", "episode 1", "episode 2", "episode 2"]
+    assert "'task 1'" in output and "'task 2'" in output and "task 0" not in output
+    message = launch("inspect_data", f"--source={directory}", f"--out={tmp_path}", "--split=train[:9]")
+    assert message.startswith("error: split 'train[:9]' of ") and message.endswith("expected bounds from -4 to 4")
+    output = launch("inspect_data", "--dataset=oxe_magic_soup", f"--source={tmp_path}", "--split=train[1:3]")
+    assert f" {2 * STEPS} " in next(line for line in output.splitlines() if "bridge_orig" in line)
 
 
 def test_entry_of_the_registry(launch):
@@ -188,3 +201,32 @@ def test_errors(launch, tmp_path):
     assert f"dataset directory {nothing} does not exist" in launch("inspect_data", "--dataset=kuka", f"--source={nothing}")
     assert "there is nothing to inspect; expected --dataset=NAME, --source=DIRECTORY, or both" in launch("inspect_data")
     assert "error: 'kuka' is no flag; expected --NAME=VALUE" in launch("inspect_data", "kuka")
+
+
+@pytest.mark.reference
+def test_episodes_in_a_recording_of_rerun(launch, tmp_path):
+    steps = np.arange(STEPS)
+    episodes = [
+        Episode(
+            f"episode {number}",
+            steps / 5.0,
+            ArrayFrames(np.full((STEPS, 16, 32, 3), 40 * number, np.uint8)),
+            "open it" if number else "close it",
+            proprio=np.tile(number + 0.1 * steps[:, None], (1, 2)).astype(np.float32),
+            actions=np.tile(number - 0.1 * steps[:, None], (1, 3)).astype(np.float32),
+        )
+        for number in range(3)
+    ]
+    path = write_rlds(tmp_path, "mine", {"train": episodes}, control_hz=5.0, image_size=(16, 32), description="")
+    target = tmp_path / "a.rrd"
+    launch("inspect_data", f"--source={path}", f"--out={tmp_path}", "--samples=2", f"--rerun={target}")
+    found = read(target)
+    assert {name.split("/")[1] for name in found} == {"episode_0", "episode_2"}
+    for number in (0, 2):
+        for name, expected in (("proprio", episodes[number].proprio), ("actions", episodes[number].actions)):
+            times, values = series(found[f"mine/episode_{number}/{name}"])
+            np.testing.assert_array_equal(values, expected)
+            np.testing.assert_allclose(times, steps / 5.0, atol=1e-6)
+        assert [time for time, _ in found[f"mine/episode_{number}/camera/primary"]] == pytest.approx(steps / 5.0, abs=1e-6)
+        assert found[f"mine/episode_{number}/instruction"] == [(0.0, {"text": [episodes[number].instruction]})]
+    assert "expected FILE.rrd, connect or connect:HOST:PORT" in launch("inspect_data", f"--source={path}", "--rerun=a.txt")

@@ -57,5 +57,9 @@ def test_a_policy_acts_in_it(launch, experiment_file, tmp_path):
     checkpoints.save_converted(action, config, tiny.params(config), TrainingData(config).open().robots())
     assert "left: " in launch("evaluate", f"--config={file}", f"--workdir={action}", "--recorded=1")
     assert len(list((action / "rollouts").glob("left_1000000_*.gif"))) == 1
+    alone = f"--config={file}", f"--workdir={action}", f"--out={tmp_path / 'alone'}", "--config.evaluation.tasks=()"
+    assert "held-out actions: error of " in launch("evaluate", *alone)  # where there is no simulator
+    evaluations = [json.loads((folder / "evaluation.json").read_text()) for folder in (action, tmp_path / "alone")]
+    assert evaluations[0]["open_loop"] == evaluations[1]["open_loop"] and "success" not in evaluations[1]
     table = launch("evaluate_delay", f"--config={file}", f"--workdir={action}", "--delays=0,200", "--strategy=receding_horizon")
     assert [line.split()[:2] for line in table.splitlines()[-2:]] == [["receding_horizon", "0"], ["receding_horizon", "200"]]

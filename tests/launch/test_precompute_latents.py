@@ -13,7 +13,6 @@ from data_pipelines import precompute
 from data_pipelines.sources.rlds import RldsSource
 from data_pipelines.writers import write_rlds
 from mimic_video.runs import checkpoints
-from mimic_video.vam import VideoActionModel
 
 STEPS = 15 + 12  # windows of the split train at stride 1
 
@@ -34,10 +33,7 @@ def dataset(tmp_path_factory):
 def save_backbone(run, seed=3, **changes):
     """A run directory of random weights, for `backbone_run`."""
     config = tiny.experiment(stage="video", **changes)
-    if config.tokenizer.kind == "pca":
-        params = tiny.params(config, seed)
-    else:
-        params = jax.jit(VideoActionModel(config).init)(jax.random.key(seed))
+    params = tiny.params(config, seed)
     checkpoints.save_converted(run, config, {name: params[name] for name in ("tokenizer", "backbone")})
     return run
 
@@ -94,7 +90,7 @@ def test_training_from_latents_equals_training_from_frames(command, tmp_path, st
 
 
 @pytest.mark.training
-def test_training_from_bfloat16_latents_of_the_wan_tokenizer(command, tmp_path):
+def test_training_from_bfloat16_latents_of_the_wan_tokenizer(command, one_device, tmp_path):
     tokenizer = {"kind": "wan", "width": 4}
     backbone = save_backbone(tmp_path / "wan", tokenizer=tokenizer)
     changes = {"precision": "bfloat16", "tokenizer": tokenizer, "backbone_run": str(backbone)}
@@ -106,7 +102,7 @@ def test_training_from_bfloat16_latents_of_the_wan_tokenizer(command, tmp_path):
 
 
 @pytest.mark.training
-def test_no_frame_is_read_in_training(command, tmp_path, dataset, monkeypatch):
+def test_no_frame_is_read_in_training(command, one_device, tmp_path, dataset, monkeypatch):
     command("precompute_latents", "--stride=4")
 
     def refuse(*arguments):
@@ -135,6 +131,26 @@ def test_parts_of_the_work_and_continuing(command, tmp_path):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+@pytest.mark.training
+def test_slices_share_the_latents_of_their_split(command, tmp_path):
+    """Of windows 0 to 14 and 15 to 26 in shards of ten: the second episode is in the last two."""
+    slices = {"train_split": "train[1:]", "validation_split": "train[1:2]"}
+    settings = {"train": {"validate_every": 2}, "data": slices}
+    assert "in 3 shards, of which 2 are to be made here" in command("precompute_latents", **settings)
+    assert shards_in(tmp_path) == ["00001.npy", "00002.npy"] and len(list((tmp_path / "latents/tiny").iterdir())) == 1
+    command("train", f"--workdir={tmp_path / 'cached'}", **settings)
+    command("train", f"--workdir={tmp_path / 'frames'}", **settings | {"data": slices | {"latents": ""}})
+    assert_same(tmp_path / "cached", tmp_path / "frames")
+    first = {"data": {"train_split": "train[:1]"}}
+    message = command("train", f"--workdir={tmp_path / 'first'}", **first)
+    assert re.search(r"error: .*latents/tiny/train lack 1 of 2 shards \(00000\.npy\)", message)
+    assert "of which 1 are to be made here" in command("precompute_latents", **first)
+    assert "of which 0 are to be made here" in command("precompute_latents")
+    command("train", f"--workdir={tmp_path / 'first'}", **first)
+    message = command("train", f"--workdir={tmp_path / 'first'}")
+    assert re.search(r"error: .* a run with another configuration .*data\.train_split: 'train\[:1\]' → 'train'", message)
+
+
 def test_stale_latents_are_refused(command, tmp_path):
     command("precompute_latents")
     other = {"backbone_run": str(save_backbone(tmp_path / "other", seed=4))}
@@ -146,7 +162,7 @@ def test_stale_latents_are_refused(command, tmp_path):
 
 
 @pytest.mark.training
-def test_a_run_that_has_begun_checks_its_own_tokenizer(command, tmp_path):
+def test_a_run_that_has_begun_checks_its_own_tokenizer(command, one_device, tmp_path):
     start = save_backbone(tmp_path / "start")
     settings = {"backbone_run": str(start)}
     command("precompute_latents", **settings)
@@ -160,7 +176,7 @@ def test_a_run_that_has_begun_checks_its_own_tokenizer(command, tmp_path):
 
 
 @pytest.mark.training
-def test_a_record_that_cannot_be_read(command, tmp_path):
+def test_a_record_that_cannot_be_read(command, one_device, tmp_path):
     splits = {"train": [tiny.episode(15, seed) for seed in (0, 1)]}
     broken = write_rlds(
         tmp_path, "broken", splits, control_hz=10.0, image_size=tiny.SIZE, description="Noise.", file_format="tfrecord"

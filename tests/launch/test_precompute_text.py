@@ -107,7 +107,10 @@ def test_no_model_is_needed_where_nothing_is_missing(precompute, tmp_path, monke
         (["--config.text.kind=hash"], r"'text\.kind' is 'hash'; expected 't5'"),
         (["--config.data.action_dataset="], r"nothing to embed.*--prompts"),
         (["--prompts=nowhere.txt"], r"--prompts=nowhere\.txt cannot be read"),
-        (["--config.data.action_dataset=nowhere"], "dataset directory nowhere does not exist"),
+        (
+            ["--config.data.action_dataset=nowhere"],
+            "names 'nowhere': there is no such folder, and no dataset of that name is registered",
+        ),
         (["--config.data.train_split=training"], "no split 'training'"),
         (["--config.text.model=elsewhere/model"], r"'text\.model' is 'elsewhere/model', which is not on this machine"),
         (["--device=abacus"], "cannot be loaded on 'abacus'"),

@@ -1,8 +1,8 @@
 """launch/train.py in several processes, as on several hosts."""
 
+import concurrent.futures
 import os
 import pathlib
-import re
 import signal
 import socket
 import subprocess
@@ -10,6 +10,7 @@ import sys
 import time
 
 import chex
+import devices
 import numpy as np
 import pytest
 import tiny
@@ -39,6 +40,18 @@ def experiment_file(config_file, tmp_path_factory):
     return config_file(tiny.experiment(train=train, data=datasets, backbone={"width": 32, "num_heads": 4}))
 
 
+@pytest.fixture
+def alone(launch, experiment_file):
+    """alone() → the run of this process alone, which the first test that asks trains: a finished one stays as it is."""
+
+    def train():
+        run = experiment_file.parent / "alone"
+        launch("train", f"--config={experiment_file}", f"--workdir={run}")
+        return run
+
+    return train
+
+
 class Processes:
     """A run of `count` processes of two devices each, all of this machine.
 
@@ -53,13 +66,13 @@ class Processes:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         folder.mkdir()
-        flags = re.sub(r"(device_count)=\d+", r"\1=2", os.environ["XLA_FLAGS"])
         self.errors = [folder / f"{index}.txt" for index in range(count)]
         self.processes = []
         for index, error in enumerate(self.errors):
             if slurm:
                 job = {
                     "SLURM_JOB_ID": "7",
+                    "SLURM_STEP_ID": "0",
                     "SLURM_STEP_NODELIST": "localhost",
                     "SLURM_NTASKS": count,
                     "SLURM_PROCID": index,
@@ -69,9 +82,8 @@ class Processes:
             else:
                 job = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": count, "JAX_PROCESS_ID": index}
             absent = {"http_proxy": "http://127.0.0.1:9"}  # a proxy that is not there, and not for processes of a run
-            environment = (
-                os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)} | absent | {k: str(v) for k, v in job.items()}
-            )
+            own = devices.of_each(2) | {"PYTHONPATH": str(ROOT)} | absent | {k: str(v) for k, v in job.items()}
+            environment = os.environ | own
             arguments = [sys.executable, "launch/train.py", *command, *(extra or {}).get(index, [])]
             with error.open("w") as file:
                 self.processes.append(subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=file, stderr=file))
@@ -95,38 +107,36 @@ class Processes:
         return "".join(line for line in lines if not line.startswith("[Gloo]"))
 
 
-def test_four_processes_train_as_one_even_if_one_of_them_is_killed(launch, experiment_file, tmp_path):
-    runs = {name: tmp_path / name for name in ("one", "four")}
-    commands = {name: [f"--config={experiment_file}", f"--workdir={run}"] for name, run in runs.items()}
-    commands["four"] += [
-        "--config.mesh.data=1",
-        "--config.mesh.fsdp=2",
-        "--config.mesh.sequence=4",
-    ]  # a sample is on two processes
-    with Processes(tmp_path / "killed", 4, commands["four"]) as job:
+def test_four_processes_train_as_one_even_if_one_of_them_is_killed(alone, experiment_file, tmp_path):
+    four = tmp_path / "four"
+    mesh = ("--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.sequence=4")  # a sample is on two processes
+    command = [f"--config={experiment_file}", f"--workdir={four}", *mesh]
+    with Processes(tmp_path / "killed", 4, command) as job:
         deadline = time.monotonic() + DEADLINE
-        while not (runs["four"] / "checkpoints" / str(CHECKPOINT_EVERY)).exists():
+        while not (four / "checkpoints" / str(CHECKPOINT_EVERY)).exists():
             assert [process.poll() for process in job.processes] == [None] * 4, job.printed(0)
             assert time.monotonic() < deadline
             time.sleep(0.005)
         job.processes[2].kill()
-        assert job.end(SILENCE + 20) == [OTHER_FAILED, OTHER_FAILED, -signal.SIGKILL, OTHER_FAILED]
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            ended = pool.submit(job.end, SILENCE + 20)
+            one = alone()  # while the others wait for a sign of life
+            assert ended.result() == [OTHER_FAILED, OTHER_FAILED, -signal.SIGKILL, OTHER_FAILED]
         for index in (0, 1, 3):
             assert f"error: process 2 on {socket.gethostname()} has shown no sign of life for 30 s" in job.printed(index)
-    assert not (runs["four"] / "checkpoints" / str(STEPS)).exists()
-    with Processes(tmp_path / "restarted", 4, commands["four"]) as job:
+    assert not (four / "checkpoints" / str(STEPS)).exists()
+    with Processes(tmp_path / "restarted", 4, command) as job:
         assert job.end() == [0] * 4, job.printed(0)
         assert "loss" in job.printed(0) and not any("loss" in job.printed(index) for index in (1, 2, 3))
-    launch("train", *commands["one"])
 
-    records = {name: read_metrics(run) for name, run in runs.items()}
-    assert [record["step"] for record in records["four"]] == list(range(1, STEPS + 1))
+    records = [read_metrics(run) for run in (four, one)]
+    assert [record["step"] for record in records[0]] == list(range(1, STEPS + 1))
     for name in ("loss", "action_mse", "grad_norm"):
-        one, four = ([record[name] for record in records[each]] for each in ("one", "four"))
-        assert len(set(one)) == STEPS
-        np.testing.assert_allclose(four, one, rtol=5e-7)
-    one, four = (checkpoints.load_params(run, "stored")[0] for run in runs.values())
-    chex.assert_trees_all_close(four, one, rtol=1e-7, atol=1e-6)
+        found, expected = ([record[name] for record in each] for each in records)
+        assert len(set(expected)) == STEPS
+        np.testing.assert_allclose(found, expected, rtol=5e-7)
+    params = [checkpoints.load_params(run, "stored")[0] for run in (four, one)]
+    chex.assert_trees_all_close(*params, rtol=1e-7, atol=1e-6)
 
 
 def test_what_one_process_cannot_read_ends_all_with_its_reason(experiment_file, tmp_path):
@@ -139,7 +149,21 @@ def test_what_one_process_cannot_read_ends_all_with_its_reason(experiment_file, 
         assert f"error: process 1 on {socket.gethostname()} stopped: {reason}" in job.printed(0)
 
 
-def test_two_processes_train_and_continue_in_a_bucket(launch, experiment_file, tmp_path):
+def test_processes_of_different_runs_end_with_what_differs(experiment_file, tmp_path):
+    command = [f"--config={experiment_file}", f"--workdir={tmp_path / 'run'}"]
+    other = {1: ["--config.train.learning_rate=0.5", f"--workdir={tmp_path / 'other'}"]}
+    with Processes(tmp_path / "job", 2, command, extra=other) as job:
+        assert job.end() == [OTHER_FAILED, 1]
+        reason = (
+            "this process and process 0 were started for different runs: the run directory is "
+            f"{tmp_path}/other, there {tmp_path}/run; config field 'train.learning_rate' is 0.5, there 0.001"
+        )
+        assert job.printed(1).strip().endswith(f"error: {reason}") and "Traceback" not in job.printed(1)
+        assert f"error: process 1 on {socket.gethostname()} stopped: {reason}" in job.printed(0)
+    assert not (tmp_path / "run").exists() and not (tmp_path / "other").exists()
+
+
+def test_two_processes_train_and_continue_in_a_bucket(launch, alone, experiment_file, tmp_path):
     with emulated_bucket() as bucket:
         run = run_path(f"{bucket}/run")
         command = [f"--config={experiment_file}", f"--workdir={run}"]
@@ -153,11 +177,11 @@ def test_two_processes_train_and_continue_in_a_bucket(launch, experiment_file, t
             assert job.end() == [EXIT_CODE] * 2, job.printed(0)
         with Processes(tmp_path / "restarted", 2, command) as job:
             assert job.end() == [0] * 2, job.printed(0)
-        launch("train", f"--config={experiment_file}", f"--workdir={tmp_path / 'run'}")
+        one = alone()
 
-        records = [read_metrics(each) for each in (run, tmp_path / "run")]
+        records = [read_metrics(each) for each in (run, one)]
         assert [[record["step"] for record in each] for each in records] == [list(range(1, STEPS + 1))] * 2
         np.testing.assert_allclose(*[[record["loss"] for record in each] for each in records], rtol=5e-7)
-        params = [checkpoints.load_params(each, "stored")[0] for each in (run, tmp_path / "run")]
+        params = [checkpoints.load_params(each, "stored")[0] for each in (run, one)]
         chex.assert_trees_all_close(*params, rtol=1e-7, atol=1e-6)
         assert f"step {STEPS} of {run}" in launch("export", f"--workdir={run}", f"--out={tmp_path / 'policy'}")

@@ -23,7 +23,7 @@ TRAIN = {"steps": 2, "validate_every": 2, "validation_batches": 1}
 
 
 @pytest.fixture
-def use(launch, config_file, tmp_path, monkeypatch):
+def use(launch, one_device, config_file, tmp_path, monkeypatch):
     """use(dataset, evaluated, **changes): trains both stages, exports the policy, plans; evaluations of some of the stages."""
     monkeypatch.setattr(SIMULATORS, "_parts", dict(SIMULATORS._parts))
     shutil.copy(OWN, tmp_path / "my_simulator.py")

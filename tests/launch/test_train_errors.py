@@ -63,6 +63,11 @@ def assert_says(message, *parts):
         ),
         (["--config.data.future_frames=20"], [r"'data\.future_frames' is 20", r"1\.40 s"]),
         (["--config.data.train_split=training"], ["no split 'training'", "train"]),
+        (
+            ["--config.data.train_split=train[:9]"],
+            [r"'data\.train_split': split 'train\[:9\]'", r"expected bounds from -2 to 2$"],
+        ),
+        (["--config.data.train_split=train[9"], [r"'data\.train_split' is 'train\[9'; expected the name of a split such as"]),
         (["--config.train.validate_every=2"], ["no split 'val'"]),
         (["--config.data.action_dataset="], [r"'data\.action_dataset' is empty"]),
         (["--config.backbone_run=runs/nowhere"], ["runs/nowhere is not a run directory"]),
@@ -90,7 +95,7 @@ def test_a_forgotten_workdir(train):
 def test_a_dataset_that_is_missing(train, tmp_path):
     missing = tmp_path / "nowhere" / "1.0.0"
     assert_says(train(f"--config.data.action_dataset={missing}"), f"dataset directory {missing} does not exist")
-    assert_says(train(f"--config.data.action_dataset={tmp_path}"), f"{tmp_path} is not a prepared dataset")
+    assert_says(train(f"--config.data.action_dataset={tmp_path}"), f"{tmp_path} has no dataset of a known format")
 
 
 def test_a_dataset_that_is_half_written(train, tmp_path, dataset):
@@ -152,3 +157,29 @@ def test_weights_and_biases_is_asked_for_before_data(train, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     message = train("--config.train.wandb_project=tests", "--config.data.action_dataset=/nowhere")
     assert_says(message, "'train.wandb_project' is set, but the package wandb is missing")
+
+
+def test_a_file_that_registers_a_robot(train, tmp_path):
+    assert train("--robot=/nowhere/arm.py") == "error: --robot: there is no file /nowhere/arm.py"
+    (tmp_path / "arm.py").write_text("from data_pipelines.oxe.registry import registr\n")
+    message = train(f"--robot={tmp_path / 'arm.py'}")
+    assert message.startswith(f"error: --robot: {tmp_path}/arm.py cannot be used: ImportError: cannot import name 'registr'")
+    (tmp_path / "arm.py").write_text(
+        "from data_pipelines.oxe.registry import find, register\nimport dataclasses\n"
+        "register(dataclasses.replace(find('bridge_orig'), robot='another'))\n"
+    )
+    message = train(f"--robot={tmp_path / 'arm.py'}")
+    assert message.endswith("ValueError: dataset 'bridge_orig' is registered already, with another entry; choose another name")
+
+
+def test_a_dataset_that_is_neither_a_folder_nor_registered(train, tmp_path):
+    (tmp_path / "empty").mkdir()
+    folder = train(f"--config.data.action_dataset={tmp_path / 'empty'}")
+    assert folder.startswith(
+        f"error: {tmp_path}/empty has no dataset of a known format: expected a folder with dataset_info.json"
+    )
+    name = train("--config.data.action_dataset=brige_orig")
+    assert name.startswith(
+        "error: config field 'data.action_dataset' names 'brige_orig': there is no such folder, and no dataset"
+    )
+    assert name.endswith("of that name is registered; the nearest is 'bridge_orig'")

@@ -22,7 +22,7 @@ def experiment(stage, layout, **changes):
     return tiny.experiment(stage=stage, **values)
 
 
-def test_a_mixture_of_two_action_layouts(launch, config_file, tmp_path):
+def test_a_mixture_of_two_action_layouts(launch, one_device, config_file, tmp_path):
     folders = {}
     for layout in ("native", "delta"):
         folder = tmp_path / "data" / layout

@@ -9,11 +9,20 @@ import subprocess
 import sys
 import time
 
+import devices
 import jax
 import pytest
 
 from mimic_video.config import ConfigError
-from mimic_video.parallel.distributed import _BEAT, OTHER_FAILED, _slurm_gpus, initialize, of_another_process, processes
+from mimic_video.parallel.distributed import (
+    _BEAT,
+    OTHER_FAILED,
+    _slurm_coordinator,
+    _slurm_gpus,
+    initialize,
+    of_another_process,
+    processes,
+)
 from mimic_video.runs.storage import RunError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -42,6 +51,11 @@ ROOT = pathlib.Path(__file__).parents[2]
         ),
         ({"JAX_LOCAL_DEVICE_IDS": "0;1"}, "JAX_LOCAL_DEVICE_IDS is '0;1'; expected numbers of devices, such as 0,1"),
         ({"SLURM_STEP_NODELIST": "host[1-4]", "SLURM_NTASKS": "?"}, r"SLURM_NTASKS is '\?'"),
+        ({"SLURM_STEP_NODELIST": "a", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "7"}, r"SLURM_STEP_ID is ''"),
+        (
+            {"SLURM_STEP_NODELIST": "a", "SLURM_NTASKS": "2", "JAX_COORDINATOR_PORT": "x"},
+            "JAX_COORDINATOR_PORT is 'x'; expected a number from 1 to 65535",
+        ),
     ],
 )
 def test_half_set_and_impossible_variables_are_named(environment, message):
@@ -67,6 +81,37 @@ def test_tasks_of_slurm_take_the_gpus_that_are_their_own(visible, on_node, tasks
     environment = {name: value for name, value in variables.items() if value} | {"SLURM_LOCALID": "1"}
     assert _slurm_gpus(environment) == taken
     assert _slurm_gpus(environment | {"JAX_LOCAL_DEVICE_IDS": "1,0"}) is None
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node001", "node001"),
+        ("a,b[1-2]", "a"),
+        ("node[007-015,020],host2", "node007"),
+        ("node[3,5]", "node3"),
+        ("rack[1-2]node[04-05]", "rack1node04"),
+        ("tpu-[2-3]-ib,a", "tpu-2-ib"),
+    ],
+)
+def test_process_0_of_a_slurm_step_is_on_its_first_host(nodes, first):
+    environment = {"SLURM_STEP_NODELIST": nodes, "JAX_COORDINATOR_PORT": "5000"}
+    assert _slurm_coordinator(environment) == f"{first}:5000"
+
+
+def test_neighbouring_jobs_and_steps_of_slurm_have_ports_of_their_own():
+    ports = [
+        int(_slurm_coordinator({"SLURM_STEP_NODELIST": "a", "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})[2:])
+        for job in range(6_999_950, 7_000_040)
+        for step in range(100)
+    ]
+    assert len(set(ports)) == len(ports) and min(ports) >= 20_000 and max(ports) < 32_000
+
+
+def test_the_shell_of_an_allocation_is_one_process(monkeypatch):
+    """As with `use_interactive_step`: it is a step of one task, in a job of four."""
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("it waits for others"))
+    initialize({"SLURM_STEP_NODELIST": "a", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"})
 
 
 @pytest.mark.parametrize("environment", [{}, {"JAX_NUM_PROCESSES": "1"}, {"SLURM_STEP_NODELIST": "a", "SLURM_NTASKS": "1"}])
@@ -145,7 +190,7 @@ def several(count, program):
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))),
         "JAX_COORDINATOR_ADDRESS": address,
         "JAX_NUM_PROCESSES": str(count),
-        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4"),
+        **devices.of_each(4),
     }
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     running = [

@@ -59,7 +59,7 @@ def test_one_program_computes_what_its_parts_do(params, changes):
     config = tiny.experiment(**changes)
     policy, vam = Policy(config, params, ROBOT, seed=3), tiny.model(config)
     images, proprio, instructions = observation()
-    text = np.stack([policy._encode_text(instruction) for instruction in instructions])
+    text = np.stack([policy.encode_text(instruction) for instruction in instructions])
     normalised = policy.normalizers["proprio"].normalize(proprio[:, None])
     chunk = jax.jit(vam.sample_actions)(params, Observation(text, images[:, None], proprio=normalised), vam.policy_noise(3, 2, 1))
     expected = policy.normalizers["action"].unnormalize(np.asarray(chunk))
@@ -223,7 +223,7 @@ def test_normalisers_as_configured():
     assert (np.abs(action.normalize(values)[:, 0]) < 1).all() and proprio.scale.shape == (1, 3)
 
 
-def test_one_model_for_two_robots(tmp_path):
+def test_one_model_for_two_robots(tmp_path, one_device):
     """Of a mixture: each with its own widths, statistics and token."""
     config = tiny.experiment(decoder={"embodiments": 2}, policy={"action_steps": 10})
     narrow = {

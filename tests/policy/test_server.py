@@ -16,6 +16,7 @@ import msgpack
 import numpy as np
 import pytest
 import tiny
+from recordings import read, series
 from serving import LAYOUT, Recorder, checksum, observation, serving, wait_until
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
@@ -25,6 +26,7 @@ from mimic_video.embodiments import Embodiment
 from mimic_video.policy.observations import PolicyLayout
 from mimic_video.policy.policy import Policy
 from mimic_video.policy.server import ServerOptions, bind
+from mimic_video.rerun_log import RerunLog
 from mimic_video.transforms import compute_statistics
 from mimic_video_client import PolicyClient, PolicyTimeout, RequestRefused, ServerUnavailable
 from mimic_video_client.protocol import ERROR_KINDS, pack, parse_error, unpack
@@ -604,3 +606,29 @@ def test_threads_end_with_the_server():
     with serving(Recorder()) as running, running.client() as client:
         client.infer(observation(prompt="a"))
     wait_until(lambda: threading.active_count() <= before)
+
+
+@pytest.mark.reference
+def test_answers_in_a_recording_of_rerun(tmp_path):
+    """Of every connection and robot: what was seen last, the chunk, the times."""
+    plan, answers = Recorder(), []
+    with RerunLog(str(tmp_path / "a.rrd"), "test") as log, serving(plan, log=log) as server:
+        for value in (10, 30):
+            with server.client() as client:
+                for step in range(3):
+                    answers.append(client.infer(observation(value + step, (value, 2, 3), prompt=f"do {value}")))
+    found = read(tmp_path / "a.rrd")
+    assert {name.split("/")[0] for name in found} == {"connection_0", "connection_1"}
+    for number, value in enumerate((10, 30)):
+        place, own = f"connection_{number}/robot_0", answers[3 * number : 3 * number + 3]
+        times, states = series(found[f"{place}/proprio"])
+        assert states.tolist() == [[value, 2, 3]] * 3 and (np.diff(times) > 0).all()
+        images = [values["image"].mean() for _, values in found[f"{place}/camera/primary"]]
+        np.testing.assert_allclose(images, [value, value + 1, value + 2], atol=1)
+        assert [values["text"] for _, values in found[f"{place}/instruction"]] == [[f"do {value}"]] * 3
+        for turn in range(2):  # chunks of four actions, two of which are executed; the client asks sooner
+            _, values = series(found[f"{place}/plans/{turn}"])
+            assert sorted(values.tolist()) == sorted(np.concatenate([answer["actions"] for answer in own[turn::2]]).tolist())
+        _, latency = series(found[f"{place}/latency_ms"])
+        expected = [[answer["server_timing"][f"{name}_ms"] for name in ("queue", "infer", "total")] for answer in own]
+        np.testing.assert_allclose(latency, expected)

@@ -26,6 +26,7 @@ def test_a_state_comes_back_bit_for_bit(tmp_path, template, ema_decay):
     assert_equal_bits(restored, state)
 
 
+@pytest.mark.training
 def test_a_state_restored_onto_another_mesh(tmp_path, template):
     state = state_of(template, 5, mesh=make_mesh(MeshConfig(data=8)))
     saved(tmp_path, [state])
@@ -123,6 +124,7 @@ def test_checkpoints_of_round_steps_are_kept_for_good(tmp_path, template):
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [4, 8, 10]
 
 
+@pytest.mark.training
 def test_adapters_are_merged_into_the_parameters_for_inference_on_any_mesh(tmp_path):
     config = tiny.experiment(lora={"rank": 2})
     directory.write_config(tmp_path, config)

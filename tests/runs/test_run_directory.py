@@ -11,7 +11,7 @@ import pytest
 import tiny
 from run_states import CONFIG
 
-from mimic_video.config import ConfigError
+from mimic_video.config import ConfigError, to_dict
 from mimic_video.runs import directory
 
 
@@ -37,6 +37,40 @@ def test_what_a_run_may_not_change_is_listed(tmp_path):
         assert difference in str(error.value)
     assert "mesh" not in str(error.value) and "train.steps" not in str(error.value)
     assert directory.read_config(tmp_path) == CONFIG
+
+
+@pytest.fixture
+def process_0(monkeypatch):
+    """process_0(what it published): this process is another one, and finds that."""
+
+    def publish(value):
+        monkeypatch.setattr(directory.jax, "process_count", lambda: 2)
+        monkeypatch.setattr(directory, "of_process_0", lambda what, own: json.dumps(value))
+        monkeypatch.setattr(directory, "wait_for_all", lambda what: None)
+
+    return publish
+
+
+def test_a_process_of_another_run_names_what_differs(process_0, tmp_path):
+    process_0({"run": str(tmp_path / "a"), "config": to_dict(CONFIG)})
+    directory.require_one_run(tmp_path / "a", CONFIG)
+    own = {"workers": 2, "frame_cache_mb": 0, "action_dataset": "/scratch/here", "root": "/scratch"}
+    directory.require_one_run(tmp_path / "a", tiny.experiment(data=own, text={"cache": "/scratch/text"}))
+    other = tiny.experiment(train={"steps": 9}, data=own | {"skip_broken": True})
+    with pytest.raises(ConfigError) as error:
+        directory.require_one_run(tmp_path / "b", other)
+    assert str(error.value) == (
+        f"this process and process 0 were started for different runs: the run directory is {tmp_path}/b, there {tmp_path}/a; "
+        "config field 'data.skip_broken' is True, there False; config field 'train.steps' is 9, there 4"
+    )
+
+
+def test_a_process_with_other_data_names_what_differs(process_0):
+    state = {"next_step": 0, "phases": [[0, [1.0]]], "datasets": {"a": {"windows": 9, "content": "x"}}}
+    process_0(state)
+    directory.require_one_data(lambda step: state)
+    with pytest.raises(directory.RunError, match=r"read different data \(datasets.a.windows: 8, there 9\)"):
+        directory.require_one_data(lambda step: state | {"datasets": {"a": {"windows": 8, "content": "x"}}})
 
 
 def test_what_a_run_may_change_is_recorded(tmp_path):

@@ -9,19 +9,12 @@ import threading
 import jax
 import pytest
 import tiny
-from buckets import emulated_bucket
 from run_states import CONFIG, assert_equal_bits, saved, state_of
 
 from mimic_video.runs import checkpoints, directory, storage
 from mimic_video.runs.directory import read_metrics
 from mimic_video.runs.storage import RunError, Spool, local_path, run_path
 from mimic_video.training.metrics import MetricWriter
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    with emulated_bucket() as url:
-        yield run_path(url)
 
 
 def test_what_is_neither_a_directory_nor_a_bucket_is_refused(tmp_path, monkeypatch):
@@ -45,13 +38,19 @@ def test_a_run_in_a_bucket_keeps_others_out_until_it_ends_or_is_killed(bucket, m
         monkeypatch.setattr(storage, name, seconds)
     run = bucket / "used"
     with directory.locked(run):
-        with pytest.raises(RunError, match=rf'another run is using {run}: {{"host": .*"beats": \d+}}; stop it'):
+        with pytest.raises(RunError, match=rf'another run is using {run}: {{"host": .*"beats": \d+, "time": .*}}; stop it'):
             directory.locked(run).__enter__()
         assert json.loads((run / "lock").read_text())["pid"] == os.getpid()
     assert not (run / "lock").exists()
     (run / "lock").write_text("left by a killed process")
     with directory.locked(run):
         assert json.loads((run / "lock").read_text())["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("content", ["left by a killed process", "[]", "{}", '{"time": null}'])
+def test_a_lock_that_says_no_time_is_nobodys(bucket, content):
+    (bucket / "odd" / "lock").write_text(content)
+    assert not storage.is_leased(bucket / "odd" / "lock")
 
 
 def test_of_two_runs_that_start_together_one_has_the_bucket(bucket, monkeypatch):

@@ -8,8 +8,12 @@ import time
 import urllib.parse
 
 import pytest
+import tiny
 
-from mimic_video.training.preemption import preemption_notices
+from mimic_video.runs.directory import is_locked
+from mimic_video.runs.status import read_status
+from mimic_video.training.loop import train
+from mimic_video.training.preemption import PreemptedError, preemption_notices
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -41,6 +45,19 @@ with preemption_notices() as stop_after:
     print("asked", flush=True)
     time.sleep(60)
 """
+
+
+def test_a_sigterm_before_the_first_step_ends_the_run_as_one_that_is_to_be_started_again(tmp_path):
+    class Data(tiny.Data):
+        def open(self, rows, tokenizer):
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("it goes on")
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(PreemptedError, match="stopped before the first step, as asked; the same command starts again"):
+        train(tiny.experiment(), tmp_path, Data(tiny.experiment(), iter))
+    assert (read_status(tmp_path).state, signal.getsignal(signal.SIGTERM)) == ("stopped", before)
+    assert not is_locked(tmp_path)
 
 
 @pytest.mark.processes

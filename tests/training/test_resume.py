@@ -3,13 +3,13 @@
 import json
 import os
 import pathlib
-import re
 import shutil
 import signal
 import subprocess
 import sys
 
 import chex
+import devices
 import jax
 import numpy as np
 import pytest
@@ -84,9 +84,8 @@ def train(tmp_path_factory):
     )
 
     def run(stage, workdir, *overrides, signal=0, step=0):
-        flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
         environment = os.environ | {
-            "XLA_FLAGS": flags,
+            **devices.of_each(1),
             "JAX_PLATFORMS": "cpu",
             "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'launch'}",
             "SIGNAL_STEP": str(step),
@@ -196,7 +195,9 @@ def test_a_finished_run_stays_as_it_is(train, video_run):
     assert {path: path.read_bytes() for path in files} == files
 
 
-def test_a_run_without_a_checkpoint_starts_anew_and_keeps_the_frozen_parameters_that_it_trains_on(monkeypatch, tmp_path):
+def test_a_run_without_a_checkpoint_starts_anew_and_keeps_the_frozen_parameters_that_it_trains_on(
+    monkeypatch, tmp_path, one_device
+):
     """The backbone's run may have moved on in between, or be another; what is trained on has to be what a policy will load."""
     config, used = tiny.experiment(), []
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 
+import devices
 import pytest
 
 from mimic_video.runs import directory
@@ -16,7 +17,7 @@ from mimic_video.runs import directory
 ROOT = pathlib.Path(__file__).parents[2]
 
 HOST = """
-import os, pathlib, signal, sys
+import os, pathlib, signal, sys, time
 import jax
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 import tiny
@@ -50,6 +51,28 @@ elif what == "restore":
     target = abstract_state(tiny.model(config), make_mesh(config.mesh))
     with checkpoints.open_checkpoints(run, 9) as manager:
         print("OUTCOME", int(checkpoints.restore(manager, target).step), flush=True)
+elif what == "late":
+    from jax._src import compiler
+    jax.config.update("jax_enable_compilation_cache", False)
+    compile_now, compiled, late = compiler.backend_compile_and_load, [], set(sys.argv[5:])
+
+    def compile_late(backend, module, *arguments):
+        name = module.operation.attributes["sym_name"].value
+        compiled.append(name)
+        done = run.with_name(f"{name} of process 0")
+        while me == 1 and name in late and not done.exists():
+            time.sleep(0.1)
+        if me == 1 and name in late:
+            time.sleep(32)
+        program = compile_now(backend, module, *arguments)
+        if me == 0:
+            done.touch()
+        return program
+
+    compiler.backend_compile_and_load = compile_late
+    few = tiny.experiment(train={"steps": 2, "validate_every": 2})  # the step is the first that all four devices do together
+    loop.train(few, run, tiny.Data(few, held_out=[tiny.batch(few, few.train.batch_size, 7)]))
+    print("OUTCOME", *(compiled.count(name) for name in ("jit_init", "jit_make_state", "jit_step", "jit_validate")), flush=True)
 else:
     try:
         with locked(run):
@@ -63,16 +86,15 @@ else:
 def hosts(tmp_path):
     """hosts(what, other) → what each of the two processes has to say; the second one sees `other` as the run directory."""
 
-    def run(what, other="run"):
+    def run(what, other="run", arguments=()):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
-        flags = re.sub(r"(--xla_force_host_platform_device_count)=\d+", r"\1=2", os.environ["XLA_FLAGS"])
-        environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "XLA_FLAGS": flags}
+        environment = os.environ | devices.of_each(2) | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
         command = [sys.executable, "-c", HOST, address]
         processes = [
             subprocess.Popen(
-                [*command, str(index), what, tmp_path / name],
+                [*command, str(index), what, tmp_path / name, *arguments],
                 env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -104,6 +126,12 @@ def test_all_stop_after_the_same_step_and_leave_a_checkpoint_that_only_one_canno
     shutil.rmtree(damaged / "params" / "d")
     assert hosts("restore", "other") == [str(steps[-2])] * 2
     assert sorted(path.name for path in folder.iterdir() if not path.name.isdigit()) == [f"{stopped}.damaged"]
+
+
+@pytest.mark.processes
+def test_a_process_may_compile_for_longer_than_collective_operations_wait(hosts):
+    """Gloo's, of CPUs, wait for 30 s. What is compiled before is what runs."""
+    assert hosts("late", arguments=["jit_step"]) == ["1 1 1 1"] * 2
 
 
 @pytest.mark.processes
