@@ -189,13 +189,18 @@ def _slurm_gpus(environment: Mapping[str, str]) -> list[int] | None:
 def failures_elsewhere(last_words: Callable[[str, bool], None]) -> Iterator[None]:
     """While this lasts, `last_words(reason, silent)` is called before this process ends because another one has failed.
 
+    It still is after an error that looks like another process's: `processes` waits for the reason then.
+
     `silent` says that the other one gave no sign of life, so that nothing is known against starting the run again.
     """
     _LAST_WORDS.append(last_words)
     try:
         yield
-    finally:
-        _LAST_WORDS.remove(last_words)
+    except BaseException as error:
+        if not of_another_process(error):
+            _LAST_WORDS.remove(last_words)
+        raise
+    _LAST_WORDS.remove(last_words)
 
 
 def _number(name: str, environment: Mapping[str, str], low: int, end: int) -> int:
@@ -206,7 +211,9 @@ def _number(name: str, environment: Mapping[str, str], low: int, end: int) -> in
 
 
 def of_another_process(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came of, looks like what JAX raises where another process is missing."""
+    """Whether an error, or one that it came of, looks like what JAX raises where another process is missing, and there are others."""
+    if global_state.num_processes == 1:
+        return False
     while error is not None and not _STATUS.match(str(error)):
         error = error.__cause__ or error.__context__
     return error is not None
@@ -288,6 +295,8 @@ class _Watch:
         if of_another_process(error):  # of which there will be word
             print(f"{self._name} waits for the reason of other processes", file=sys.stderr, flush=True)
             time.sleep(SILENCE + 3 * _BEAT)
+            for last_words in _LAST_WORDS:
+                last_words(text, False)  # it was its own
         self._ending.set()
         self._publish(f"{self._name} stopped: {' '.join(text.removeprefix('error: ').split())}")
         self._exit(1)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.embodiments import Embodiment
-from mimic_video.parallel.distributed import agree
+from mimic_video.parallel.distributed import agree, wait_for_all
 from mimic_video.parallel.sharding import shardings
 from mimic_video.runs.arrays import DamagedError, load_tree, nearest, tree_args, tree_handler
 from mimic_video.runs.directory import read_config, require_empty, save_embodiments, write_config
@@ -51,15 +51,28 @@ def open_checkpoints(run: epath.Path, keep: int, keep_every: int = 0) -> Iterato
     Raises:
         RunError: if the last save could not be completed.
     """
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True, lightweight_initialize=True
-    )
-    manager = _Manager(absolute(run / "checkpoints"), options=options)
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None, lightweight_initialize=True)
+    folder = absolute(run / "checkpoints")
+    _remove_unfinished(folder)
+    manager = _Manager(folder, options=options)
     try:
         yield manager
     finally:
         with _saving(manager):
             manager.close()
+
+
+def _remove_unfinished(folder: epath.Path) -> None:
+    """Removes what a killed start was writing. All processes have to call this.
+
+    The manager would do so while it, and other processes, list the folder, which in a bucket vanishes with its last object.
+    """
+    wait_for_all("about to remove unfinished checkpoints")
+    if jax.process_index() == 0 and folder.is_dir():
+        for path in folder.iterdir():
+            if ocp.utils.is_tmp_checkpoint(path):
+                path.rmtree()
+    wait_for_all("removed unfinished checkpoints")
 
 
 @contextlib.contextmanager

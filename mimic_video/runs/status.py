@@ -19,7 +19,7 @@ import jax
 from absl import logging
 from etils import epath
 
-from mimic_video.parallel.distributed import failures_elsewhere
+from mimic_video.parallel.distributed import failures_elsewhere, of_another_process
 from mimic_video.runs.directory import is_locked, write_json
 
 Activity = Literal["training", "evaluation"]
@@ -145,7 +145,8 @@ def reported(
             write("running")
 
     def elsewhere(reason: str, silent: bool) -> None:
-        write("killed" if silent else "failed", reason)
+        if _stored(run, activity).starts == now.starts:  # nobody has started it again
+            write("killed" if silent else "failed", reason)
 
     write("running")
     with failures_elsewhere(elsewhere):
@@ -155,7 +156,7 @@ def reported(
             write("stopped", str(stop) or "interrupted")
             raise
         except BaseException as error:
-            write("failed", _reason(error))
+            write("killed" if of_another_process(error) else "failed", _reason(error))
             raise
     if before.state == "finished" and now.step == before.step and now.steps == before.steps:  # there was nothing left to do
         _write(run, activity, before)

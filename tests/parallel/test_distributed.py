@@ -19,6 +19,7 @@ from mimic_video.parallel.distributed import (
     OTHER_FAILED,
     _slurm_coordinator,
     _slurm_gpus,
+    global_state,
     initialize,
     of_another_process,
     processes,
@@ -133,8 +134,10 @@ def raised(error, cause):
         return exit
 
 
-def test_errors_that_another_process_causes_are_known_by_what_they_came_of():
+def test_errors_that_another_process_causes_are_known_by_what_they_came_of(monkeypatch):
     gone = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+    assert not of_another_process(gone)  # there is none
+    monkeypatch.setattr(global_state, "num_processes", 2)
     assert of_another_process(gone) and of_another_process(raised("step 4 could not be saved", gone))
     assert not of_another_process(raised("step 4 could not be saved", OSError(28, "No space left on device")))
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 from etils import epath
 
@@ -22,7 +23,7 @@ class Stop(Exception):
 
 @pytest.fixture(params=["folder", "bucket"])
 def run(request, tmp_path, monkeypatch):
-    for name, seconds in {"_SILENCE": 0.2, "_SETTLING": 0.05, "_OUT_OF_DATE": 1.0, "_BEAT": 0.1}.items():
+    for name, seconds in {"_SILENCE": 0.2, "_SETTLING": 0.05, "_OUT_OF_DATE": 10.0, "_BEAT": 0.1}.items():
         monkeypatch.setattr(storage, name, seconds)
     monkeypatch.setattr(status, "_SECONDS", 0.0)
     return epath.Path(tmp_path if request.param == "folder" else request.getfixturevalue("bucket")) / "status" / "run"
@@ -75,7 +76,7 @@ def test_a_run_without_its_lock_was_killed(run):
     if storage.in_bucket(run):
         (run / "lock").write_text(json.dumps(json.loads(held) | {"time": time.time()}))
         assert read_status(run).state == "running"
-        (run / "lock").write_text(json.dumps(json.loads(held) | {"time": time.time() - 2}))
+        (run / "lock").write_text(json.dumps(json.loads(held) | {"time": time.time() - 20}))
         assert read_status(run).state == "killed"
 
 
@@ -102,6 +103,25 @@ def test_the_failure_of_another_process_is_the_run_s(tmp_path, silent, state):
         found = json.loads((tmp_path / "status.json").read_text())["training"]
         assert (found["state"], found["step"], found["reason"]) == (state, 6, "process 1 on b ...")
     assert not distributed._LAST_WORDS
+
+
+@pytest.mark.parametrize(("silent", "state"), [(True, "killed"), (False, "failed")])
+def test_an_error_that_another_process_causes_is_nothing_against_another_start_until_there_is_word(
+    tmp_path, monkeypatch, silent, state
+):
+    """A host that is taken away is noticed in a collective operation, before it is missed."""
+    monkeypatch.setattr(distributed.global_state, "num_processes", 2)
+    monkeypatch.setattr(distributed, "_LAST_WORDS", words := [])
+    gone = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+    with pytest.raises(jax.errors.JaxRuntimeError), locked(tmp_path), reported(tmp_path, "training", 10):
+        raise gone
+    assert (read_status(tmp_path).state, len(words)) == ("killed", 1) and "closed by peer" in read_status(tmp_path).reason
+    words[0]("process 1 on b ...", silent)
+    assert (read_status(tmp_path).state, read_status(tmp_path).reason) == (state, "process 1 on b ...")
+    with locked(tmp_path), reported(tmp_path, "training", 10):
+        pass
+    words[0]("process 1 on b ...", silent)
+    assert read_status(tmp_path).state == "finished"
 
 
 @pytest.mark.parametrize("content", ["\0\0\0", "[]", '{"training": {"state": "finished", "step": 3, "of a later version": 1}}'])

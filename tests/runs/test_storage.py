@@ -7,6 +7,7 @@ import os
 import threading
 
 import jax
+import orbax.checkpoint as ocp
 import pytest
 import tiny
 from run_states import CONFIG, assert_equal_bits, saved, state_of
@@ -34,7 +35,7 @@ def test_a_bucket_that_does_not_exist_is_found_out_at_the_start(bucket):
 
 
 def test_a_run_in_a_bucket_keeps_others_out_until_it_ends_or_is_killed(bucket, monkeypatch):
-    for name, seconds in {"_BEAT": 0.05, "_SILENCE": 0.5, "_SETTLING": 0.1}.items():
+    for name, seconds in {"_BEAT": 0.05, "_SILENCE": 1.5, "_SETTLING": 0.1}.items():
         monkeypatch.setattr(storage, name, seconds)
     run = bucket / "used"
     with directory.locked(run):
@@ -98,6 +99,28 @@ def test_what_was_not_written_to_the_end_does_not_count(bucket, template):
     checkpoints.save_frozen(run, jax.tree.map(lambda leaf: leaf + 1, frozen))
     assert checkpoints.load_params(run)[1] == 1
     assert_equal_bits(checkpoints.load_frozen(run, "stored"), jax.tree.map(lambda leaf: leaf + 1, frozen))
+
+
+@pytest.mark.parametrize("place", ["bucket", "tmp_path"])
+def test_what_was_not_written_to_the_end_is_gone_before_checkpoints_are_listed(request, place, template, monkeypatch):
+    """A folder in a bucket vanishes with its last object: while others list it, they would fail."""
+    run = run_path(request.getfixturevalue(place)) / "unfinished"
+    saved(run, [state_of(template, 1)])
+    folder, open_manager = run / "checkpoints", ocp.CheckpointManager.__init__
+    if place == "bucket":
+        (folder / "1" / "commit_success.txt").unlink()
+    else:
+        (folder / "1").rename(folder / "1.orbax-checkpoint-tmp-7")
+    listed = []
+
+    def looked_at(manager, directory, **arguments):
+        listed.extend(directory.iterdir() if directory.exists() else ())
+        open_manager(manager, directory, **arguments)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "__init__", looked_at)
+    with checkpoints.open_checkpoints(run, keep=2) as manager:
+        assert checkpoints.restore(manager, state_of(template, 1)) is None
+    assert listed == []
 
 
 def test_metrics_go_on_where_the_last_checkpoint_is(bucket):
