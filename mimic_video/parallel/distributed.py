@@ -211,7 +211,7 @@ def _number(name: str, environment: Mapping[str, str], low: int, end: int) -> in
 
 
 def of_another_process(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came of, looks like what JAX raises where another process is missing, and there are others."""
+    """Whether there are others, and an error, or one that it came of, looks like what JAX raises where one of them is missing."""
     if global_state.num_processes == 1:
         return False
     while error is not None and not _STATUS.match(str(error)):
