@@ -1,4 +1,4 @@
-"""Model FLOPs as they were counted by hand, of every shipped experiment and of what none of them has.
+"""Model FLOPs as they were counted by hand, of shipped experiments and of what none of them has.
 
 `flops_by_hand.json` says where its numbers come from. They are of published sizes, where attention goes in parts.
 """
@@ -15,8 +15,11 @@ from mimic_video.config import ExperimentConfig, experiment_from
 ROOT = pathlib.Path(__file__).parents[1]
 COUNTED: dict[str, Any] = json.loads(pathlib.Path(__file__).with_suffix(".json").read_text())
 VIEWS = {"data": {"cameras": ("primary", "wrist")}}
+SMALL_IMAGES = {"data": {"image_size": (64, 64)}}
 FROM_LATENTS = {"lora": {"rank": 0}, "data": {"latents": "there"}, "backbone_run": "there"}
 CHANGED: dict[str, tuple[str, dict[str, Any]]] = {
+    "64x64 pixels": ("quickstart:action", SMALL_IMAGES | {"train": {"action_draws": 4}}),
+    "64x64 pixels, video": ("quickstart:video", SMALL_IMAGES),
     "two cameras": ("published:bridge", VIEWS),
     "two cameras, video": ("published:bridge_video", VIEWS),
     "eight draws": ("published:bridge", {"train": {"action_draws": 8}}),

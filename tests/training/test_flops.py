@@ -201,7 +201,7 @@ def test_on_paper_attention_is_its_products(monkeypatch, backend):
 
 @pytest.mark.full_size
 @pytest.mark.parametrize("name", flops_by_hand.COUNTED["steps"])
-def test_steps_of_every_shipped_experiment_are_as_counted_by_hand(name):
+def test_steps_of_shipped_experiments_are_as_counted_by_hand(name):
     vam, by_hand = VideoActionModel(flops_by_hand.experiment(name)), flops_by_hand.COUNTED["steps"][name]
     found = step_flops(vam)
     assert video_tokens(vam) == by_hand["tokens"]
