@@ -144,6 +144,12 @@ class EpisodeSource(Protocol):
         ...
 
 
+def require_index(name: str, episodes: int, index: int) -> None:
+    """Raises IndexError for an index that a source of so many episodes does not have; negative ones count from its end."""
+    if not -episodes <= index < episodes:
+        raise IndexError(f"{name} has {episodes} episodes; index {index} is out of range")
+
+
 class ContentHash:
     """32 hexadecimal digits that tell episodes apart by their order and all that they hold, but not by their images or names.
 

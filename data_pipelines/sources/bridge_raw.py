@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_pipelines.episode import Episode
+from data_pipelines.episode import Episode, require_index
 from data_pipelines.sources.frames import camera_frames, check_roles, frame_steps
 from data_pipelines.sources.rlds import DatasetError
 from mimic_video.media import MediaError, read_picture
@@ -112,8 +112,7 @@ class BridgeSource(Sequence[Episode]):
 
     def __getitem__(self, index: int) -> Episode:  # type: ignore[override]  # no slices
         """The episode, its images not read. Raises IndexError."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"{self.name} has {len(self)} episodes; index {index} is out of range")
+        require_index(self.name, len(self), index)
         trajectory = self._trajectories[index]
         cameras = {role: _ImageFolder(folder, len(trajectory.timestamps)) for role, folder in trajectory.cameras.items()}
         primary, further = camera_frames(cameras, self._resize)

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipelines.episode import CAMERAS, ActionLayout, Episode, Frames
+from data_pipelines.episode import CAMERAS, ActionLayout, Episode, Frames, require_index
 from data_pipelines.sources.frames import camera_frames, check_roles, frame_steps, sized
 from data_pipelines.sources.rlds import DatasetError, DatasetLayout
 from data_pipelines.sources.video import VideoFrames, check_whole
@@ -178,8 +178,7 @@ class LeRobotSource(Sequence[Episode]):
 
     def __getitem__(self, position: int) -> Episode:  # type: ignore[override]  # no slices
         """The episode, its frames not read. Raises IndexError, or DatasetError for a damaged one that was kept."""
-        if not -len(self) <= position < len(self):
-            raise IndexError(f"{self.name} has {len(self)} episodes; index {position} is out of range")
+        require_index(self.name, len(self), position)
         entry, rows = self._episodes[position]
         if isinstance(rows, DatasetError):
             raise rows

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines.episode import CAMERAS, Episode
+from data_pipelines.episode import CAMERAS, Episode, require_index
 from data_pipelines.rates import check_times, resampled
 from data_pipelines.sources.lerobot import LeRobotSource, read_info
 from data_pipelines.sources.rlds import DatasetError, DatasetLayout, SplitError
@@ -100,8 +100,7 @@ class LeRobotSplit(Sequence[Episode]):
 
     def __getitem__(self, index: int) -> Episode:  # type: ignore[override]  # no slices
         """The episode, its frames not read. Raises IndexError, or DatasetError for a damaged one."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"{self.name} has {len(self)} episodes; index {index} is out of range")
+        require_index(self.name, len(self), index)
         episode = self._episodes[index]
         if isinstance(episode, DatasetError):
             raise episode

@@ -26,7 +26,7 @@ import h5py
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from data_pipelines.episode import Episode
+from data_pipelines.episode import Episode, require_index
 from data_pipelines.sources.frames import camera_frames, frame_steps
 from data_pipelines.sources.rlds import DatasetError
 from mimic_video.transforms import rot6d_from_matrix
@@ -123,8 +123,7 @@ class LiberoSource(Sequence[Episode]):
 
     def __getitem__(self, index: int) -> Episode:  # type: ignore[override]  # no slices
         """The episode, its images not read. Raises IndexError."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"{self.name} has {len(self)} episodes; index {index} is out of range")
+        require_index(self.name, len(self), index)
         demo = self._demonstrations[index]
         cameras = {
             role: _StoredFrames(demo.path, f"{demo.demo}/obs/{_CAMERAS[role]}", demo.rows, size, demo.upside_down)

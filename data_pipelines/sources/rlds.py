@@ -17,7 +17,7 @@ import simplejpeg
 import tensorflow_datasets as tfds
 
 from data_pipelines import buffers
-from data_pipelines.episode import CAMERAS, ActionLayout, Episode, Frames
+from data_pipelines.episode import CAMERAS, ActionLayout, Episode, Frames, require_index
 from data_pipelines.sources.index import Column, Index, Shard, cache_directories, open_index
 from data_pipelines.sources.records import DatasetError, RecordFiles, file_sizes, is_remote, parse_example, read_file
 from data_pipelines.survey import Survey, kept_reading, readable
@@ -205,8 +205,7 @@ class RldsSource(Sequence[Episode]):
 
     def __getitem__(self, index: int) -> Episode:  # type: ignore[override]  # no slices
         """The episode, its images still encoded. Raises IndexError, or DatasetError if a record or value cannot be used."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"{self.name} has {len(self)} episodes; index {index} is out of range")
+        require_index(self.name, len(self), index)
         number = self.numbers[index]
         name = f"{self._split} episode {number}"
         first, last = self._index.record_range(number)

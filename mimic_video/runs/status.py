@@ -92,10 +92,13 @@ def record_end(run: epath.Path, activity: Activity, state: State, reason: str) -
     _write(run, activity, dataclasses.replace(_stored(run, activity), state=state, updated=_now(), reason=_line(reason)))
 
 
-def _write(run: epath.Path, activity: Activity, status: Status) -> None:
+def _write(run: epath.Path, activity: Activity, status: Status, start: int | None = None) -> None:
+    """Given the number of the start that says so, leaves what a later one has said."""
     try:
         run.mkdir(parents=True, exist_ok=True)
-        write_json(run / "status.json", _read(run) | {activity: dataclasses.asdict(status)})
+        values = _read(run)
+        if start is None or start >= values.get(activity, {}).get("starts", 0):
+            write_json(run / "status.json", values | {activity: dataclasses.asdict(status)})
     except Exception as error:  # what a bucket's client raises is of many kinds
         logging.warning("%s/status.json cannot be written: %r", run, error)
 
@@ -136,7 +139,7 @@ def reported(
         written = time.monotonic()
         seconds = round(before.seconds + written - start, 1)
         now = dataclasses.replace(now, state=state, seconds=seconds, updated=_now(), reason=_line(reason))
-        _write(run, activity, now)
+        _write(run, activity, now, now.starts)
 
     def progress(step: int) -> None:
         nonlocal now
@@ -145,8 +148,7 @@ def reported(
             write("running")
 
     def elsewhere(reason: str, silent: bool) -> None:
-        if _stored(run, activity).starts == now.starts:  # nobody has started it again
-            write("killed" if silent else "failed", reason)
+        write("killed" if silent else "failed", reason)
 
     write("running")
     with failures_elsewhere(elsewhere):

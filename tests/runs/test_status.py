@@ -124,6 +124,17 @@ def test_an_error_that_another_process_causes_is_nothing_against_another_start_u
     assert read_status(tmp_path).state == "finished"
 
 
+def test_a_status_that_cannot_be_read_does_not_keep_a_process_from_ending(tmp_path, monkeypatch, caplog):
+    def broken(run):
+        raise OSError("no network")
+
+    with reported(tmp_path, "training", 10):
+        monkeypatch.setattr(status, "_read", broken)
+        for last_words in distributed._LAST_WORDS:
+            last_words("process 1 on b ...", False)
+    assert "status.json cannot be written: OSError('no network')" in caplog.text
+
+
 @pytest.mark.parametrize("content", ["\0\0\0", "[]", '{"training": {"state": "finished", "step": 3, "of a later version": 1}}'])
 def test_what_is_damaged_or_of_a_later_version_is_read_as_far_as_it_goes(tmp_path, content):
     (tmp_path / "status.json").write_text(content)
