@@ -36,7 +36,7 @@ from mimic_video.config import (
 from mimic_video.errors import nearest
 from mimic_video.evaluation.sweep_results import Entry, short_names
 from mimic_video.runs.status import Status, read_status
-from mimic_video.runs.storage import run_path
+from mimic_video.runs.storage import read_whole, run_path
 
 _LONGEST = 100  # characters of a point's name
 _HASH = 8  # hexadecimal digits
@@ -169,7 +169,7 @@ def _is_evaluated(out: epath.Path, config: ExperimentConfig, training: Status) -
     status = read_status(out, "evaluation")
     if status.state != "finished" or status.updated < training.updated:
         return False
-    found = json.loads((out / "evaluation.json").read_text())
+    found = json.loads(read_whole(out / "evaluation.json"))
     wanted = json.loads(json.dumps({"policy": to_dict(config.policy), "evaluation": to_dict(config.evaluation)}))
     return all(found.get(name) == value for name, value in wanted.items())
 

@@ -23,7 +23,7 @@ from etils import epath
 
 from mimic_video.config import ConfigError
 from mimic_video.runs.directory import write_json
-from mimic_video.runs.storage import RunError, in_bucket, run_path
+from mimic_video.runs.storage import RunError, in_bucket, read_whole, run_path
 from mimic_video.training.preemption import EXIT_CODE
 from sweeps.points import Job, cloud_name, remaining
 
@@ -164,7 +164,7 @@ def _submitted(folder: epath.Path) -> dict[str, list[str]]:
     """The runs of each array that was submitted, in the order of its tasks. Raises RunError if their file is damaged."""
     path = folder / "slurm.json"
     try:
-        return json.loads(path.read_text())
+        return json.loads(read_whole(path))
     except FileNotFoundError:
         return {}
     except ValueError as error:

@@ -30,7 +30,7 @@ from mimic_video.errors import nearest
 from mimic_video.evaluation.rollouts import wilson_interval
 from mimic_video.runs.directory import read_metrics, write_json
 from mimic_video.runs.status import Activity, Status, read_status
-from mimic_video.runs.storage import RunError, in_bucket
+from mimic_video.runs.storage import RunError, in_bucket, read_whole
 
 Curve = tuple[tuple[int, float], ...]  # steps and values
 
@@ -155,7 +155,7 @@ def load_entries(workdir: epath.Path) -> list[Entry]:
     """The points of sweep.json. Raises RunError if there is none."""
     path = workdir / "sweep.json"
     try:
-        return [Entry(**values) for values in json.loads(path.read_text())]
+        return [Entry(**values) for values in json.loads(read_whole(path))]
     except FileNotFoundError as error:
         raise RunError(f"{workdir} has no sweep.json: no sweep was started there") from error
     except (ValueError, TypeError) as error:
@@ -288,7 +288,7 @@ def _metrics(path: epath.Path) -> Metrics:
 
 
 def _evaluated(path: epath.Path) -> dict[str, float]:
-    values = json.loads(path.read_text())
+    values = json.loads(read_whole(path))
     if not isinstance(values, dict):
         raise ValueError("it is no JSON object")
     return dict(_numbers({name: value for name, value in values.items() if name != "policy"}))  # that is settings

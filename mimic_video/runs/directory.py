@@ -42,7 +42,7 @@ from mimic_video.config import (
 )
 from mimic_video.embodiments import Embodiment, from_table, to_table
 from mimic_video.parallel.distributed import agree, of_process_0, wait_for_all
-from mimic_video.runs.storage import RunError, absolute, in_bucket, is_leased, lease
+from mimic_video.runs.storage import RunError, absolute, in_bucket, is_leased, lease, read_whole
 from mimic_video.trees import flat
 
 # Fields that say where and how a host reads, and may be each host's own; that the data are the same is seen when they are open.
@@ -151,7 +151,7 @@ def read_config(run: epath.Path) -> ExperimentConfig:
     if not path.exists():
         raise RunError(f"{run} is not a run directory: it has no config.json")
     try:
-        return stored_experiment(json.loads(path.read_bytes()))
+        return stored_experiment(json.loads(read_whole(path)))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     except ValueError as error:
@@ -209,7 +209,7 @@ def load_embodiments(run: epath.Path) -> dict[str, Embodiment]:
     if not path.exists():
         raise RunError(f"{run} has no {path.name}: its training has not started, or it is not of stage 'action'")
     try:
-        return from_table(json.loads(path.read_text()))
+        return from_table(json.loads(read_whole(path)))
     except ValueError as error:
         raise RunError(f"{path} cannot be read: {error}") from error
 
@@ -221,7 +221,7 @@ def read_metrics(run: epath.Path) -> list[dict[str, float]]:
     may be zeros in their place.
     """
     path = epath.Path(run) / "metrics.jsonl"
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    lines = read_whole(path).split(b"\n")[:-1] if path.exists() else []
     records = [record for line in lines if (record := _record(line))]
     if len(records) < len(lines):
         logging.warning("%s: %d of %d lines are no records and are left out", path, len(lines) - len(records), len(lines))

@@ -21,6 +21,7 @@ from etils import epath
 
 from mimic_video.parallel.distributed import failures_elsewhere, of_another_process
 from mimic_video.runs.directory import is_locked, write_json
+from mimic_video.runs.storage import read_whole
 
 Activity = Literal["training", "evaluation"]
 State = Literal["waiting", "running", "finished", "stopped", "failed", "killed"]
@@ -78,7 +79,7 @@ def _stored(run: epath.Path, activity: Activity) -> Status:
 
 def _read(run: epath.Path) -> dict[str, Any]:
     try:
-        values = json.loads((epath.Path(run) / "status.json").read_text())
+        values = json.loads(read_whole(epath.Path(run) / "status.json"))
     except FileNotFoundError:
         return {}
     except ValueError as error:  # zeros after a power cut

@@ -71,6 +71,21 @@ def absolute(path: str | os.PathLike) -> epath.Path:
     return epath.Path(path if in_bucket(path) else os.path.abspath(path))
 
 
+def read_whole(path: epath.Path) -> bytes:
+    """The content of a file that another process may be writing anew: as it was, or as it is after that.
+
+    Of an object in a bucket, the path's own methods ask for the size, then for so many bytes, which may be a part of another one.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    if not in_bucket(path):
+        return path.read_bytes()
+    import fsspec  # only here: gcsfs brings it
+
+    return fsspec.filesystem("gcs").cat_file(os.fspath(path))
+
+
 @contextlib.contextmanager
 def in_words(path: str | os.PathLike, what: str = "read or written") -> Iterator[None]:
     """Makes RunErrors of what a bucket's client raises, which is of many kinds: `path` cannot be `what`."""
@@ -148,7 +163,7 @@ def is_leased(lock: epath.Path) -> bool:
 
 def _content(file: epath.Path) -> str | None:
     try:
-        return file.read_text()
+        return read_whole(file).decode()
     except FileNotFoundError:
         return None
 

@@ -2,9 +2,11 @@
 
 import concurrent.futures
 import importlib.util
+import itertools
 import json
 import os
 import threading
+import time
 
 import jax
 import orbax.checkpoint as ocp
@@ -14,6 +16,7 @@ from run_states import CONFIG, assert_equal_bits, saved, state_of
 
 from mimic_video.runs import checkpoints, directory, storage
 from mimic_video.runs.directory import read_metrics
+from mimic_video.runs.status import read_status
 from mimic_video.runs.storage import RunError, Spool, local_path, run_path
 from mimic_video.training.metrics import MetricWriter
 
@@ -46,6 +49,30 @@ def test_a_run_in_a_bucket_keeps_others_out_until_it_ends_or_is_killed(bucket, m
     (run / "lock").write_text("left by a killed process")
     with directory.locked(run):
         assert json.loads((run / "lock").read_text())["pid"] == os.getpid()
+
+
+def test_what_is_written_anew_is_read_whole(bucket):
+    """Of another length each time: who asks for the length first gets a part of what is there by then."""
+    run, ending = bucket / "anew", threading.Event()
+
+    def write():
+        for number in itertools.count():
+            if ending.is_set():
+                return
+            beat = {"time": time.time(), "padding": "x" * (number * 37 % 101)}
+            (run / "lock").write_text(json.dumps(beat))
+            (run / "status.json").write_text(json.dumps({"training": {"state": "running", "reason": beat["padding"]}}))
+
+    (run / "lock").write_text(json.dumps({"time": time.time()}))
+    (run / "status.json").write_text(json.dumps({"training": {"state": "running"}}))
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(write)
+        try:
+            seen = {(storage.is_leased(run / "lock"), read_status(run).state) for _ in range(100)}
+        finally:
+            ending.set()
+        writing.result()
+    assert seen == {(True, "running")}
 
 
 @pytest.mark.parametrize("content", ["left by a killed process", "[]", "{}", '{"time": null}'])
