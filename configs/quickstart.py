@@ -83,7 +83,7 @@ def get_config(stage: str = "action") -> ml_collections.ConfigDict:
         config.train.steps = 800
         config.train.batch_size = 16
         config.train.clip_norm = 10.0
-        config.train.action_draws = 4
+        config.train.action_draws = 2
 
     config.policy.execute_steps = 3
     config.evaluation.tasks = TASKS

@@ -5,8 +5,9 @@
 for every task of the experiment's `evaluation.tasks` in its `evaluation.simulator`, at its image size and control rate and in its
 `evaluation.layout`.
 `OUT/videos` holds action-free videos for stage 1 and `OUT/demonstrations` labelled episodes for stage 2, each with the splits
-`train` and `val`. No episode is in two of these. A dataset that exists already is left as it is. Plain tfds reads TFRecord by
-`tfds.builder_from_directory(PATH).as_dataset()`, and with --format=array_record ArrayRecord by `.as_data_source()`.
+`train` and `val`; with --datasets=videos only the former. No episode is in two of these. A dataset that exists already is left as
+it is. Plain tfds reads TFRecord by `tfds.builder_from_directory(PATH).as_dataset()`, and with --format=array_record ArrayRecord by
+`.as_data_source()`.
 """
 
 import concurrent.futures
@@ -28,6 +29,7 @@ from mimic_video.progress import progress
 _OUT = flags.DEFINE_string("out", None, "Folder for the datasets", required=True)
 _VIDEOS = flags.DEFINE_integer("videos", 100, "Action-free episodes per task", lower_bound=1)
 _DEMONSTRATIONS = flags.DEFINE_integer("demonstrations", 20, "Labelled episodes per task", lower_bound=1)
+_DATASETS = flags.DEFINE_multi_enum("datasets", ["videos", "demonstrations"], ["videos", "demonstrations"], "Which are collected")
 _FORMAT = experiment.define_format()
 _VALIDATION = flags.DEFINE_integer("validation", 10, "Held-out episodes per task, of either dataset", lower_bound=1)
 
@@ -57,8 +59,8 @@ def main(config: ExperimentConfig) -> None:
 
 def _collect(config: ExperimentConfig, workers: concurrent.futures.Executor) -> None:
     counts = {"videos": _VIDEOS.value, "demonstrations": _DEMONSTRATIONS.value}
-    for dataset, count in counts.items():
-        path = pathlib.Path(_OUT.value) / dataset / VERSION
+    for dataset in _DATASETS.value:
+        count, path = counts[dataset], pathlib.Path(_OUT.value) / dataset / VERSION
         if path.exists():
             print(f"{path} exists")
             continue

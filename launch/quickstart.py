@@ -33,7 +33,7 @@ _SMOKE = flags.DEFINE_bool("smoke", False, "A few steps of every phase, to see t
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIG = "configs/quickstart.py"
 SEEDS = (0, 1)  # of stage 2 in the ablation, for either backbone
-EPISODES = {"videos": 80, "demonstrations": 20, "validation": 10}  # per task
+EPISODES = {"videos": 60, "demonstrations": 20, "validation": 10}  # per task
 SMOKE_EPISODES = {"videos": 3, "demonstrations": 2, "validation": 1}
 SMOKE_SETTINGS = {
     "train.steps": 6,
@@ -54,14 +54,16 @@ class Phase:
 
     Attributes:
         seconds: what it took on two quiet cores, to estimate what is left.
-        beside: the file that it prints into, of a phase that only the report waits for. It runs beside the phases after it, whose
-            networks are so small that their steps keep little more than one core busy.
+        beside: the file that it prints into, of a phase that runs beside those after it, whose networks are so small that their
+            steps keep little more than one core busy.
+        needs: titles of phases beside others that it waits for.
     """
 
     title: str
     seconds: float
     command: list[str]
     beside: pathlib.Path | None = None
+    needs: tuple[str, ...] = ()
 
     def run(self) -> float:
         """Returns its seconds, or ends the process with its name."""
@@ -96,36 +98,35 @@ def phases(work: pathlib.Path, smoke: bool, ablation: bool) -> list[Phase]:
         overrides = [f"--config.{field}={value}" for field, value in {**settings, **more}.items()]
         return [f"launch/{name}.py", f"--config={CONFIG}:{stage}", f"--workdir={run}", *overrides, *extra]
 
-    counts = [f"--{name}={count}" for name, count in (SMOKE_EPISODES if smoke else EPISODES).items()]
+    def collect(dataset: str, *extra: str) -> list[str]:
+        counts = [f"--{name}={count}" for name, count in (SMOKE_EPISODES if smoke else EPISODES).items()]
+        return ["launch/collect.py", f"--config={CONFIG}", f"--out={work / 'data'}", f"--datasets={dataset}", *counts, *extra]
+
+    one_core = "--config.evaluation.workers=1"
+    demonstrations, expert, predict = "collect demonstrations", "act in the simulator (scripted expert)", "predict held-out video"
     result = [
-        Phase("collect demonstrations", 90, ["launch/collect.py", f"--config={CONFIG}", f"--out={work / 'data'}", *counts]),
-        Phase(
-            "act in the simulator (scripted expert)",
-            20,
-            script("evaluate", "action", work / "expert", "--expert"),
-            work / "expert.txt",
-        ),
-        Phase("stage 1: train the video backbone", 140, script("train", "video", work / "video")),
-        Phase("predict held-out video", 25, script("evaluate", "video", work / "video"), work / "predict.txt"),
+        Phase("collect videos", 70, collect("videos")),
+        Phase(demonstrations, 35, collect("demonstrations", one_core), work / "demonstrations.txt"),
+        Phase(expert, 35, script("evaluate", "action", work / "expert", "--expert", one_core), work / "expert.txt"),
+        Phase("stage 1: train the video backbone", 125, script("train", "video", work / "video")),
+        Phase(predict, 25, script("evaluate", "video", work / "video"), work / "predict.txt"),
     ]
     arms = decoders(work, ablation)
     for backbone, runs in arms.items():
         for seed, run in zip(SEEDS, runs, strict=False):
             name = f" ({backbone} backbone, seed {seed})" if ablation else ""
             start = {"backbone_run": work / "video" if backbone == "trained" else "", "seed": seed}
-            result.append(Phase(f"stage 2: train the action decoder{name}", 235, script("train", "action", run, **start)))
+            train = script("train", "action", run, **start)
+            result.append(Phase(f"stage 2: train the action decoder{name}", 150, train, needs=(demonstrations,)))
             result.append(Phase(f"act in the simulator{name}", 70, script("evaluate", "action", run, **start)))
     policies = [f"--policy_run={name} backbone=" + ",".join(f'"{run}"' for run in runs) for name, runs in arms.items()]
     places = [f"--out={work / 'report.html'}", f"--video_run={work / 'video'}", f"--expert_run={work / 'expert'}"]
-    result.append(Phase("write the report", 8, ["launch/report.py", *places, *policies]))
+    result.append(Phase("write the report", 8, ["launch/report.py", *places, *policies], needs=(expert, predict)))
     return result
 
 
 def run_phases(todo: list[Phase], work: pathlib.Path) -> list[tuple[Phase, float]]:
-    """Runs every phase that has not finished, saying how long is left at the pace so far. Returns the seconds of each.
-
-    The last phase waits for those that run beside others.
-    """
+    """Runs every phase that has not finished, saying how long is left at the pace so far. Returns the seconds of each."""
     record, recording = work / "phases.json", threading.Lock()  # [command, seconds] of each finished phase
     try:
         finished = json.loads(record.read_text()) if record.exists() else []
@@ -143,21 +144,20 @@ def run_phases(todo: list[Phase], work: pathlib.Path) -> list[tuple[Phase, float
 
     expected, spent = 0.0, 0.0
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as second_core:
-        started = []
+        started: dict[str, concurrent.futures.Future[None]] = {}
         for number, phase in enumerate(todo, start=1):
             headline, command = f"[{number}/{len(todo)}] {phase.title}", f"  python {shlex.join(phase.command)}"
             if (before := seconds_of(phase)) is not None:
                 print(f"{headline}: done before, {before:.0f} s", flush=True)
             elif phase.beside:
                 print(f"\n{headline}, beside what follows\n{command} >{phase.beside}", flush=True)
-                started.append(second_core.submit(run, phase))
+                started[phase.title] = second_core.submit(run, phase)
             else:
                 pace = spent / expected if expected else 1.0
                 left = pace * sum(later.seconds for later in todo[number - 1 :] if not later.beside)
                 print(f"\n{headline}; about {left / 60:.0f} min left\n{command}", flush=True)
-                if phase is todo[-1]:
-                    for other in started:
-                        other.result()
+                for other in started.keys() & phase.needs:
+                    started[other].result()
                 run(phase)
             if not phase.beside:
                 expected, spent = expected + phase.seconds, spent + (seconds_of(phase) or 0.0)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -12,7 +12,7 @@ from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mimic_video.config import ConfigError, MeshConfig
-from mimic_video.models.devices import BATCH
+from mimic_video.models.devices import BATCH, compiler_options
 from mimic_video.parallel.distributed import wait_for_all
 from mimic_video.trees import path_name
 
@@ -94,6 +94,13 @@ class MeshFunction:
     def lower(self, *arguments: Any) -> Any:
         with jax.set_mesh(self.mesh):
             return self.function.lower(*arguments)
+
+
+def on_mesh(function: Callable, mesh: Mesh, once: bool = False, **arguments: Any) -> MeshFunction:
+    """`jax.jit(function, **arguments)` with a mesh, and the options of `compiler_options`."""
+    return MeshFunction(
+        jax.jit(function, compiler_options=compiler_options(mesh.devices.flat[0].platform, once), **arguments), mesh
+    )
 
 
 def compile_together(function: Any, *arguments: Any) -> None:

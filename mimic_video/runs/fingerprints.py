@@ -1,13 +1,16 @@
 """Fingerprints of arrays: 32 bits that tell whether what was read is what was written."""
 
+import functools
 import json
 import math
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from mimic_video.models.devices import compiler_options
 from mimic_video.trees import named_leaves
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
@@ -23,7 +26,7 @@ def fingerprints(tree: Any) -> dict[str, int]:
         tree: arrays with elements of 1, 2 or 4 bytes.
     """
     named = named_leaves(tree)
-    return dict(zip(named, jax.device_get(_all(tuple(named.values()))).tolist(), strict=True)) if named else {}
+    return dict(zip(named, jax.device_get(_all()(tuple(named.values()))).tolist(), strict=True)) if named else {}
 
 
 def json_fingerprint(value: Any) -> int:
@@ -31,9 +34,11 @@ def json_fingerprint(value: Any) -> int:
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
-@jax.jit
-def _all(leaves: tuple[jax.Array, ...]) -> jax.Array:
-    return jnp.stack([_one(leaf) for leaf in leaves])
+@functools.cache
+def _all() -> Callable[[tuple[jax.Array, ...]], jax.Array]:
+    """The numbers of arrays, in their order."""
+    options = compiler_options(jax.default_backend(), once=True)
+    return jax.jit(lambda leaves: jnp.stack([_one(leaf) for leaf in leaves]), compiler_options=options)
 
 
 @jax.jit  # arrays of one shape are traced once

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from mimic_video.config import ConfigError, ExperimentConfig
 from mimic_video.embodiments import Embodiment
 from mimic_video.parallel.distributed import gather, wait_for_all
-from mimic_video.parallel.sharding import compile_together, shardings
+from mimic_video.parallel.sharding import on_mesh, shardings
 from mimic_video.runs import checkpoints, directory
 from mimic_video.runs.storage import run_path
 from mimic_video.stages import TRAINED
@@ -104,9 +104,7 @@ def initial_params(config: ExperimentConfig, mesh: Mesh, samples: Callable[[int]
     def init(key: jax.Array) -> dict[str, jax.Array]:
         return {name: leaf for name, leaf in named_leaves(vam.init(key, networks)).items() if name in new}
 
-    jitted = jax.jit(init, out_shardings={name: where[name] for name in new})
-    compile_together(jitted, key)
-    found |= jitted(key)
+    found |= on_mesh(init, mesh, once=True, out_shardings={name: where[name] for name in new})(key)
     return jax.tree.unflatten(jax.tree.structure(vam.shapes), [found[name] for name in shapes])
 
 

@@ -15,9 +15,9 @@ from mimic_video.config import ExperimentConfig
 from mimic_video.models.devices import BATCH
 from mimic_video.parallel.sharding import (
     MeshFunction,
-    compile_together,
     global_batch,
     make_mesh,
+    on_mesh,
     place,
     require_divisible,
     shardings,
@@ -51,9 +51,7 @@ def make_state(config: ExperimentConfig, params: Params) -> TrainState:
 def initial_state(config: ExperimentConfig, params: Params, mesh: Mesh) -> TrainState:
     """`make_state` of placed parameters, which it consumes; every leaf is made where the sharding rules want it."""
     make = functools.partial(make_state, config)
-    jitted = jax.jit(make, out_shardings=shardings(jax.eval_shape(make, params), mesh), donate_argnums=0)
-    compile_together(jitted, params)
-    return jitted(params)
+    return on_mesh(make, mesh, once=True, out_shardings=shardings(jax.eval_shape(make, params), mesh), donate_argnums=0)(params)
 
 
 def abstract_state(vam: VideoActionModel, mesh: Mesh) -> TrainState:
@@ -95,8 +93,7 @@ def make_train_step(vam: VideoActionModel, mesh: Mesh, state: TrainState) -> Mes
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
     batch, replicated = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec())
-    jitted = jax.jit(step, in_shardings=(where, None, batch), out_shardings=(where, replicated), donate_argnums=0)
-    return MeshFunction(jitted, mesh)
+    return on_mesh(step, mesh, in_shardings=(where, None, batch), out_shardings=(where, replicated), donate_argnums=0)
 
 
 def _in_parts(gradients: Callable, parts: int, params: Params, frozen: Params, batch: Batch, draws: Draws):
@@ -131,7 +128,7 @@ def make_encoder(config: ExperimentConfig, tokenizer: Params) -> Callable[[np.nd
     vam, mesh = VideoActionModel(config), make_mesh(config.mesh)
     require_divisible(config.train.batch_size, mesh)
     params, dtype = place({"tokenizer": tokenizer}, mesh), vam.dtype("tokenizer")
-    encode = jax.jit(lambda params, video: vam.encode_video(params, video).astype(dtype))
+    encode = on_mesh(lambda params, video: vam.encode_video(params, video).astype(dtype), mesh)
     return lambda video: np.array(encode(params, global_batch({"video": video}, mesh)["video"]))
 
 
@@ -143,4 +140,4 @@ def make_validation_step(vam: VideoActionModel, mesh: Mesh) -> Callable[[Params,
         means = vam.loss(join_params(params, frozen, vam.config), batch, draws)[1]
         return {name: mean.value for name, mean in means.items()}
 
-    return MeshFunction(jax.jit(validate), mesh)
+    return on_mesh(validate, mesh)

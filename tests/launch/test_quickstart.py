@@ -23,6 +23,7 @@ def test_the_ablation_adds_to_what_is_there(smoke):
     plain, more = commands(smoke=smoke), commands(smoke=smoke, ablation=True)
     assert [command[0] for command in plain] == [
         "launch/collect.py",
+        "launch/collect.py",
         "launch/evaluate.py",
         *("launch/train.py", "launch/evaluate.py") * 2,
         "launch/report.py",
@@ -64,14 +65,14 @@ def test_finished_phases_are_not_run_again(tmp_path, capfd):
         run_phases([phase("one")], tmp_path)
 
 
-def test_a_phase_beside_others_is_ready_before_the_last_one(tmp_path, capfd):
-    def phase(name, code, output=None):
-        return Phase(name, 10, ["-c", code], output and tmp_path / output)
+def test_a_phase_beside_others_is_ready_before_one_that_needs_it(tmp_path, capfd):
+    def phase(name, code, output=None, needs=()):
+        return Phase(name, 10, ["-c", code], output and tmp_path / output, needs)
 
     # The first one waits for the second, the last one needs the first.
     first = "import pathlib, time\nwhile not pathlib.Path('{0}/two').exists(): time.sleep(0.01)\nprint('hidden'); {1}"
     second = phase("second", f"import pathlib; pathlib.Path({str(tmp_path / 'two')!r}).touch()")
-    last = phase("last", f"print('last after ' + open({str(tmp_path / 'first.txt')!r}).read())")
+    last = phase("last", f"print('last after ' + open({str(tmp_path / 'first.txt')!r}).read())", needs=("first",))
     with pytest.raises(SystemExit, match=r"'first' ended with code 3, as .*first\.txt explains; the same command continues"):
         run_phases([phase("first", first.format(tmp_path, "raise SystemExit(3)"), "first.txt"), second, last], tmp_path)
     assert "\nlast after" not in capfd.readouterr().out
