@@ -75,15 +75,15 @@ def get_config(stage: str = "action") -> ml_collections.ConfigDict:
     config.train.validate_every = 400
     config.train.checkpoint_every = 200
     if stage == "video":
-        config.train.steps = 500
+        config.train.steps = 600
         config.train.batch_size = 16
         config.train.clip_norm = 100.0  # the loss carries the published factor of 100
     else:
         config.backbone_run = "runs/quickstart/video"
-        config.train.steps = 800
+        config.train.steps = 1000
         config.train.batch_size = 16
         config.train.clip_norm = 10.0
-        config.train.action_draws = 2
+        config.train.action_draws = 4
 
     config.policy.execute_steps = 3
     config.evaluation.tasks = TASKS

@@ -33,7 +33,7 @@ _SMOKE = flags.DEFINE_bool("smoke", False, "A few steps of every phase, to see t
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIG = "configs/quickstart.py"
 SEEDS = (0, 1)  # of stage 2 in the ablation, for either backbone
-EPISODES = {"videos": 60, "demonstrations": 20, "validation": 10}  # per task
+EPISODES = {"videos": 80, "demonstrations": 20, "validation": 10}  # per task
 SMOKE_EPISODES = {"videos": 3, "demonstrations": 2, "validation": 1}
 SMOKE_SETTINGS = {
     "train.steps": 6,
@@ -105,11 +105,11 @@ def phases(work: pathlib.Path, smoke: bool, ablation: bool) -> list[Phase]:
     one_core = "--config.evaluation.workers=1"
     demonstrations, expert, predict = "collect demonstrations", "act in the simulator (scripted expert)", "predict held-out video"
     result = [
-        Phase("collect videos", 70, collect("videos")),
+        Phase("collect videos", 40, collect("videos")),
         Phase(demonstrations, 35, collect("demonstrations", one_core), work / "demonstrations.txt"),
-        Phase(expert, 35, script("evaluate", "action", work / "expert", "--expert", one_core), work / "expert.txt"),
-        Phase("stage 1: train the video backbone", 125, script("train", "video", work / "video")),
-        Phase(predict, 25, script("evaluate", "video", work / "video"), work / "predict.txt"),
+        Phase(expert, 17, script("evaluate", "action", work / "expert", "--expert", one_core), work / "expert.txt"),
+        Phase("stage 1: train the video backbone", 95, script("train", "video", work / "video")),
+        Phase(predict, 14, script("evaluate", "video", work / "video"), work / "predict.txt"),
     ]
     arms = decoders(work, ablation)
     for backbone, runs in arms.items():
@@ -117,11 +117,11 @@ def phases(work: pathlib.Path, smoke: bool, ablation: bool) -> list[Phase]:
             name = f" ({backbone} backbone, seed {seed})" if ablation else ""
             start = {"backbone_run": work / "video" if backbone == "trained" else "", "seed": seed}
             train = script("train", "action", run, **start)
-            result.append(Phase(f"stage 2: train the action decoder{name}", 150, train, needs=(demonstrations,)))
-            result.append(Phase(f"act in the simulator{name}", 70, script("evaluate", "action", run, **start)))
+            result.append(Phase(f"stage 2: train the action decoder{name}", 130, train, needs=(demonstrations,)))
+            result.append(Phase(f"act in the simulator{name}", 40, script("evaluate", "action", run, **start)))
     policies = [f"--policy_run={name} backbone=" + ",".join(f'"{run}"' for run in runs) for name, runs in arms.items()]
     places = [f"--out={work / 'report.html'}", f"--video_run={work / 'video'}", f"--expert_run={work / 'expert'}"]
-    result.append(Phase("write the report", 8, ["launch/report.py", *places, *policies], needs=(expert, predict)))
+    result.append(Phase("write the report", 4, ["launch/report.py", *places, *policies], needs=(expert, predict)))
     return result
 
 

@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import functools
 import math
+import os
 from collections.abc import Iterator
 
 import jax
@@ -63,7 +64,7 @@ def compiler_options(platform: str, once: bool = False) -> dict[str, bool | int]
     """XLA's options for a platform, which `jax.jit` takes: its defaults, but on CPU.
 
     There programs of small networks are compiled in half of the time, and steps are a fifth faster, with less optimisation and
-    without its newer fusions (docs/benchmarks.md).
+    without its newer fusions (docs/benchmarks.md). What the environment variable XLA_FLAGS names is left as it says.
 
     Args:
         once: the program runs once, and compiling it is what takes time.
@@ -71,7 +72,8 @@ def compiler_options(platform: str, once: bool = False) -> dict[str, bool | int]
     if platform != "cpu":
         return {}
     options: dict[str, bool | int] = {"xla_backend_optimization_level": 0 if once else 1, "xla_cpu_use_fusion_emitters": False}
-    return {name: value for name, value in options.items() if _is_option(name, value)}
+    chosen = os.environ.get("XLA_FLAGS", "")
+    return {name: value for name, value in options.items() if name not in chosen and _is_option(name, value)}
 
 
 @functools.cache
