@@ -6,8 +6,8 @@ for every task of the experiment's `evaluation.tasks` in its `evaluation.simulat
 `evaluation.layout`.
 `OUT/videos` holds action-free videos for stage 1 and `OUT/demonstrations` labelled episodes for stage 2, each with the splits
 `train` and `val`; with --datasets=videos only the former. No episode is in two of these. A dataset that exists already is left as
-it is. Plain tfds reads TFRecord by `tfds.builder_from_directory(PATH).as_dataset()`, and with --format=array_record ArrayRecord by
-`.as_data_source()`.
+it is. Plain tfds reads TFRecord by `tfds.builder_from_directory(PATH).as_dataset()`, and with --format=array_record ArrayRecord
+by `.as_data_source()`.
 """
 
 import concurrent.futures

@@ -10,10 +10,10 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from mimic_video.batch import Observation
+from mimic_video.compiler import compiler_options
 from mimic_video.config import ExperimentConfig
 from mimic_video.evaluation.offline import Window, full_batches, psnr
 from mimic_video.media import film_strip, stacked, write_video
-from mimic_video.models.devices import compiler_options
 from mimic_video.models.protocols import TextEncoder
 from mimic_video.models.text import make_text_encoder
 from mimic_video.rerun_log import RerunLog

@@ -7,7 +7,6 @@ import contextlib
 import contextvars
 import functools
 import math
-import os
 from collections.abc import Iterator
 
 import jax
@@ -58,34 +57,6 @@ def compute_capability() -> Capability | None:
     """The compute capability of this process's GPUs; None if that is not known, and for GPUs that have none."""
     assumed = _ASSUMED.get()
     return assumed[1] if assumed else _own_capability()
-
-
-def compiler_options(platform: str, once: bool = False) -> dict[str, bool | int]:
-    """XLA's options for a platform, which `jax.jit` takes: its defaults, but on CPU.
-
-    There programs of small networks are compiled in half of the time, and steps are a fifth faster, with less optimisation and
-    without its newer fusions (docs/benchmarks.md). What the environment variable XLA_FLAGS names is left as it says.
-
-    Args:
-        once: the program runs once, and compiling it is what takes time.
-    """
-    if platform != "cpu":
-        return {}
-    options: dict[str, bool | int] = {"xla_backend_optimization_level": 0 if once else 1, "xla_cpu_use_fusion_emitters": False}
-    chosen = os.environ.get("XLA_FLAGS", "")
-    return {name: value for name, value in options.items() if name not in chosen and _is_option(name, value)}
-
-
-@functools.cache
-def _is_option(name: str, value: bool | int) -> bool:
-    """Whether this version of XLA has an option, which come and go."""
-    try:
-        jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "No such compile option" not in str(error):
-            raise
-        return False
-    return True
 
 
 @functools.cache

@@ -11,8 +11,9 @@ import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mimic_video.compiler import compiler_options
 from mimic_video.config import ConfigError, MeshConfig
-from mimic_video.models.devices import BATCH, compiler_options
+from mimic_video.models.devices import BATCH
 from mimic_video.parallel.distributed import wait_for_all
 from mimic_video.trees import path_name
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from mimic_video.compiler import compiler_options
 from mimic_video.config import ExperimentConfig
 from mimic_video.embodiments import Embodiment, choose, pad_last
 from mimic_video.flow.inpainting import prefix_weights
-from mimic_video.models.devices import compiler_options
 from mimic_video.models.protocols import TextEncoder
 from mimic_video.models.text import make_text_encoder
 from mimic_video.policy import bundle, hub

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mimic_video.models.devices import compiler_options
+from mimic_video.compiler import compiler_options
 from mimic_video.trees import named_leaves
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
