@@ -26,7 +26,7 @@ from mimic_video.config import ActionDecoderConfig, AugmentationConfig, DataConf
 from mimic_video.transforms import resize_images
 
 _LENGTH, _HZ, _BATCH = 100, 5.0, 2
-_CACHE_MB = 16  # of decoded frames while memory is watched: full and evicting all the time
+CACHE_MB = 16  # of decoded frames while memory is watched: full and evicting all the time
 _ROUNDS = 4
 _SETTLE = 2.0  # seconds for a reader to fill its buffers again before the next one starts
 _AUGMENTATION = AugmentationConfig(  # as Octo has it for finetuning
@@ -200,9 +200,8 @@ def tfdata_reader(directory: pathlib.Path, config: DataConfig, threads: int) -> 
             stdin.close()
 
 
-def measure_memory(source: RldsSource, config: DataConfig, settings: Settings) -> dict[str, float]:
-    stream = open_stream(WholeWindows(source, config, actions=False), config, settings.workers)
-    batches = -(-settings.memory_windows // _BATCH // _POINTS)
+def measure_memory(stream: Iterator[Batch], windows: int) -> dict[str, float]:
+    batches = -(-windows // _BATCH // _POINTS)
     means = []
     for _ in range(1 + _POINTS):
         samples = []
@@ -249,8 +248,9 @@ def measure(settings: Settings) -> dict[str, Any]:
         if settings.memory_windows:  # first, while the process holds nothing else
             frames = settings.memory_size
             source = RldsSource(write_pictures(folder, "memory", frames, settings), "train")
-            config = DataConfig(image_size=frames, frame_cache_mb=_CACHE_MB)
-            result["memory"] = {"frames": frames, **measure_memory(source, config, settings)}
+            config = DataConfig(image_size=frames, frame_cache_mb=CACHE_MB)
+            stream = open_stream(WholeWindows(source, config, actions=False), config, settings.workers)
+            result["memory"] = {"frames": frames, **measure_memory(stream, settings.memory_windows)}
         directory = write_pictures(folder, "speed", recorded, settings)
         source = RldsSource(directory, "train", image_size=None if size == recorded else size)
         config = DataConfig(image_size=size, frame_cache_mb=0)

@@ -1,6 +1,7 @@
 """Speed of windows from the videos of a LeRobot dataset, beside PyAV that decodes the same frames and does nothing else."""
 
 import concurrent.futures
+import dataclasses
 import itertools
 import os
 import threading
@@ -12,7 +13,16 @@ from typing import Any
 import av
 import numpy as np
 
-from data_pipelines.benchmark import Measure, Size, loader_reader, measure_in_turns, random_order
+from data_pipelines.benchmark import (
+    CACHE_MB,
+    Measure,
+    Size,
+    loader_reader,
+    measure_in_turns,
+    measure_memory,
+    open_stream,
+    random_order,
+)
 from data_pipelines.loader import WindowDataset
 from data_pipelines.sources.lerobot_split import SPLIT, LeRobotSplit
 from data_pipelines.sources.records import DatasetError
@@ -74,8 +84,10 @@ def _decode(container: Any, times: np.ndarray, period: float) -> int:
     return found
 
 
-def measure_source(directory: Path, windows: int, workers: int, image_size: Size | None) -> dict[str, Any]:
-    """Frames per second of the loader and of PyAV alone, in turns, and their ratio.
+def measure_source(
+    directory: Path, windows: int, workers: int, image_size: Size | None, memory_windows: int = 0
+) -> dict[str, Any]:
+    """Frames per second of the loader and of PyAV alone, in turns, and their ratio; for `memory_windows`, memory while they pass.
 
     Windows are random ones of 5 + 12 frames of the primary camera at about 10 Hz, and the same for both. PyAV has as many threads
     as the machine has cores.
@@ -94,6 +106,10 @@ def measure_source(directory: Path, windows: int, workers: int, image_size: Size
     clips = [recorded[recorded.numbers.index(number)].frames for number in chosen.numbers]
     if not all(isinstance(frames, VideoFrames) for frames in clips):
         raise DatasetError(f"{source.name}: the primary camera is no video at {recorded.control_hz:g} frames a second")
+    memory = {}
+    if memory_windows:  # first, while the process holds nothing else
+        stream = open_stream(chosen, dataclasses.replace(config, frame_cache_mb=CACHE_MB), workers)
+        memory["memory"] = {"frames": size, **measure_memory(stream, memory_windows)}
     readers = {
         "loader": loader_reader(chosen, config, workers),
         "pyav": _pyav(chosen, clips, 1 / recorded.control_hz),
@@ -109,6 +125,7 @@ def measure_source(directory: Path, windows: int, workers: int, image_size: Size
         "loader_frames_per_second": speeds["loader"],
         "pyav_frames_per_second": speeds["pyav"],
         "ratio_to_pyav": speeds["loader"] / speeds["pyav"],
+        **memory,
     }
 
 

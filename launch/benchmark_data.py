@@ -15,7 +15,8 @@ after one to warm up: the first in MB, and the last and the largest over the fir
     python launch/benchmark_data.py --source=/data/my_recording [--image_size=96x128]
 
 measures videos of a LeRobot dataset in place of made-up episodes: the loader reads random windows of 17 frames, as in training,
-beside PyAV that decodes the same frames to RGB and does nothing else (`data_pipelines/benchmark_video.py`), in turns.
+beside PyAV that decodes the same frames to RGB and does nothing else (`data_pipelines/benchmark_video.py`), in turns; `memory`
+is that of such windows.
 
     python launch/benchmark_data.py --split_episodes=200000 [--workers=0]
 
@@ -51,7 +52,8 @@ def main() -> None:
     if _SOURCE.value:
         from data_pipelines.benchmark_video import measure_source  # PyAV is for such datasets alone
 
-        result = measure_source(pathlib.Path(_SOURCE.value), _WINDOWS.value, _WORKERS.value, _IMAGE_SIZE.value)
+        measured = pathlib.Path(_SOURCE.value), _WINDOWS.value, _WORKERS.value, _IMAGE_SIZE.value, _MEMORY_WINDOWS.value
+        result = measure_source(*measured)
         print(json.dumps({**provenance(), **result}))
         return
     if _SPLIT_EPISODES.value:

@@ -15,6 +15,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
 Frames = UInt8[np.ndarray, "f h w 3"]
+Turn = tuple[bool, int, int]  # whether rows become columns; then 1 or -1, the order of rows and of columns
 
 _SEEK_MARGIN = 1.0  # seconds. Keyframes lie by their decoding time, which is a few frames from the one that they are shown at
 _CUT_OFF = 0.5  # seconds that the last frame may begin before its file says that it does
@@ -64,19 +65,27 @@ def read_picture(file: str | pathlib.Path | BinaryIO) -> UInt8[np.ndarray, "h w 
         raise MediaError(str(error)) from error
 
 
-def upright_frame(frame: Any) -> UInt8[np.ndarray, "h w 3"]:
-    """A decoded frame of PyAV in RGB, turned by the display matrix of its video. Raises MediaError for an oblique one."""
+def upright_frame(frame: Any, turn: Turn | None = None) -> UInt8[np.ndarray, "h w 3"]:
+    """A decoded frame of PyAV in RGB, turned by `turn`, or by `display_turn`, whose errors it has."""
     # One thread: windows are made in parallel already, and a thread pool would not survive a fork.
     pixels = frame.to_ndarray(format="rgb24", threads=1)
+    swapped, down, right = turn or display_turn(frame)
+    return (pixels.swapaxes(0, 1) if swapped else pixels)[::down, ::right]
+
+
+def display_turn(frame: Any) -> Turn:
+    """How a decoded frame of PyAV is to be turned by its display matrix. Raises MediaError for an oblique one.
+
+    A frame that was asked for it is in a cycle of references: it keeps its memory until there is a garbage collection.
+    """
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
-        return pixels
+        return False, 1, 1
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()  # x' = a·x + c·y, y' = b·x + d·y
     if not ((a and d and not b and not c) or (b and c and not a and not d)):
         raise MediaError(f"its display matrix is {[[a, c], [b, d]]}; expected quarter turns")
-    if b:
-        pixels, a, d = pixels.swapaxes(0, 1), c, b
-    return pixels[:: 1 if d > 0 else -1, :: 1 if a > 0 else -1]
+    right, down = (c, b) if b else (a, d)
+    return bool(b), 1 if down > 0 else -1, 1 if right > 0 else -1
 
 
 def write_video(path: str | pathlib.Path, frames: Frames, hz: float) -> None:

@@ -5,7 +5,6 @@ import math
 import os
 import struct
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 import av
@@ -14,7 +13,7 @@ import numpy as np
 from data_pipelines import buffers
 from data_pipelines.sources.frames import frame_steps, sized
 from data_pipelines.sources.rlds import DatasetError
-from mimic_video.media import MediaError, upright_frame
+from mimic_video.media import MediaError, Turn, display_turn, upright_frame
 
 _OPEN_VIDEOS = 8  # kept open by a process; three cameras of two files each fit
 _SEEK_FRAMES = 8  # fewer frames than this are decoded and dropped rather than sought over
@@ -56,7 +55,7 @@ class VideoFrames:
                     )
                 if frame.is_corrupt:
                     raise DatasetError(f"{self.name}: the frame of step {step} in {self.path} is damaged")
-                frames[row] = sized(f"{self.name}: the frame of step {step} in {self.path}", upright_frame(frame), self.size)
+                frames[row] = sized(f"{self.name}: the frame of step {step} in {self.path}", decoder.pixels(frame), self.size)
         except (av.FFmpegError, MediaError) as error:
             decoder.close()
             raise DatasetError(f"{self.name}: {self.path} cannot be decoded: {error}") from error
@@ -114,6 +113,7 @@ class _Decoder:
         self._keyframes = np.sort(np.array(keys, np.float64)) * self._time_base  # decoding times: up to the shown ones
         self._frames: Iterator[av.VideoFrame] = iter(())
         self._last: av.VideoFrame | None = None
+        self._turns: dict[int, Turn] = {}  # by rotation, which a frame tells without keeping its memory
 
     def close(self) -> None:
         self._container.close()
@@ -127,6 +127,12 @@ class _Decoder:
             if self._last is None:
                 return None
         return self._last if self._shown() <= time + tolerance else None
+
+    def pixels(self, frame: av.VideoFrame) -> np.ndarray:
+        """RGB, as `upright_frame`; a video that is mirrored is so from its first frame on."""
+        if frame.rotation not in self._turns:
+            self._turns[frame.rotation] = display_turn(frame)
+        return upright_frame(frame, self._turns[frame.rotation])
 
     def _shown(self) -> float:
         return -math.inf if self._last is None or self._last.pts is None else self._last.pts * self._time_base
@@ -152,30 +158,30 @@ class _Decoder:
 
 
 class _DecoderPool:
-    """The most recently used decoders of this process. A borrowed one is its borrower's alone."""
+    """The most recently used decoders of this process, maybe several of one file. A borrowed one is its borrower's alone."""
 
     def __init__(self, capacity: int):
         self._capacity = capacity
-        self._inherited: list[OrderedDict[str, _Decoder]] = []
-        self._idle: OrderedDict[str, _Decoder] = OrderedDict()
+        self._inherited: list[list[_Decoder]] = []
+        self._idle: list[_Decoder] = []
         self._lock = threading.Lock()
 
     def forget(self) -> None:
         """Starts anew in a forked child, which shares the file positions, and maybe a held lock, of its parent."""
         self._inherited.append(self._idle)  # not freed: that could wait for threads that only the parent has
-        self._idle, self._lock = OrderedDict(), threading.Lock()
+        self._idle, self._lock = [], threading.Lock()
 
     def borrow(self, path: str) -> _Decoder:
         with self._lock:
-            decoder = self._idle.pop(path, None)
+            decoder = next((each for each in reversed(self._idle) if each.path == path), None)
+            if decoder is not None:
+                self._idle.remove(decoder)
         return _Decoder(path) if decoder is None else decoder
 
     def give_back(self, decoder: _Decoder) -> None:
         with self._lock:
-            superfluous = [self._idle.pop(decoder.path)] if decoder.path in self._idle else []
-            self._idle[decoder.path] = decoder
-            while len(self._idle) > self._capacity:
-                superfluous.append(self._idle.popitem(last=False)[1])
+            self._idle.append(decoder)
+            superfluous, self._idle = self._idle[: -self._capacity], self._idle[-self._capacity :]
         for other in superfluous:
             other.close()
 

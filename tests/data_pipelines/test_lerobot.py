@@ -1,6 +1,7 @@
 import codecs
 import concurrent.futures
 import dataclasses
+import gc
 import itertools
 import json
 import pickle
@@ -17,6 +18,7 @@ import pytest
 from foreign_formats import FRONT, SIZE, TOP, WRIST, grey, write_lerobot
 from PIL import Image
 
+from data_pipelines.sources import video
 from data_pipelines.sources.lerobot import LeRobotSource
 from data_pipelines.sources.rlds import DatasetError
 
@@ -166,6 +168,35 @@ def test_decoders_are_kept_few_and_reused(tmp_path, monkeypatch):
         source[index].frames.take([0])
     source[0].frames.take([0])
     assert len(opened) == 13  # eleven more, and the first one again
+
+
+def test_who_reads_a_file_at_the_same_time_has_a_decoder_of_it_each_time(dataset, monkeypatch):
+    opened, real = [], av.open
+    monkeypatch.setattr(av, "open", lambda path, *rest, **more: (opened.append(path), real(path, *rest, **more))[1])
+    path = str(sorted(dataset.rglob("*.mp4"))[0])
+    for _ in range(3):
+        for decoder in [video._DECODERS.borrow(path) for _ in range(2)]:
+            video._DECODERS.give_back(decoder)
+    assert len(opened) == 2
+
+
+@pytest.mark.parametrize("turn", [None, *list(formats.TURNS)[:1]])
+def test_decoded_frames_need_no_garbage_collection(tmp_path, turn):
+    """They have memory that Python's collector does not know of, and it would let hundreds of them wait."""
+    directory = write_lerobot(tmp_path / "demo", "v3.0", (60,), cameras=(TOP,))
+    if turn:
+        formats.turn_video(only_file(directory, "*.mp4"), turn)
+        edit_info(directory, lambda info: info["features"][TOP].update(shape=[*SIZE[::-1], 3]))
+    frames = LeRobotSource(directory)[0].frames
+    frames.take([0])
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(isinstance(each, av.VideoFrame) for each in gc.get_objects())
+        frames.take(range(60))
+        assert sum(isinstance(each, av.VideoFrame) for each in gc.get_objects()) <= before + 2
+    finally:
+        gc.enable()
 
 
 def test_threads_share_a_file(tmp_path):

@@ -111,9 +111,12 @@ def test_from_a_recording_to_a_robot(launch, one_device, monkeypatch, tmp_path, 
     losses = [[record["loss"] for record in read_metrics(run)] for run in (f"runs/{guide.name}/video", "runs/direct")]
     assert losses[0] == losses[1] and losses[0]
 
-    measured = json.loads(launch("benchmark_data", *guide.next("benchmark_data"), "--windows=16").splitlines()[-1])
+    measured = json.loads(
+        launch("benchmark_data", *guide.next("benchmark_data"), "--windows=16", "--memory_windows=40").splitlines()[-1]
+    )
     assert measured["ratio_to_pyav"] == measured["loader_frames_per_second"] / measured["pyav_frames_per_second"] > 0
     assert (measured["recorded"], measured["size"]) == ([48, 64], [96, 128])
+    assert measured["memory"]["windows"] == 40 and measured["memory"]["first_mb"] > 10
     assert guide.done
 
 
