@@ -74,11 +74,9 @@ def upright_frame(frame: Any, turn: Turn | None = None) -> UInt8[np.ndarray, "h 
 
 
 def display_turn(frame: Any) -> Turn:
-    """How a decoded frame of PyAV is to be turned by its display matrix. Raises MediaError for an oblique one.
-
-    A frame that was asked for it is in a cycle of references: it keeps its memory until there is a garbage collection.
-    """
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    """How a decoded frame of PyAV is to be turned by its display matrix. Raises MediaError for an oblique one."""
+    # A frame that is asked for its side data keeps its memory until a garbage collection: here a small copy, which has the same.
+    matrix = frame.reformat(width=16, height=16, format="gray", threads=1).side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return False, 1, 1
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()  # x' = a·x + c·y, y' = b·x + d·y
