@@ -9,8 +9,9 @@ import jax
 def compiler_options(platform: str, once: bool = False) -> dict[str, bool | int]:
     """XLA's options for a platform, which `jax.jit` takes: its defaults, but on CPU.
 
-    There programs of small networks are compiled in half of the time, and steps are a fifth faster, with less optimisation and
-    without its newer fusions (docs/benchmarks.md). What the environment variable XLA_FLAGS names is left as it says.
+    There programs of small networks are compiled in two thirds of the time, and steps are as fast or faster, with less
+    optimisation and without its newer fusions (docs/benchmarks.md). What the environment variable XLA_FLAGS names stays as it
+    says.
 
     Args:
         once: the program runs once, and compiling it is what takes time.
