@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from mimic_video.compiler import compiler_options
 from mimic_video.config import ExperimentConfig
 from mimic_video.embodiments import Embodiment, choose, pad_last
 from mimic_video.flow.inpainting import prefix_weights
@@ -58,8 +57,7 @@ class Policy:
         self.params = self.program.parameters(params)
         self.encode_text = encode_text or make_text_encoder(config.text, config.backbone.text_width)
         self._text: dict[str, np.ndarray] = {}
-        options = compiler_options(jax.default_backend())
-        self._plan = jax.jit(self.program, static_argnames="samples", compiler_options=options)
+        self._plan = jax.jit(self.program, static_argnames="samples")
         self._key_data = jax.jit(lambda query: jax.random.key_data(jax.random.fold_in(jax.random.key(seed), query)))
 
     @classmethod

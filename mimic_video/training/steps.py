@@ -140,4 +140,4 @@ def make_validation_step(vam: VideoActionModel, mesh: Mesh) -> Callable[[Params,
         means = vam.loss(join_params(params, frozen, vam.config), batch, draws)[1]
         return {name: mean.value for name, mean in means.items()}
 
-    return on_mesh(validate, mesh)
+    return MeshFunction(jax.jit(validate), mesh)  # as XLA does it: of latents that were precomputed, the same to the bit
