@@ -106,16 +106,16 @@ def measure_source(
     clips = [recorded[recorded.numbers.index(number)].frames for number in chosen.numbers]
     if not all(isinstance(frames, VideoFrames) for frames in clips):
         raise DatasetError(f"{source.name}: the primary camera is no video at {recorded.control_hz:g} frames a second")
-    memory = {}
+    result: dict[str, Any] = {}
     if memory_windows:  # first, while the process holds nothing else
         stream = open_stream(chosen, dataclasses.replace(config, frame_cache_mb=CACHE_MB), workers)
-        memory["memory"] = {"frames": size, **measure_memory(stream, memory_windows)}
+        result["memory"] = {"frames": size, **measure_memory(stream, memory_windows)}
     readers = {
         "loader": loader_reader(chosen, config, workers),
         "pyav": _pyav(chosen, clips, 1 / recorded.control_hz),
     }
     speeds = measure_in_turns(readers, windows)
-    return {
+    return result | {
         "dataset": directory.name,
         "episodes": len(chosen.episodes),
         "recorded": recorded.camera_sizes["primary"],
@@ -125,7 +125,6 @@ def measure_source(
         "loader_frames_per_second": speeds["loader"],
         "pyav_frames_per_second": speeds["pyav"],
         "ratio_to_pyav": speeds["loader"] / speeds["pyav"],
-        **memory,
     }
 
 

@@ -10,7 +10,6 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from mimic_video.batch import Observation
-from mimic_video.compiler import compiler_options
 from mimic_video.config import ExperimentConfig
 from mimic_video.evaluation.offline import Window, full_batches, psnr
 from mimic_video.media import film_strip, stacked, write_video
@@ -38,8 +37,7 @@ def make_predictor(
     vam, past = VideoActionModel(config), config.data.past_frames
     encode = encode_text or make_text_encoder(config.text, config.backbone.text_width)
     views = np.isin(config.data.cameras, cameras)
-    options = compiler_options(jax.default_backend())
-    condition, sample = (jax.jit(function, compiler_options=options) for function in (vam.condition, vam.sample_video))
+    condition, sample = jax.jit(vam.condition), jax.jit(vam.sample_video)
 
     def predict(windows: Sequence[Window]) -> np.ndarray:
         noise = np.asarray(vam.policy_noise(config.seed, len(windows))["video"])

@@ -74,7 +74,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 class MeshFunction:
     """A jitted function that runs, is traced or lowered with its mesh in context, which tells networks how they are spread.
 
-    On a mesh of several processes, it is compiled by `compile_together` before its first call.
+    On a mesh of several processes, all compile it before its first call. Programs that run together wait for each other in
+    collective operations, for 30 s on CPU, and compiling may take longer than that: after a restart process 0, which alone writes
+    JAX's cache, may find there what the others compile again.
     """
 
     function: Any
@@ -84,7 +86,8 @@ class MeshFunction:
     def __call__(self, *arguments: Any) -> Any:
         with jax.set_mesh(self.mesh):
             if self.mesh.is_multi_process and not self._called:
-                compile_together(self.function, *arguments)
+                self.function.lower(*arguments).compile()
+                wait_for_all("compile")
                 self._called.append(True)
             return self.function(*arguments)
 
@@ -102,18 +105,6 @@ def on_mesh(function: Callable, mesh: Mesh, once: bool = False, **arguments: Any
     return MeshFunction(
         jax.jit(function, compiler_options=compiler_options(mesh.devices.flat[0].platform, once), **arguments), mesh
     )
-
-
-def compile_together(function: Any, *arguments: Any) -> None:
-    """Compiles a jitted function, which a call with such arguments then runs at once, and waits for the other processes to do so.
-
-    All have to call this; of one process it does nothing. Programs that run together wait for each other in collective
-    operations, for 30 s on CPU, and compiling may take longer than that: after a restart process 0, which alone writes JAX's
-    cache, may find there what the others compile again.
-    """
-    if jax.process_count() > 1:
-        function.lower(*arguments).compile()
-        wait_for_all("compile")
 
 
 def require_divisible(batch_size: int, mesh: Mesh) -> None:

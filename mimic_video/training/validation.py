@@ -1,6 +1,5 @@
 """What a stage gets right on held-out batches, under noise that is the same every time."""
 
-import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 
@@ -14,7 +13,7 @@ from mimic_video.batch import Batch
 from mimic_video.config import DataConfig
 from mimic_video.flow import matching, solvers
 from mimic_video.media import film_strip, matplotlib_figure, stacked, write_video
-from mimic_video.parallel.sharding import global_batch, on_mesh
+from mimic_video.parallel.sharding import MeshFunction, global_batch
 from mimic_video.stages import join_params
 from mimic_video.training.metrics import MetricWriter
 from mimic_video.training.steps import make_validation_step
@@ -71,7 +70,7 @@ def make_video_curve(vam: VideoActionModel, mesh: Mesh) -> Curves:
         draws = vam.draw(jax.random.key(vam.config.seed), size) | {"video_time": jnp.full(size, time)}
         return vam.video_loss(join_params(params, frozen, vam.config), batch, draws)[1]["video_mse"].value
 
-    compiled = on_mesh(error, mesh)
+    compiled = MeshFunction(jax.jit(error), mesh)
     sigmas = matching.video_sigma_quantiles((np.arange(_LEVELS) + 0.5) / _LEVELS, vam.config.noise)
 
     def curve(params: Params, frozen: Params, batches: Sequence[Batch]) -> dict[str, float]:
@@ -100,18 +99,21 @@ def make_action_curves(vam: VideoActionModel, mesh: Mesh) -> Curves:
     times = matching.flow_time(grid[steps])
     key = jax.random.key(vam.config.seed)
 
-    @functools.partial(on_mesh, mesh=mesh)
+    def with_mesh(function: Callable) -> MeshFunction:
+        return MeshFunction(jax.jit(function), mesh)
+
+    @with_mesh
     def generate(frozen: Params, batch: Batch) -> tuple[Latents, Latents, list[Latents]]:
         """A batch's latents, noise, and x_τ on the sampler's way."""
         latents = vam.latents(frozen, batch.observation)
         noise = vam.draw_noise(key, len(latents))["video"]
         return latents, noise, vam.sample_path(frozen, vam.condition_on_past(latents, batch.observation), noise, steps)
 
-    @functools.partial(on_mesh, mesh=mesh)
+    @with_mesh
     def noised(latents: Latents, noise: Latents, time: Float[Array, ""]) -> Latents:
         return matching.interpolate(latents, noise, jnp.full(len(latents), time))
 
-    @functools.partial(on_mesh, mesh=mesh)
+    @with_mesh
     def squares(
         params: Params, frozen: Params, batch: Batch, latents: Latents, x_tau: Latents, time: Float[Array, ""]
     ) -> tuple[Int[Array, ""], dict[str, Float[Array, ""]]]:
@@ -167,7 +169,7 @@ def make_video_samples(vam: VideoActionModel, mesh: Mesh) -> Callable[[Params, P
         predicted = vam.sample_video(everything, vam.condition_on_past(latents, few), noise)
         return vam.decode_video(everything, latents) if few.video is None else few.video, predicted
 
-    return on_mesh(sample, mesh, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return MeshFunction(jax.jit(sample, out_shardings=NamedSharding(mesh, PartitionSpec())), mesh)
 
 
 def _show_videos(step: int, videos: Videos, data: DataConfig, writer: MetricWriter) -> None:
